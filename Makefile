@@ -29,3 +29,40 @@ gen: install ## Generate the stubs in client/peculium/v1 from proto/.
 .PHONY: verify-gen
 verify-gen: install ## Prove that the checked-in stubs are what proto/ generates.
 	@$(BIN)/python tools/stubs.py verify
+
+.PHONY: check
+check: install ## Lint, type-check, check layers, protos and stubs.
+	@echo "check: ruff"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet .
+	@echo "check: mypy"
+	@$(BIN)/mypy
+	@echo "check: import contracts"
+	@$(BIN)/lint-imports --config pyproject.toml --no-logo
+	@echo "check: protos and stubs"
+	@$(BIN)/buf lint
+	@$(BIN)/buf format --diff --exit-code
+	@$(MAKE) --no-print-directory verify-gen
+	@echo "check: everything holds"
+
+.PHONY: format
+format: install ## Format the Python code and the protos, and apply safe fixes.
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/buf format --write
+
+# What pytest is told besides: make test ARGS="-k reserve -x".
+ARGS ?=
+
+.PHONY: test
+test: install ## Run all tests against a real Postgres that they start themselves.
+	@$(BIN)/python -m pytest -n auto --dist loadgroup --durations 10 $(ARGS)
+
+.PHONY: demo
+demo: install ## Spend a real request trace from one capped budget (TRACE=file for another one).
+	@$(BIN)/peculium demo $(if $(TRACE),--trace "$(TRACE)")
+
+.PHONY: clean
+clean: ## Remove what the targets above made.
+	@rm -rf .venv .venv.lock build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@find client server migrations tests tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
