@@ -8,7 +8,6 @@ from typing import cast
 from grimp import ImportGraph
 from importlinter import Contract, ContractCheck, fields, output
 from importlinter.domain.imports import Module
-from typing_extensions import override
 
 
 class StandardLibraryOnly(Contract):
@@ -19,7 +18,6 @@ class StandardLibraryOnly(Contract):
     modules = fields.ListField(subfield=fields.ModuleField())
     forbidden = fields.SetField(subfield=fields.StringField(), default=frozenset())
 
-    @override
     def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
         # import-linter puts a field's parsed value where the field was declared.
         modules, forbidden = cast("list[Module]", self.modules), cast("set[str]", self.forbidden)
@@ -33,7 +31,6 @@ class StandardLibraryOnly(Contract):
         )
         return ContractCheck(kept=not broken, metadata={"broken": broken})
 
-    @override
     def render_broken_contract(self, check: ContractCheck) -> None:
         for line in check.metadata["broken"]:
             output.print_error(line)
