@@ -1,0 +1,156 @@
+"""Fixtures: one real Postgres for the whole run, and a database of its own for each test.
+
+The server is an embedded one in a temporary directory, shared by all xdist workers: the first one
+that needs it starts it. `TEST_DATABASE_URL` names another one to use instead, by a URL of a role
+that may create databases. Databases are copies of a template, which is migrated once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from peculium_server.embedded import EmbeddedPostgres
+
+MIGRATE = "peculium_server.store.migrate"
+TEMPLATE_LOCK = 0x7065637C  # Advisory: one worker makes the template, the others wait for it.
+
+_run_id = pytest.StashKey[str]()
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Postgres on which this run makes its databases, told apart by their names' prefix."""
+
+    dsn: str
+    prefix: str
+
+    def url_of(self, database: str) -> str:
+        """The libpq URI of one of the server's databases."""
+        return urlsplit(self.dsn)._replace(path=f"/{database}").geturl()
+
+    @contextlib.contextmanager
+    def fresh_database(self, template: str = "template0") -> Iterator[str]:
+        """A new database for the time of the block, as its libpq URI."""
+        name = f"{self.prefix}{secrets.token_hex(4)}"
+        self.create(name, template)
+        try:
+            yield self.url_of(name)
+        finally:
+            self.drop(name)
+
+    def migrated_template(self) -> str:
+        """The name of a database at the newest schema, made when it is first asked for."""
+        name = f"{self.prefix}template"
+        with self._connection() as connection:
+            connection.execute("SELECT pg_advisory_lock(%s)", [TEMPLATE_LOCK])
+            found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name])
+            if found.fetchone() is None:
+                unfinished = f"{name}_unfinished"
+                self.drop(unfinished)
+                self.create(unfinished)
+                importlib.import_module(MIGRATE).upgrade(self.url_of(unfinished))
+                connection.execute(
+                    sql.SQL("ALTER DATABASE {} RENAME TO {}").format(
+                        sql.Identifier(unfinished), sql.Identifier(name)
+                    )
+                )
+        return name
+
+    def create(self, name: str, template: str = "template0") -> None:
+        """Create a database as a copy of another."""
+        with self._connection() as connection:
+            connection.execute(
+                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
+                    sql.Identifier(name), sql.Identifier(template)
+                )
+            )
+
+    def drop(self, name: str) -> None:
+        """Drop a database, and the connections to it."""
+        with self._connection() as connection:
+            connection.execute(
+                sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+            )
+
+    def drop_all(self) -> None:
+        """Drop whatever this run made."""
+        with self._connection() as connection:
+            pattern = self.prefix.replace("_", r"\_") + "%"
+            rows = connection.execute(
+                "SELECT datname FROM pg_database WHERE datname LIKE %s", [pattern]
+            ).fetchall()
+        for (name,) in rows:
+            self.drop(name)
+
+    def _connection(self) -> psycopg.Connection:
+        return psycopg.connect(self.dsn, autocommit=True)
+
+
+@pytest.fixture(scope="session")
+def postgres(pytestconfig: pytest.Config) -> Iterator[Server]:
+    """The server of this run."""
+    prefix = f"peculium_test_{pytestconfig.stash[_run_id]}_"
+    given = os.environ.get("TEST_DATABASE_URL")
+    if given is not None:
+        yield Server(given, prefix)
+        return
+    data_dir = _data_dir(pytestconfig)
+    with EmbeddedPostgres.start(data_dir, settings={"max_connections": "400"}) as server:
+        yield Server(server.dsn, prefix)
+
+
+@pytest.fixture
+def empty_database(postgres: Server) -> Iterator[str]:
+    """The URL of a database without any table."""
+    with postgres.fresh_database() as url:
+        yield url
+
+
+@pytest.fixture
+def database(postgres: Server) -> Iterator[str]:
+    """The URL of a database at the newest schema, without any budget."""
+    with postgres.fresh_database(postgres.migrated_template()) as url:
+        yield url
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give all workers of a run the same id, by which they find the same server."""
+    given = getattr(config, "workerinput", None)
+    config.stash[_run_id] = secrets.token_hex(4) if given is None else given["peculium_run_id"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: object) -> None:
+    """Hand the id to a worker of xdist."""
+    node.workerinput["peculium_run_id"] = node.config.stash[_run_id]  # type: ignore[attr-defined]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove what the run made, also when a worker died on the way."""
+    if hasattr(config, "workerinput"):
+        return
+    given = os.environ.get("TEST_DATABASE_URL")
+    if given is not None:
+        Server(given, f"peculium_test_{config.stash[_run_id]}_").drop_all()
+        return
+    data_dir = _data_dir(config)
+    if (data_dir / "cluster" / "postmaster.pid").exists():
+        EmbeddedPostgres.start(data_dir).stop()
+    shutil.rmtree(data_dir, ignore_errors=True)
+
+
+def _data_dir(config: pytest.Config) -> Path:
+    return Path(tempfile.gettempdir()) / f"peculium-tests-{config.stash[_run_id]}"
