@@ -1,0 +1,105 @@
+"""The subset of deterministic CBOR (RFC 8949, section 4.2.1) that entries are encoded in.
+
+Unsigned and negative integers, byte and text strings, arrays, maps with keys in bytewise order of
+their encoding, true and null. Shortest form of every length; one value has one encoding.
+"""
+
+from __future__ import annotations
+
+Value = int | bytes | str | bool | None | list["Value"] | dict["Key", "Value"]
+Key = int | str
+
+
+def encode(value: Value) -> bytes:
+    """The one encoding of a value."""
+    if value is None:
+        return b"\xf6"
+    if value is True:
+        return b"\xf5"
+    if value is False:
+        return b"\xf4"
+    if isinstance(value, int):
+        return head(0, value) if value >= 0 else head(1, -1 - value)
+    if isinstance(value, bytes):
+        return head(2, len(value)) + value
+    if isinstance(value, str):
+        text = value.encode()
+        return head(3, len(text)) + text
+    if isinstance(value, list):
+        return head(4, len(value)) + b"".join(map(encode, value))
+    pairs = sorted((encode(key), item) for key, item in value.items())
+    return head(5, len(pairs)) + b"".join(key + encode(item) for key, item in pairs)
+
+
+def head(major: int, argument: int) -> bytes:
+    """The first bytes of an item: its major type and its argument in the shortest form."""
+    if argument < 24:
+        return _SHORT[major][argument]
+    if argument < 0x100:
+        return bytes((major << 5 | 24, argument))
+    for info, size in ((25, 2), (26, 4), (27, 8)):
+        if argument < 1 << 8 * size:
+            return bytes((major << 5 | info,)) + argument.to_bytes(size)
+    raise OverflowError(f"{argument} does not fit into 64 bits")
+
+
+_SHORT = [[bytes((major << 5 | argument,)) for argument in range(24)] for major in range(6)]
+
+
+def decode(data: bytes) -> Value:
+    """The value of an encoding.
+
+    Raises:
+        ValueError: The bytes are not the one encoding of a value.
+    """
+    try:
+        value, end = _item(data, 0)
+    except (IndexError, RecursionError) as error:
+        raise ValueError("cut short, or nested too deeply") from error
+    if end != len(data) or encode(value) != data:
+        raise ValueError("not in the deterministic encoding")
+    return value
+
+
+def _item(data: bytes, at: int) -> tuple[Value, int]:
+    major, info = data[at] >> 5, data[at] & 31
+    at += 1
+    if major == 7:
+        if info not in _SIMPLE:
+            raise ValueError("not a value of the subset")
+        return _SIMPLE[info], at
+    if info < 24:
+        argument = info
+    elif info <= 27:
+        size = 1 << info - 24
+        argument = int.from_bytes(data[at : at + size])
+        at += size
+    else:
+        raise ValueError("lengths have to be definite")
+    if major == 0:
+        return argument, at
+    if major == 1:
+        return -1 - argument, at
+    if major in (2, 3):
+        end = at + argument
+        if end > len(data):
+            raise ValueError("cut short")
+        return (data[at:end] if major == 2 else data[at:end].decode()), end
+    if major == 4:
+        items: list[Value] = []
+        for _ in range(argument):
+            item, at = _item(data, at)
+            items.append(item)
+        return items, at
+    if major == 5:
+        pairs: dict[Key, Value] = {}
+        for _ in range(argument):
+            key, at = _item(data, at)
+            if not isinstance(key, int | str):
+                raise ValueError("keys are integers or text")
+            pairs[key], at = _item(data, at)
+        return pairs, at
+    raise ValueError("tags are not part of the subset")
+
+
+_SIMPLE: dict[int, bool | None] = {20: False, 21: True, 22: None}

@@ -1,0 +1,119 @@
+"""Why an operation is refused: one enum in order of precedence, and the value that carries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class Refusal(IntEnum):
+    """Reasons in order of precedence: if several apply, the lowest number is the answer.
+
+    Numbers are those of the wire's `RefusalReason` and are never reused.
+    """
+
+    MALFORMED = 1
+    TOO_LARGE = 2
+    UNAUTHENTICATED = 3
+    PERMISSION_DENIED = 4
+    CAPABILITY_UNKNOWN = 5
+    BUDGET_UNKNOWN = 6
+    NOT_TOKEN_HELD = 7
+    OPERATION_ID_REUSED = 8
+    OPERATION_TOO_OLD = 9
+    TOKEN_CONSUMED = 10
+    TOKEN_ID_REUSED = 11
+    DESCENDANT_UNKNOWN = 12
+    HOLD_UNKNOWN = 13
+    ID_TAKEN = 14
+    NAME_TAKEN = 15
+    NOT_FOR_ROOTS = 16
+    ONLY_FOR_ROOTS = 17
+    BUDGET_CLOSED = 18
+    BUDGET_EXPIRED = 19
+    BUDGET_FROZEN = 20
+    TREE_OVERRUN = 21
+    HOLD_ENDED = 22
+    HOLD_LAPSED = 23
+    NOT_DUE = 24
+    TREE_TOO_DEEP = 25
+    LIVE_HOLDS = 26
+    OPEN_CHILDREN = 27
+    BUDGET_EXHAUSTED = 28
+    AMOUNT_OVERFLOW = 29
+    BATCH_REFUSED = 30
+
+
+class Rule(NamedTuple):
+    """What is to be said about a reason, once, for the wire, the docs and people."""
+
+    transient: bool
+    """The same request could later succeed."""
+    sentence: str
+    """What happened and what to do, for people."""
+
+
+RULES: dict[Refusal, Rule] = {
+    Refusal.MALFORMED: Rule(False, "A field of the request is not as it has to be."),
+    Refusal.TOO_LARGE: Rule(False, "The request carries more than one request may."),
+    Refusal.UNAUTHENTICATED: Rule(False, "Credentials are missing or unknown."),
+    Refusal.PERMISSION_DENIED: Rule(False, "The caller's role may not do this."),
+    Refusal.CAPABILITY_UNKNOWN: Rule(
+        False, "No such capability: a wrong secret, an unknown budget, or another's."
+    ),
+    Refusal.BUDGET_UNKNOWN: Rule(False, "There is no such budget."),
+    Refusal.NOT_TOKEN_HELD: Rule(
+        False, "The budget is held by its principal and has no token; use it by name."
+    ),
+    Refusal.OPERATION_ID_REUSED: Rule(
+        False, "The operation id was recorded with other content; make a new id for a new operation."
+    ),
+    Refusal.OPERATION_TOO_OLD: Rule(
+        False, "The operation was made too long ago, or by a clock that is off; make a new one."
+    ),
+    Refusal.TOKEN_CONSUMED: Rule(
+        False, "The token was consumed by an earlier operation; only the latest token is live."
+    ),
+    Refusal.TOKEN_ID_REUSED: Rule(False, "A token to be produced was seen before; make a new secret."),
+    Refusal.DESCENDANT_UNKNOWN: Rule(False, "There is no such budget below this one."),
+    Refusal.HOLD_UNKNOWN: Rule(False, "The budget has no such hold."),
+    Refusal.ID_TAKEN: Rule(False, "The id was used before in this root; make a new one."),
+    Refusal.NAME_TAKEN: Rule(False, "A sibling has or had this name; choose another."),
+    Refusal.NOT_FOR_ROOTS: Rule(False, "A root has no parent to return to; withdraw from it."),
+    Refusal.ONLY_FOR_ROOTS: Rule(False, "Money enters and leaves the ledger at roots only."),
+    Refusal.BUDGET_CLOSED: Rule(False, "The budget, or one above it, is closed."),
+    Refusal.BUDGET_EXPIRED: Rule(False, "The lease of the budget, or of one above it, has ended."),
+    Refusal.BUDGET_FROZEN: Rule(
+        True, "The budget, or one above it, is frozen; an admin can unfreeze or resolve it."
+    ),
+    Refusal.TREE_OVERRUN: Rule(
+        True, "The tree was billed beyond what it had; top the root up by at least its overrun."
+    ),
+    Refusal.HOLD_ENDED: Rule(
+        False, "The hold was settled or released; only an admin may resolve it now."
+    ),
+    Refusal.HOLD_LAPSED: Rule(False, "The hold's time is over; it can be settled or released."),
+    Refusal.NOT_DUE: Rule(True, "Its time is not over yet."),
+    Refusal.TREE_TOO_DEEP: Rule(False, "The tree would become too deep."),
+    Refusal.LIVE_HOLDS: Rule(True, "Holds are live; end them, or cascade."),
+    Refusal.OPEN_CHILDREN: Rule(True, "A child is open; return it first, or cascade."),
+    Refusal.BUDGET_EXHAUSTED: Rule(True, "Less is available than was asked for."),
+    Refusal.AMOUNT_OVERFLOW: Rule(False, "A balance would pass 2^62."),
+    Refusal.BATCH_REFUSED: Rule(True, "Another operation of the atomic batch was refused."),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A refusal and its facts. It has changed nothing."""
+
+    reason: Refusal
+    facts: dict[str, str]
+
+    @property
+    def message(self) -> str:
+        """The reason's sentence, with every fact behind it."""
+        facts = ", ".join(f"{key} {value}" for key, value in self.facts.items())
+        sentence = RULES[self.reason].sentence
+        return f"{sentence} ({facts})" if facts else sentence
