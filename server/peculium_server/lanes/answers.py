@@ -1,0 +1,63 @@
+"""What the ledger answers to a request, and what it says when it gives no answer."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from peculium_server.core.outcome import Outcome
+from peculium_server.core.refusals import Refused
+
+
+class Unavailability(IntEnum):
+    """Why an operation got no answer. Numbers are those of the wire's `UnavailableReason`."""
+
+    QUEUE_FULL = 1
+    DRAINING = 2
+    DATABASE_UNAVAILABLE = 3
+    CONTENDED = 4
+
+
+SENTENCES: dict[Unavailability, str] = {
+    Unavailability.QUEUE_FULL: "Too many operations wait already; nothing was done.",
+    Unavailability.DRAINING: "The server is about to stop; nothing was done.",
+    Unavailability.DATABASE_UNAVAILABLE: (
+        "The database did not answer; send the same operation again to learn what became of it."
+    ),
+    Unavailability.CONTENDED: "Conflicts with other servers did not end; nothing was done.",
+}
+"""What happened and what to do, for people."""
+
+
+class Unanswered(NamedTuple):
+    """The ledger gave no answer; the same operation is to be sent again, unchanged."""
+
+    reason: Unavailability
+    facts: dict[str, str]
+    retry_delay_ms: int
+    """When to try again, from now."""
+
+    @property
+    def message(self) -> str:
+        """The reason's sentence."""
+        return SENTENCES[self.reason]
+
+
+class Position(NamedTuple):
+    """Where in the ledger's history an answer stands."""
+
+    incarnation: bytes
+    lane: int
+    number: int
+    """Operations committed in the lane."""
+
+
+Result = Outcome | Refused | Unanswered
+
+
+class Answer(NamedTuple):
+    """What became of one operation."""
+
+    result: Result
+    position: Position | None
+    """None where the ledger was not asked: a malformed operation, or no answer."""

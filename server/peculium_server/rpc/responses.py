@@ -1,0 +1,200 @@
+"""From the core to the wire: outcomes, refusals, budgets, holds and entries fill messages.
+
+Pure. Messages are filled in place: to build them apart and copy them in would take twice as long, and
+this runs for every operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from peculium.v1 import audit_service_pb2, ledger_service_pb2, types_pb2
+from peculium_server.core.limits import SECOND_US
+from peculium_server.core.operations import Kind
+from peculium_server.core.outcome import Outcome
+from peculium_server.core.refusals import Refused
+from peculium_server.core.state import Balances, Budget, BudgetState, Entry, Hold
+from peculium_server.lanes.answers import Answer, Position, Unanswered
+
+_NANOS_PER_US: Final = 1000
+_PLAIN_KINDS: Final = frozenset({Kind.RESERVE, Kind.SETTLE, Kind.RELEASE, Kind.EXTEND, Kind.SPEND})
+"""These have an effect on one budget and one hold; most operations are of these kinds."""
+
+
+def write_answer(answer: Answer, result: ledger_service_pb2.OperationResult) -> None:
+    """Write what became of one operation of a batch."""
+    match answer.result:
+        case Outcome():
+            write_outcome(answer.result, answer.position, result.outcome)
+        case Refused():
+            write_refused(answer.result, result.refused)
+        case Unanswered():
+            write_unanswered(answer.result, result.unavailable)
+
+
+def write_outcome(outcome: Outcome, position: Position | None, message: types_pb2.Outcome) -> None:
+    """Write what an accepted operation did."""
+    message.operation_id = outcome.operation_id
+    message.kind = outcome.kind  # type: ignore[assignment]
+    message.budget_id = outcome.budget_id
+    message.state = outcome.state  # type: ignore[assignment]
+    message.seq = outcome.seq
+    _write_time(outcome.at, message.at)
+    write_balances(outcome.money, message.balances)
+    if outcome.replayed:
+        message.replayed = True
+    if outcome.dry_run:
+        message.dry_run = True
+    if outcome.lease_until is not None:
+        _write_time(outcome.lease_until, message.lease_expires_at)
+    if outcome.hold is not None:
+        write_hold(outcome.hold, message.hold)
+    if outcome.kind not in _PLAIN_KINDS:
+        _write_wider_effects(outcome, message)
+    if position is not None:
+        write_position(position, message.ledger)
+
+
+def _write_wider_effects(outcome: Outcome, message: types_pb2.Outcome) -> None:
+    """Write what only some kinds have: effects on other budgets, and lists."""
+    for child in outcome.children:
+        made = message.children.add()
+        made.budget_id = child.budget_id
+        made.granted = child.granted
+        if child.lease_until is not None:
+            _write_time(child.lease_until, made.lease_expires_at)
+    message.returned = outcome.returned
+    message.pending = outcome.pending
+    for hold in outcome.holds:
+        write_hold(hold, message.holds.add())
+    message.holds_truncated = outcome.holds_truncated
+    if outcome.descendant_id is not None:
+        message.descendant_id = outcome.descendant_id
+
+
+def write_refused(refused: Refused, message: types_pb2.Refused) -> None:
+    """Write why an operation was refused."""
+    message.reason = refused.reason  # type: ignore[assignment]
+    message.message = refused.message
+    message.metadata.update(refused.facts)
+
+
+def write_unanswered(unanswered: Unanswered, message: ledger_service_pb2.Unavailable) -> None:
+    """Write why an operation got no answer."""
+    message.reason = unanswered.reason  # type: ignore[assignment]
+    message.message = unanswered.message
+    message.retry_delay.FromMilliseconds(unanswered.retry_delay_ms)
+
+
+def write_position(position: Position, message: types_pb2.LedgerPosition) -> None:
+    """Write where in the ledger's history an answer stands."""
+    message.incarnation = position.incarnation
+    message.lane = position.lane
+    message.position = position.number
+
+
+def write_balances(money: Balances, message: types_pb2.Balances) -> None:
+    """Write the money of a budget, or differences of it; what is zero is left out."""
+    # An absent message would read as zeros too, but a reader tells "no money" from "not told".
+    message.SetInParent()
+    granted, available, held, delegated, spent, forfeited, overrun, advanced = money
+    if granted:
+        message.granted = granted
+    if available:
+        message.available = available
+    if held:
+        message.held = held
+    if delegated:
+        message.delegated = delegated
+    if spent:
+        message.spent = spent
+    if forfeited:
+        message.forfeited = forfeited
+    if overrun:
+        message.overrun = overrun
+    if advanced:
+        message.advanced = advanced
+
+
+def write_hold(hold: Hold, message: types_pb2.Hold) -> None:
+    """Write a hold, without its token."""
+    message.hold_id = hold.hold_id
+    message.budget_id = hold.budget_id
+    message.state = hold.state  # type: ignore[assignment]
+    message.amount = hold.amount
+    message.remaining = hold.remaining
+    message.booked = hold.booked
+    message.disputed = hold.disputed
+    _write_time(hold.created_at, message.created_at)
+    _write_time(hold.expires_at, message.expires_at)
+
+
+def write_budget(
+    budget: Budget, path: Sequence[str], state: BudgetState, message: types_pb2.Budget
+) -> None:
+    """Write a budget as a read found it.
+
+    Args:
+        budget: Its row.
+        path: Names from the root downwards.
+        state: What it allows, its ancestors considered.
+        message: To be filled.
+    """
+    message.root_id = budget.root_id
+    message.budget_id = budget.budget_id
+    if budget.parent_id is not None:
+        message.parent_id = budget.parent_id
+    message.name = budget.name
+    message.path = "/".join(path)
+    message.unit = budget.unit
+    message.custody = budget.custody  # type: ignore[assignment]
+    message.holder = budget.holder or ""
+    message.state = state  # type: ignore[assignment]
+    write_balances(budget.money, message.balances)
+    message.disputed = budget.disputed
+    message.holds_live = budget.holds_live
+    if budget.overrun_factor is not None:
+        message.overrun_factor = budget.overrun_factor
+    if budget.lease_until is not None:
+        _write_time(budget.lease_until, message.lease_expires_at)
+    if budget.lease_latest is not None:
+        _write_time(budget.lease_latest, message.lease_latest_at)
+    message.labels.update(budget.labels)
+    message.seq = budget.seq
+    message.version = budget.version
+    _write_time(budget.created_at, message.created_at)
+    message.head = budget.head
+
+
+def write_entry(entry: Entry, lane: int, message: audit_service_pb2.Entry) -> None:
+    """Write an entry as it is recorded."""
+    message.root_id = entry.root_id
+    message.budget_id = entry.budget_id
+    message.seq = entry.seq
+    message.lane = lane
+    message.position = entry.position
+    message.part = entry.part
+    message.parts = entry.parts
+    message.operation_id = entry.operation_id
+    message.kind = entry.kind  # type: ignore[assignment]
+    _write_time(entry.at, message.at)
+    message.actor = entry.principal
+    message.trace_id = entry.trace_id or b""
+    message.consumed = entry.consumed or b""
+    write_balances(entry.money, message.balances)
+    write_balances(entry.effect.changes, message.changes)
+    message.request = entry.request or b""
+    message.effect = entry.effect_bytes
+    message.digest = entry.digest
+    message.previous_hash = entry.previous_hash
+    message.hash = entry.hash
+    message.amount = entry.amount
+
+
+def _write_time(microseconds: int, message: Timestamp) -> None:
+    seconds, rest = divmod(microseconds, SECOND_US)
+    message.seconds = seconds
+    message.nanos = rest * _NANOS_PER_US
