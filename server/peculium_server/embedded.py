@@ -297,6 +297,7 @@ class _Place:
             if not self._is_ours(postmaster.pid):
                 self._wait_for_orphans()
                 self._remove_socket_dir(postmaster.socket_dir)
+                # The killed server itself counts as alive until its parent took notice of its end.
                 if psutil.pid_exists(postmaster.pid):
                     self._postmaster_file.unlink()
                 return None
@@ -332,15 +333,15 @@ class _Place:
         self._write_password()
         unfinished = self.data_dir / f"cluster.new-{secrets.token_hex(4)}"
         self._run(
-            *("initdb", "--pgdata", str(unfinished), "--username", SUPERUSER),
+            *("initdb", "--pgdata", unfinished.name, "--username", SUPERUSER),
             *("--auth-local", "trust", "--auth-host", "scram-sha-256"),
-            *("--pwfile", str(self.password_file), "--no-instructions", "--encoding", "UTF8"),
+            *("--pwfile", self.password_file.name, "--no-instructions", "--encoding", "UTF8"),
             # The same order of text on every machine, whatever its C library.
             *("--locale", "C", "--locale-provider", "builtin", "--builtin-locale", "C.UTF-8"),
             *("--set", "timezone=UTC", "--set", "log_timezone=UTC"),
         )
         self._run(
-            *("postgres", "--single", "-j", "-D", str(unfinished), "postgres"),
+            *("postgres", "--single", "-j", "-D", unfinished.name, "postgres"),
             stdin=f"CREATE DATABASE {DATABASE};\n",
         )
         unfinished.rename(self.cluster)
@@ -351,7 +352,8 @@ class _Place:
         options = {
             "listen_addresses": "" if port is None else "127.0.0.1",
             "port": str(_SOCKET_PORT if port is None else port),
-            "unix_socket_directories": str(socket_dir),
+            # A list, whose members are quoted as identifiers are.
+            "unix_socket_directories": '"{}"'.format(str(socket_dir).replace('"', '""')),
             "unix_socket_permissions": "0700",
             **settings,
         }
@@ -361,7 +363,8 @@ class _Place:
         try:
             self._run(
                 *("pg_ctl", "start", "--wait", "--timeout", str(START_SECONDS_MAX)),
-                *("--pgdata", str(self.cluster), "--log", str(self.log_file)),
+                # Relative, since pg_ctl hands them to a shell without much care.
+                *("--pgdata", self.cluster.name, "--log", self.log_file.name),
                 *("--options", command_line),
             )
         except EmbeddedPostgresError as error:
@@ -378,10 +381,10 @@ class _Place:
             return
         stop = ("pg_ctl", "stop", "--wait", "--timeout", str(STOP_SECONDS_MAX))
         try:
-            self._run(*stop, "--pgdata", str(self.cluster), "--mode", "fast")
+            self._run(*stop, "--pgdata", self.cluster.name, "--mode", "fast")
         except EmbeddedPostgresError:
             _logger.warning("PostgreSQL did not stop in time; it will recover at its next start")
-            self._run(*stop, "--pgdata", str(self.cluster), "--mode", "immediate")
+            self._run(*stop, "--pgdata", self.cluster.name, "--mode", "immediate")
         self._remove_socket_dir(postmaster.socket_dir)
 
     def _read_postmaster(self) -> _Postmaster | None:
@@ -433,7 +436,9 @@ class _Place:
         inside = self.data_dir / "run"
         name = f".s.PGSQL.{_SOCKET_PORT if port is None else port}"
         if len(os.fsencode(inside / name)) <= _SOCKET_PATH_BYTES_MAX:
-            inside.mkdir(mode=0o700, exist_ok=True)
+            # A killed server leaves a lock there too, and its process id may be another program's.
+            shutil.rmtree(inside, ignore_errors=True)
+            inside.mkdir(mode=0o700)
             directory = inside
         else:
             directory = Path(tempfile.mkdtemp(prefix=_SOCKET_DIR_PREFIX))
@@ -454,7 +459,7 @@ class _Place:
         return found.group()
 
     def _run(self, program: str, *arguments: str, stdin: str = "") -> str:
-        """Run one of the programs as the server's user, and return what it printed.
+        """Run one of the programs as the server's user in the data directory: what it printed.
 
         Raises:
             EmbeddedPostgresError: It failed; with what it said about that.
