@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 from peculium_server.core.operations import (
     HOLD_KINDS,
@@ -12,16 +11,22 @@ from peculium_server.core.operations import (
     After,
     ByToken,
     Delegate,
+    Extend,
     Operation,
     Recover,
+    Release,
+    Reserve,
+    Settle,
 )
 from peculium_server.core.outcome import Outcome, tell
 from peculium_server.core.refusals import Refusal, Refused
 from peculium_server.core.rules import decide
-from peculium_server.core.state import Accepted, Tree
+from peculium_server.core.shape import check_shape
+from peculium_server.core.state import Accepted, Budget, Hold, Tree
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Request:
     """One operation of a client's request, and its index there."""
 
     operation: Operation
@@ -55,6 +60,11 @@ def decide_group(
         if isinstance(operation, Refused):
             answers.append(operation)
             continue
+        malformed = check_shape(operation)
+        if malformed is not None:
+            answers.append(malformed)
+            _leave_as_it_was(request.index, operation, trees, left)
+            continue
         tree = trees[operation.root_id]
         decision = decide(tree, operation, request.actor, now, position + len(accepted) + 1)
         if isinstance(decision, Accepted):
@@ -65,7 +75,10 @@ def decide_group(
         else:
             answer = decision
         answers.append(answer)
-        _leave(request.index, operation, answer, tree, left)
+        if isinstance(answer, Refused) or operation.dry_run:
+            _leave_as_it_was(request.index, operation, trees, left)
+        else:
+            _leave(request.index, operation, answer, left)
     return answers, accepted
 
 
@@ -91,56 +104,57 @@ def _resolve_chain(request: Request, left: dict[_Key, bytes]) -> Operation | Ref
 
 def _subject(operation: Operation) -> bytes:
     """The budget or hold whose token the operation consumes."""
-    if operation.kind in HOLD_KINDS:
-        return operation.hold_id  # type: ignore[union-attr]
+    if isinstance(operation, Settle | Release | Extend):
+        return operation.hold_id
     return operation.budget_id
 
 
-def _leave(
-    index: int,
-    operation: Operation,
-    answer: Outcome | Refused,
-    tree: Tree,
-    left: dict[_Key, bytes],
+def _leave_as_it_was(
+    index: int, operation: Operation, trees: dict[bytes, Tree], left: dict[_Key, bytes]
 ) -> None:
-    """Note the tokens that the operation leaves, so that later ones may name it.
+    """A refused or dry-run operation leaves the token that it presented, if that was live.
 
-    An accepted one leaves what it produced, or the token that it consumed as its last; a refused or
-    dry-run one leaves the token as it was, if it was live.
+    A malformed one was not looked up: only what others of the batch name is known of it.
     """
-    root_id, subject = operation.root_id, _subject(operation)
-    key = index, root_id, subject
-    if isinstance(answer, Refused) or operation.dry_run:
-        if isinstance(operation.authority, ByToken) and _live(tree, operation):
-            left[key] = operation.authority.token_id
+    tree = trees.get(operation.root_id)
+    if tree is None or not isinstance(operation.authority, ByToken):
         return
+    owner: Budget | Hold | None
+    if operation.kind in HOLD_KINDS:
+        owner = tree.holds.get(_subject(operation))
+        live = owner is not None and owner.settleable
+    else:
+        owner = tree.budgets.get(_subject(operation))
+        live = owner is not None
+    if owner is not None and live and owner.token == operation.authority.token_id:
+        left[index, operation.root_id, _subject(operation)] = operation.authority.token_id
+
+
+def _leave(index: int, operation: Operation, outcome: Outcome, left: dict[_Key, bytes]) -> None:
+    """An accepted operation leaves what it produced, or what it consumed as the last token."""
+    root_id = operation.root_id
+    key = index, root_id, _subject(operation)
     if isinstance(operation.authority, ByToken):
         left[key] = operation.authority.token_id
-    if operation.kind in HOLD_KINDS:
-        successor = getattr(operation, "next_hold_token_id", None)
-        if successor is not None and answer.hold is not None and answer.hold.settleable:
-            left[key] = successor
-        return
-    successor = getattr(operation, "next_token_id", None)
-    if successor is not None:
-        left[key] = successor
-    hold_token = getattr(operation, "hold_token_id", None)
-    if hold_token is not None:
-        left[index, root_id, operation.hold_id] = hold_token  # type: ignore[union-attr]
-    if isinstance(operation, Delegate):
-        for child in operation.children:
-            if child.token_id is not None:
-                left[index, root_id, child.budget_id] = child.token_id
-    if isinstance(operation, Recover):
-        for rotation in operation.holds:
-            left[index, root_id, rotation.hold_id] = rotation.next_token_id
-
-
-def _live(tree: Tree, operation: Operation) -> bool:
-    assert isinstance(operation.authority, ByToken)
-    token_id = operation.authority.token_id
-    if operation.kind in HOLD_KINDS:
-        hold = tree.holds[operation.hold_id]  # type: ignore[union-attr]
-        return hold is not None and hold.settleable and hold.token == token_id
-    budget = tree.budgets[operation.budget_id]
-    return budget is not None and budget.token == token_id
+    match operation:
+        case Settle() | Extend():
+            if outcome.hold is not None and outcome.hold.settleable:
+                assert operation.next_hold_token_id is not None
+                left[key] = operation.next_hold_token_id
+            return
+        case Release():
+            return
+        case Reserve():
+            left[index, root_id, operation.hold_id] = operation.hold_token_id
+        case Delegate():
+            for child in operation.children:
+                if child.token_id is not None:
+                    left[index, root_id, child.budget_id] = child.token_id
+        case Recover():
+            for rotation in operation.holds:
+                left[index, root_id, rotation.hold_id] = rotation.next_token_id
+        case _:
+            pass
+    produced = getattr(operation, "next_token_id", None)
+    if produced is not None:
+        left[key] = produced

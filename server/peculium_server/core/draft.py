@@ -82,9 +82,7 @@ class Draft:
                 advanced = min(money.advanced, amount)
             else:
                 repaid = advanced = min(money.advanced, amount)
-            self.move(
-                budget_id, granted=-repaid, advanced=-advanced, available=amount - repaid
-            )
+            self.move(budget_id, granted=-repaid, advanced=-advanced, available=amount - repaid)
             if repaid:
                 self.move(parent_id, delegated=-repaid)
             budget_id, amount = parent_id, repaid
@@ -118,7 +116,7 @@ class Draft:
             self.inflow(budget_id, amount)
         return amount
 
-    def accept(  # noqa: PLR0913 - what an entry says beside the state
+    def accept(
         self,
         operation: Operation,
         actor: Actor,
@@ -156,10 +154,10 @@ class Draft:
         self.budgets = {operation.budget_id: concerned} | self.budgets
         shared = Effect(
             changes=Balances(),
-            hold=hold,
+            hold=None if hold is None else _bare(hold),
             returned=returned,
             pending=pending,
-            holds=holds,
+            holds=tuple(map(_bare, holds)),
             holds_truncated=holds_truncated,
         )
         steps: list[tuple[Budget, bytes | None, Effect]] = []
@@ -171,9 +169,15 @@ class Draft:
                 continue
             for token, ended in also_consumed:
                 changed = changed._replace(seq=changed.seq + 1)
-                steps.append(
-                    (changed, token, effect._replace(**_BARE, hold=ended))
+                rotated = effect._replace(
+                    changes=Balances(),
+                    hold=_bare(ended),
+                    returned=0,
+                    pending=0,
+                    holds=(),
+                    holds_truncated=False,
                 )
+                steps.append((changed, token, rotated))
         return self._seal(operation, actor, position, amount, steps)
 
     def _next(self, budget: Budget, shared: Effect) -> tuple[Budget, Effect]:
@@ -266,6 +270,9 @@ class Draft:
         )
 
 
+def _bare(hold: Hold) -> Hold:
+    """A hold as an entry tells it: who reads an entry needs no token."""
+    return hold._replace(token=b"")
+
+
 _NOTHING = Effect(changes=Balances())
-_BARE = {"changes": Balances(), "returned": 0, "pending": 0, "holds": (), "holds_truncated": False}
-"""What a further part on the same budget does not tell again."""

@@ -188,7 +188,7 @@ def encode_request(operation: Operation) -> bytes:
     return cbor.encode(packed)
 
 
-def decode_request(  # noqa: PLR0913 - the entry's own columns, by keyword
+def decode_request(
     *,
     kind: Kind,
     root_id: bytes,
@@ -205,7 +205,7 @@ def decode_request(  # noqa: PLR0913 - the entry's own columns, by keyword
     """
     packed = cbor.decode(request)
     if not isinstance(packed, dict):
-        raise ValueError("a request is a map")
+        raise ValueError("a request is a map")  # noqa: TRY004 - of bytes, not of an argument
     by = packed.pop(_AUTHORITY_KEY, None)
     authority: Authority
     if by == _BY_TOKEN and consumed is not None:
@@ -241,9 +241,7 @@ def encode_effect(effect: Effect) -> bytes:
     }
     if changes:
         packed[1] = changes
-    for key, value in enumerate(effect[1:9], start=2):
-        if value:
-            packed[key] = value
+    packed |= {key: value for key, value in enumerate(effect[1:9], start=2) if value}
     if effect.versions:
         packed[10] = list(effect.versions)
     if effect.hold is not None:
@@ -261,10 +259,7 @@ def encode_effect(effect: Effect) -> bytes:
 
 def _pack_hold(hold: Hold) -> cbor.Value:
     packed: dict[cbor.Key, cbor.Value] = {1: hold.hold_id, 2: int(hold.state)}
-    for key, value in enumerate(hold[4:], start=3):
-        if value:
-            packed[key] = value
-    return packed
+    return packed | {key: value for key, value in enumerate(hold[4:], start=3) if value}
 
 
 def decode_effect(data: bytes, budget_id: bytes) -> Effect:
@@ -323,7 +318,7 @@ class Part(NamedTuple):
     effect: bytes
 
 
-def operation_digest(  # noqa: PLR0913 - the entry's own columns, by keyword
+def operation_digest(
     *,
     kind: Kind,
     root_id: bytes,

@@ -55,52 +55,88 @@ class Rule(NamedTuple):
 
 
 RULES: dict[Refusal, Rule] = {
-    Refusal.MALFORMED: Rule(False, "A field of the request is not as it has to be."),
-    Refusal.TOO_LARGE: Rule(False, "The request carries more than one request may."),
-    Refusal.UNAUTHENTICATED: Rule(False, "Credentials are missing or unknown."),
-    Refusal.PERMISSION_DENIED: Rule(False, "The caller's role may not do this."),
-    Refusal.CAPABILITY_UNKNOWN: Rule(
-        False, "No such capability: a wrong secret, an unknown budget, or another's."
+    Refusal.MALFORMED: Rule(
+        transient=False, sentence="A field of the request is not as it has to be."
     ),
-    Refusal.BUDGET_UNKNOWN: Rule(False, "There is no such budget."),
+    Refusal.TOO_LARGE: Rule(
+        transient=False, sentence="The request carries more than one request may."
+    ),
+    Refusal.UNAUTHENTICATED: Rule(transient=False, sentence="Credentials are missing or unknown."),
+    Refusal.PERMISSION_DENIED: Rule(transient=False, sentence="The caller's role may not do this."),
+    Refusal.CAPABILITY_UNKNOWN: Rule(
+        transient=False,
+        sentence="No such capability: a wrong secret, an unknown budget, or another's.",
+    ),
+    Refusal.BUDGET_UNKNOWN: Rule(transient=False, sentence="There is no such budget."),
     Refusal.NOT_TOKEN_HELD: Rule(
-        False, "The budget is held by its principal and has no token; use it by name."
+        transient=False,
+        sentence="The budget is held by its principal and has no token; use it by name.",
     ),
     Refusal.OPERATION_ID_REUSED: Rule(
-        False, "The operation id was recorded with other content; make a new id for a new operation."
+        transient=False,
+        sentence="The operation id was recorded with other content; make a new id for a new operation.",
     ),
     Refusal.OPERATION_TOO_OLD: Rule(
-        False, "The operation was made too long ago, or by a clock that is off; make a new one."
+        transient=False,
+        sentence="The operation was made too long ago, or by a clock that is off; make a new one.",
     ),
     Refusal.TOKEN_CONSUMED: Rule(
-        False, "The token was consumed by an earlier operation; only the latest token is live."
+        transient=False,
+        sentence="The token was consumed by an earlier operation; only the latest token is live.",
     ),
-    Refusal.TOKEN_ID_REUSED: Rule(False, "A token to be produced was seen before; make a new secret."),
-    Refusal.DESCENDANT_UNKNOWN: Rule(False, "There is no such budget below this one."),
-    Refusal.HOLD_UNKNOWN: Rule(False, "The budget has no such hold."),
-    Refusal.ID_TAKEN: Rule(False, "The id was used before in this root; make a new one."),
-    Refusal.NAME_TAKEN: Rule(False, "A sibling has or had this name; choose another."),
-    Refusal.NOT_FOR_ROOTS: Rule(False, "A root has no parent to return to; withdraw from it."),
-    Refusal.ONLY_FOR_ROOTS: Rule(False, "Money enters and leaves the ledger at roots only."),
-    Refusal.BUDGET_CLOSED: Rule(False, "The budget, or one above it, is closed."),
-    Refusal.BUDGET_EXPIRED: Rule(False, "The lease of the budget, or of one above it, has ended."),
+    Refusal.TOKEN_ID_REUSED: Rule(
+        transient=False, sentence="A token to be produced was seen before; make a new secret."
+    ),
+    Refusal.DESCENDANT_UNKNOWN: Rule(
+        transient=False, sentence="There is no such budget below this one."
+    ),
+    Refusal.HOLD_UNKNOWN: Rule(transient=False, sentence="The budget has no such hold."),
+    Refusal.ID_TAKEN: Rule(
+        transient=False, sentence="The id was used before in this root; make a new one."
+    ),
+    Refusal.NAME_TAKEN: Rule(
+        transient=False, sentence="A sibling has or had this name; choose another."
+    ),
+    Refusal.NOT_FOR_ROOTS: Rule(
+        transient=False, sentence="A root has no parent to return to; withdraw from it."
+    ),
+    Refusal.ONLY_FOR_ROOTS: Rule(
+        transient=False, sentence="Money enters and leaves the ledger at roots only."
+    ),
+    Refusal.BUDGET_CLOSED: Rule(
+        transient=False, sentence="The budget, or one above it, is closed."
+    ),
+    Refusal.BUDGET_EXPIRED: Rule(
+        transient=False, sentence="The lease of the budget, or of one above it, has ended."
+    ),
     Refusal.BUDGET_FROZEN: Rule(
-        True, "The budget, or one above it, is frozen; an admin can unfreeze or resolve it."
+        transient=True,
+        sentence="The budget, or one above it, is frozen; an admin can unfreeze or resolve it.",
     ),
     Refusal.TREE_OVERRUN: Rule(
-        True, "The tree was billed beyond what it had; top the root up by at least its overrun."
+        transient=True,
+        sentence="The tree was billed beyond what it had; top the root up by at least its overrun.",
     ),
     Refusal.HOLD_ENDED: Rule(
-        False, "The hold was settled or released; only an admin may resolve it now."
+        transient=False,
+        sentence="The hold was settled or released; only an admin may resolve it now.",
     ),
-    Refusal.HOLD_LAPSED: Rule(False, "The hold's time is over; it can be settled or released."),
-    Refusal.NOT_DUE: Rule(True, "Its time is not over yet."),
-    Refusal.TREE_TOO_DEEP: Rule(False, "The tree would become too deep."),
-    Refusal.LIVE_HOLDS: Rule(True, "Holds are live; end them, or cascade."),
-    Refusal.OPEN_CHILDREN: Rule(True, "A child is open; return it first, or cascade."),
-    Refusal.BUDGET_EXHAUSTED: Rule(True, "Less is available than was asked for."),
-    Refusal.AMOUNT_OVERFLOW: Rule(False, "A balance would pass 2^62."),
-    Refusal.BATCH_REFUSED: Rule(True, "Another operation of the atomic batch was refused."),
+    Refusal.HOLD_LAPSED: Rule(
+        transient=False, sentence="The hold's time is over; it can be settled or released."
+    ),
+    Refusal.NOT_DUE: Rule(transient=True, sentence="Its time is not over yet."),
+    Refusal.TREE_TOO_DEEP: Rule(transient=False, sentence="The tree would become too deep."),
+    Refusal.LIVE_HOLDS: Rule(transient=True, sentence="Holds are live; end them, or cascade."),
+    Refusal.OPEN_CHILDREN: Rule(
+        transient=True, sentence="A child is open; return it first, or cascade."
+    ),
+    Refusal.BUDGET_EXHAUSTED: Rule(
+        transient=True, sentence="Less is available than was asked for."
+    ),
+    Refusal.AMOUNT_OVERFLOW: Rule(transient=False, sentence="A balance would pass 2^62."),
+    Refusal.BATCH_REFUSED: Rule(
+        transient=True, sentence="Another operation of the atomic batch was refused."
+    ),
 }
 
 

@@ -1,6 +1,6 @@
 """The ledger's rules: may this operation happen, and what does it do?
 
-`decide` is a ladder: shape, principal and budget, the presented token, replay, consumed token,
+`decide` is a ladder (below the request's shape): principal and budget, the presented token, replay, consumed token,
 what the request would make, the state of the budget and of all its ancestors, money. Each rule
 function below has the last three rungs of its kind, in that order, one return per refusal.
 """
@@ -50,7 +50,7 @@ from peculium_server.core.operations import (
 )
 from peculium_server.core.outcome import Outcome, tell
 from peculium_server.core.refusals import Refusal, Refused
-from peculium_server.core.shape import check_shape, produced_tokens
+from peculium_server.core.shape import produced_tokens
 from peculium_server.core.state import (
     Accepted,
     Balances,
@@ -85,7 +85,7 @@ class _Case(NamedTuple):
 def decide(
     tree: Tree, operation: Operation, actor: Actor, now: int, position: int
 ) -> Accepted | Outcome | Refused:
-    """Decide one operation.
+    """Decide one well-formed operation (see `shape`).
 
     Args:
         tree: What the operation's footprint names.
@@ -97,13 +97,13 @@ def decide(
     Returns:
         `Accepted` with everything to save, the recorded `Outcome` of a replay, or `Refused`.
     """
-    refused = check_shape(operation) or _check_role(operation, actor)
+    refused = _check_role(operation, actor)
     if refused is not None:
         return refused
     concerned = tree.budgets[operation.budget_id]
     at = now
     if concerned is not None:
-        at = max(now, *(budget.last_at for budget in tree.line(concerned)), now)
+        at = max(now, *(budget.last_at for budget in tree.line(concerned)))
     standing = _stand(tree, operation, actor, concerned, at)
     if not isinstance(standing, _Standing):
         return standing
@@ -258,9 +258,9 @@ NOT_COMPARED = frozenset({"dry_run", "trace_id"})
 def _differences(was: Operation, asked: Operation) -> Iterator[str]:
     """The fields in which two operations of one kind differ, in the order of their definition."""
     for field in fields(was):
-        if field.name not in NOT_COMPARED:
-            if getattr(was, field.name) != getattr(asked, field.name):
-                yield field.name
+        name = field.name
+        if name not in NOT_COMPARED and getattr(was, name) != getattr(asked, name):
+            yield name
 
 
 def _check_age(operation_id: bytes, now: int) -> Refused | None:
@@ -304,14 +304,12 @@ def _time(at: int) -> str:
 def _check_reused(tree: Tree, operation: Operation) -> Refused | None:
     """A token id to be produced was never seen in the budget, ids and names are free."""
     if not isinstance(operation, Grant | Delegate):
-        budget = tree.budget(operation.budget_id)
         for field, token_id in produced_tokens(operation):
-            key = operation.budget_id, token_id
-            if token_id == budget.token or tree.consumed[key] or tree.hold_tokens[key]:
+            if _seen(tree, (operation.budget_id, token_id)):
                 return _token_reused(operation, field)
     elif isinstance(operation, Delegate) and operation.next_token_id is not None:
         key = operation.budget_id, operation.next_token_id
-        if tree.consumed[key] or tree.hold_tokens[key]:
+        if _seen(tree, key):
             return _token_reused(operation, "next_token_id")
     match operation:
         case Grant():
@@ -328,13 +326,21 @@ def _check_reused(tree: Tree, operation: Operation) -> Refused | None:
     return None
 
 
+def _seen(tree: Tree, key: tuple[bytes, bytes]) -> bool:
+    """Say whether the budget ever had the token: live, in a hold, or consumed."""
+    budget_id, token_id = key
+    return (
+        token_id == tree.budget(budget_id).token
+        or tree.consumed[key] is not None
+        or tree.hold_tokens[key] is not None
+    )
+
+
 def _token_reused(operation: Operation, field: str) -> Refused:
     return Refused(Refusal.TOKEN_ID_REUSED, {"budget": operation.budget_id.hex(), "field": field})
 
 
-def _check_new(
-    tree: Tree, budget_id: bytes, parent_id: bytes | None, name: str
-) -> Refused | None:
+def _check_new(tree: Tree, budget_id: bytes, parent_id: bytes | None, name: str) -> Refused | None:
     if tree.budgets[budget_id] is not None:
         return Refused(Refusal.ID_TAKEN, {"field": "budget_id", "id": budget_id.hex()})
     if tree.names[parent_id, name] is not None:
@@ -351,9 +357,7 @@ def _check_state(case: _Case, kind: Kind, budget: Budget) -> Refused | None:
     here = budget.budget_id.hex()
     for level in line:
         if level.closed:
-            return Refused(
-                Refusal.BUDGET_CLOSED, {"budget": here, "closed": level.budget_id.hex()}
-            )
+            return Refused(Refusal.BUDGET_CLOSED, {"budget": here, "closed": level.budget_id.hex()})
     if kind in EXPIRABLE_KINDS:
         for level in line:
             if level.expired(case.at):
@@ -447,9 +451,7 @@ def _top_up(case: _Case, top_up: TopUp, budget: Budget, consumed: bytes | None) 
     draft = Draft(case.tree, case.at)
     draft.move(budget.budget_id, granted=top_up.amount)
     draft.inflow(budget.budget_id, top_up.amount)
-    return draft.accept(
-        top_up, case.actor, case.position, amount=top_up.amount, consumed=consumed
-    )
+    return draft.accept(top_up, case.actor, case.position, amount=top_up.amount, consumed=consumed)
 
 
 def _withdraw(case: _Case, withdraw: Withdraw, budget: Budget, consumed: bytes | None) -> _Decision:
@@ -674,11 +676,12 @@ def _fund(case: _Case, fund: Fund, budget: Budget, consumed: bytes | None) -> _D
     case = case._replace(at=max(case.at, *(level.last_at for level in case.tree.line(descendant))))
     draft = Draft(case.tree, case.at)
     draft.put(budget._replace(token=fund.next_token_id))
-    draft.move(budget.budget_id, available=-fund.amount, delegated=fund.amount)
-    for level_id in descendant.ancestors[: descendant.ancestors.index(budget.budget_id)]:
-        draft.move(level_id, granted=fund.amount, delegated=fund.amount)
-    draft.move(descendant.budget_id, granted=fund.amount)
-    draft.inflow(descendant.budget_id, fund.amount)
+    if fund.amount:
+        draft.move(budget.budget_id, available=-fund.amount, delegated=fund.amount)
+        for level_id in descendant.ancestors[: descendant.ancestors.index(budget.budget_id)]:
+            draft.move(level_id, granted=fund.amount, delegated=fund.amount)
+        draft.move(descendant.budget_id, granted=fund.amount)
+        draft.inflow(descendant.budget_id, fund.amount)
     if fund.lease_us is not None:
         funded = draft.budget(descendant.budget_id)
         parent = case.tree.budget(descendant.ancestors[0])
@@ -695,9 +698,7 @@ def _renew(case: _Case, renew: Renew, budget: Budget, consumed: bytes | None) ->
     draft = Draft(case.tree, case.at)
     changed = budget._replace(token=renew.next_token_id)
     if budget.lease_latest is not None:
-        changed = changed._replace(
-            lease_until=min(case.at + renew.lease_us, budget.lease_latest)
-        )
+        changed = changed._replace(lease_until=min(case.at + renew.lease_us, budget.lease_latest))
     draft.put(changed)
     return draft.accept(renew, case.actor, case.position, amount=0, consumed=consumed)
 
@@ -775,7 +776,7 @@ def _expire(case: _Case, expire: Expire, budget: Budget, consumed: bytes | None)
     return _close(case, expire, budget, consumed, budget)
 
 
-def _close(  # noqa: PLR0913 - the budget that closes and the one that asks may differ
+def _close(
     case: _Case,
     operation: Return | Revoke | Expire,
     top: Budget,
@@ -788,12 +789,10 @@ def _close(  # noqa: PLR0913 - the budget that closes and the one that asks may 
     What is available flows to the nearest open ancestor: the top's own and a bounded number of
     descendants' at once, the rest by Collect.
     """
-    below = [
-        budget
-        for budget in case.tree.budgets.values()
-        if budget is not None and top.budget_id in budget.ancestors and budget.money.available
-    ]
-    below.sort(key=lambda budget: budget.budget_id)
+    below = sorted(
+        (budget for budget in case.tree.below(top.budget_id) if budget.money.available),
+        key=lambda budget: budget.budget_id,
+    )
     eager = below[: limits.EAGER_COLLECTIONS_MAX]
     at = max(
         case.at,
@@ -970,9 +969,7 @@ def _book(draft: Draft, budget: Budget, hold: Hold, total: int, limit: int | Non
     draft.put(
         draft.budget(budget.budget_id)._replace(
             holds_live=budget.holds_live - (hold.state is HoldState.LIVE),
-            disputes=budget.disputes
-            - (hold.state is HoldState.DISPUTED)
-            + (disputed > 0),
+            disputes=budget.disputes - (hold.state is HoldState.DISPUTED) + (disputed > 0),
             disputed=budget.disputed - hold.disputed + disputed,
         )
     )
@@ -1006,7 +1003,7 @@ def _descendant(case: _Case, budget: Budget, descendant_id: bytes) -> Budget | R
 
 
 def _open_child(tree: Tree, budget: Budget) -> bytes | None:
-    for other in tree.budgets.values():
-        if other is not None and other.parent_id == budget.budget_id and not other.closed:
+    for other in tree.below(budget.budget_id):
+        if other.parent_id == budget.budget_id and not other.closed:
             return other.budget_id
     return tree.open_child[budget.budget_id]

@@ -174,7 +174,9 @@ def _authority(operation: Operation) -> Iterator[Problem]:
             pass
     by_token = isinstance(operation.authority, ByToken | After)
     match operation:
-        case Grant() | TopUp() | Withdraw() | Freeze() | Unfreeze() | Lapse() | Expire() | Collect():
+        case (
+            Grant() | TopUp() | Withdraw() | Freeze() | Unfreeze() | Lapse() | Expire() | Collect()
+        ):
             if not isinstance(operation.authority, ByRole):
                 yield "authority", "must be absent: the caller's role is the authority"
         case Settle() | Release() | Extend():
@@ -287,12 +289,12 @@ def _token(field: str, value: bytes | None) -> Iterator[Problem]:
 
 
 def _receiver(
-    prefix: str, token_id: bytes | None, holder: str | None, token_field: str = "token_id"
+    prefix: str, token_id: bytes | None, holder: str | None, field: str = "token_id"
 ) -> Iterator[Problem]:
     if token_id is None and holder is None:
-        yield f"{prefix}{token_field}", "is missing: name a token id, a holder, or both"
+        yield f"{prefix}{field}", "is missing: name a token id, a holder, or both"
     if token_id is not None:
-        yield from _length(f"{prefix}{token_field}", token_id, limits.TOKEN_ID_BYTES)
+        yield from _length(f"{prefix}{field}", token_id, limits.TOKEN_ID_BYTES)
     if holder is not None:
         yield from _text(f"{prefix}holder", holder, limits.PRINCIPAL_BYTES_MAX, least=1)
 

@@ -301,6 +301,12 @@ class Tree:
         for ancestor_id in budget.ancestors:
             yield self.budget(ancestor_id)
 
+    def below(self, budget_id: bytes) -> Iterator[Budget]:
+        """The descendants of a budget that are among `budgets`, in no order."""
+        for budget in self.budgets.values():
+            if budget is not None and budget_id in budget.ancestors:
+                yield budget
+
     def apply(self, accepted: Accepted) -> None:
         """Take over what an operation changed, so that the next of the batch sees it."""
         for budget in accepted.budgets:
@@ -315,9 +321,7 @@ class Tree:
                     for other in self.open_holds[hold.budget_id]
                     if other.hold_id != hold.hold_id
                 )
-                self.open_holds[hold.budget_id] = (
-                    (*others, hold) if hold.settleable else others
-                )
+                self.open_holds[hold.budget_id] = (*others, hold) if hold.settleable else others
         for entry in accepted.entries:
             if entry.consumed is not None:
                 self.consumed[entry.budget_id, entry.consumed] = Consumption(
