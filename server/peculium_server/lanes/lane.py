@@ -1,0 +1,241 @@
+"""Group commit on one lane: whatever waits when the lane becomes free is one transaction.
+
+No timer decides how many that are: alone, an operation waits for nothing; under load, those that came
+during the last commit share the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Final, Protocol
+
+from peculium_server.core.batch import Request, decide_group
+from peculium_server.core.footprint import Footprint
+from peculium_server.core.outcome import Outcome
+from peculium_server.core.refusals import Refused
+from peculium_server.core.state import Accepted
+from peculium_server.lanes.answers import Unanswered, Unavailability
+from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows
+from peculium_server.store.errors import LedgerCorrupt, StoreContended, StoreError
+from peculium_server.store.lane import Loaded
+
+COMMIT_OPERATIONS_MAX: Final = 256
+"""Operations in one transaction: more gain little, and each waits for all."""
+
+COMMIT_ROWS_MAX: Final = GROUP_ROWS_MAX
+"""Rows written in one transaction: bounds what others wait for, and what a conflict repeats."""
+
+QUEUE_FULL_RETRY_MS: Final = 100
+"""A lane commits hundreds of operations in that time."""
+CONTENDED_RETRY_MS: Final = 50
+UNAVAILABLE_RETRY_MS: Final = 1_000
+"""A database that restarts or fails over needs seconds."""
+
+_logger = logging.getLogger(__name__)
+
+
+class DeadlinePassed(Exception):
+    """The caller's time was over before its operations were decided; nothing was done."""
+
+
+class Writer(Protocol):
+    """What a lane needs of the store."""
+
+    async def run(
+        self,
+        footprints: Mapping[bytes, Footprint],
+        decide: Callable[[Loaded], Sequence[Accepted]],
+        deadline: float | None,
+    ) -> int:
+        """Load, decide and save as one transaction; see `peculium_server.store.lane.LaneWriter`."""
+        ...
+
+
+class Answered:
+    """What became of a group: an answer for each of its operations, and the lane's position."""
+
+    __slots__ = ("position", "results")
+
+    def __init__(self, results: Sequence[Outcome | Refused], position: int) -> None:
+        self.results = results
+        self.position = position
+
+
+class _Group:
+    """The operations of one request that belong to this lane, and the caller who waits for them."""
+
+    __slots__ = ("answered", "deadline", "requests", "results", "rows")
+
+    def __init__(
+        self,
+        requests: Sequence[Request],
+        deadline: float | None,
+        answered: asyncio.Future[Answered | Unanswered],
+    ) -> None:
+        self.requests = requests
+        self.deadline = deadline
+        self.answered = answered
+        self.rows = rows(request.operation for request in requests)
+        self.results: Sequence[Outcome | Refused] | None = None
+
+    def abandoned(self, now: float) -> bool:
+        """Say whether nobody waits any more: the caller has gone, or its deadline has passed."""
+        if self.answered.done():
+            return True
+        if self.deadline is not None and self.deadline <= now:
+            self.answered.set_exception(DeadlinePassed())
+            return True
+        return False
+
+    def answer(self, answer: Answered | Unanswered) -> None:
+        if not self.answered.done():
+            self.answered.set_result(answer)
+
+    def fail(self, error: Exception) -> None:
+        if not self.answered.done():
+            self.answered.set_exception(error)
+
+
+class Lane:
+    """One lane's queue and the task that empties it."""
+
+    def __init__(self, number: int, writer: Writer, *, queue_rows_max: int) -> None:
+        self.number = number
+        self._writer = writer
+        self._queue_rows_max = queue_rows_max
+        self._waiting: deque[_Group] = deque()
+        self._waiting_rows = 0
+        self._task: asyncio.Task[None] | None = None
+
+    def submit(
+        self, requests: Sequence[Request], deadline: float | None
+    ) -> asyncio.Future[Answered | Unanswered]:
+        """Queue the operations of one request, to be decided together and in order.
+
+        To cancel the future is to say that the caller has gone: what was not decided by then never is.
+
+        Args:
+            requests: Well-formed; all their roots belong to this lane.
+            deadline: On the event loop's clock; past it nothing is begun.
+
+        Returns:
+            Becomes the answer. Raises DeadlinePassed, or whatever failed for a reason that is not the
+            database's.
+        """
+        loop = asyncio.get_running_loop()
+        answered: asyncio.Future[Answered | Unanswered] = loop.create_future()
+        group = _Group(requests, deadline, answered)
+        if self._waiting and self._waiting_rows + group.rows > self._queue_rows_max:
+            facts = {"lane": str(self.number), "queued": str(self._waiting_rows)}
+            group.answer(Unanswered(Unavailability.QUEUE_FULL, facts, QUEUE_FULL_RETRY_MS))
+            return answered
+        self._waiting.append(group)
+        self._waiting_rows += group.rows
+        if self._task is None:
+            self._task = loop.create_task(self._work(), name=f"lane {self.number}")
+        return answered
+
+    async def idle(self) -> None:
+        """Wait until nothing waits and nothing is being committed."""
+        while self._task is not None:
+            await asyncio.shield(self._task)
+
+    async def _work(self) -> None:
+        """Commit until nothing waits. Nothing may leave this: a lane has to go on."""
+        try:
+            while self._waiting:
+                if groups := self._take():
+                    await self._commit(groups)
+        finally:
+            self._task = None
+
+    def _take(self) -> list[_Group]:
+        """Take as many groups as one transaction holds, without those that nobody waits for."""
+        now = asyncio.get_running_loop().time()
+        groups: list[_Group] = []
+        operations = rows_taken = 0
+        while self._waiting:
+            group = self._waiting[0]
+            if not group.abandoned(now):
+                operations += len(group.requests)
+                rows_taken += group.rows
+                full = operations > COMMIT_OPERATIONS_MAX or rows_taken > COMMIT_ROWS_MAX
+                if full and groups:
+                    break
+                groups.append(group)
+            self._waiting.popleft()
+            self._waiting_rows -= group.rows
+        return groups
+
+    async def _commit(self, groups: Sequence[_Group]) -> None:
+        """Decide and save groups as one transaction, and tell each what became of it."""
+        try:
+            position = await self._run(groups)
+        except LedgerCorrupt as error:
+            await self._isolate(groups, error)
+        except StoreError as error:
+            unanswered = _unanswered(error)
+            _logger.warning("lane %d: %s", self.number, error)
+            for group in groups:
+                group.answer(unanswered)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is one group's, not the lane's
+            await self._isolate(groups, error)
+        else:
+            for group in groups:
+                if group.results is not None:
+                    group.answer(Answered(group.results, position))
+
+    async def _isolate(self, groups: Sequence[_Group], error: Exception) -> None:
+        """Let a failure that is nobody's in particular befall only the group that causes it."""
+        if len(groups) == 1:
+            groups[0].fail(error)
+            return
+        for group in groups:
+            await self._commit([group])
+
+    async def _run(self, groups: Sequence[_Group]) -> int:
+        footprints: dict[bytes, Footprint] = {}
+        for group in groups:
+            for request in group.requests:
+                root_id = request.operation.root_id
+                footprint = footprints.get(root_id)
+                if footprint is None:
+                    footprint = footprints[root_id] = Footprint()
+                footprint.add(request.operation)
+        time = asyncio.get_running_loop().time
+
+        def decide(loaded: Loaded) -> Sequence[Accepted]:
+            saved: list[Accepted] = []
+            for group in groups:
+                # What an attempt that was not committed has decided is void.
+                group.results = None
+                if group.abandoned(time()):
+                    continue
+                position = loaded.position + len(saved)
+                group.results, accepted = decide_group(
+                    loaded.trees, group.requests, loaded.now, position
+                )
+                saved += accepted
+            return saved
+
+        return await self._writer.run(footprints, decide, _latest(groups))
+
+
+def _latest(groups: Iterable[_Group]) -> float | None:
+    """The time after which none of the callers waits any more; None if one waits for ever."""
+    latest = 0.0
+    for group in groups:
+        if group.deadline is None:
+            return None
+        latest = max(latest, group.deadline)
+    return latest
+
+
+def _unanswered(error: StoreError) -> Unanswered:
+    if isinstance(error, StoreContended):
+        facts = {"attempts": str(error.attempts)}
+        return Unanswered(Unavailability.CONTENDED, facts, CONTENDED_RETRY_MS)
+    return Unanswered(Unavailability.DATABASE_UNAVAILABLE, {}, UNAVAILABLE_RETRY_MS)

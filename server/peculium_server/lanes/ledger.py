@@ -1,0 +1,130 @@
+"""The ledger as the wire sees it: a request goes in, an answer for each of its operations comes out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final, Protocol
+
+from peculium_server.core.batch import Request
+from peculium_server.core.operations import After, ByToken
+from peculium_server.core.refusals import Refusal, Refused
+from peculium_server.core.shape import check_shape
+from peculium_server.lanes.answers import Answer, Position, Unanswered, Unavailability
+from peculium_server.lanes.lane import Answered, Lane, Writer
+from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows
+
+DRAINING_RETRY_MS: Final = 1_000
+"""By then a load balancer or a restart has brought another server."""
+
+
+class Lanes(Protocol):
+    """What the ledger needs of the store."""
+
+    incarnation: bytes
+    lanes: int
+
+    def lane_of(self, root_id: bytes) -> int:
+        """The lane that a root's operations are committed in."""
+        ...
+
+    def writer(self, lane: int) -> Writer:
+        """The writer of a lane."""
+        ...
+
+
+class Ledger:
+    """All lanes of one open ledger."""
+
+    def __init__(self, store: Lanes, *, queue_rows_max: int) -> None:
+        self._incarnation = store.incarnation
+        self._lane_of = store.lane_of
+        self._lanes = [
+            Lane(number, store.writer(number), queue_rows_max=queue_rows_max)
+            for number in range(store.lanes)
+        ]
+        self._draining = False
+
+    async def execute(self, requests: Sequence[Request], deadline: float | None) -> list[Answer]:
+        """Decide and save the operations of one client request, each on its own.
+
+        Those of one root are decided in order. A refusal, or a lane that gives no answer, changes
+        nothing for the others.
+
+        Args:
+            requests: The operations, by ascending index; chains refer to those indexes.
+            deadline: On the event loop's clock; what is not decided by then is dropped.
+
+        Returns:
+            An answer for each operation, in the same order.
+
+        Raises:
+            DeadlinePassed: The deadline passed before some were decided.
+        """
+        if self._draining:
+            draining = Unanswered(Unavailability.DRAINING, {}, DRAINING_RETRY_MS)
+            return [Answer(draining, None)] * len(requests)
+        admitted, refused = _admit(requests)
+        by_lane = self._split(admitted)
+        # Not one after the other: who cancels has to take all of them back.
+        answered = await asyncio.gather(
+            *(self._lanes[number].submit(group, deadline) for number, group in by_lane.items())
+        )
+        answers = {index: Answer(refusal, None) for index, refusal in refused.items()}
+        for (number, group), answer in zip(by_lane.items(), answered, strict=True):
+            told = self._tell(number, group, answer)
+            answers |= {request.index: each for request, each in zip(group, told, strict=True)}
+        return [answers[request.index] for request in requests]
+
+    async def drain(self) -> None:
+        """Take nothing more, and wait until everything that was taken is committed and answered."""
+        self._draining = True
+        for lane in self._lanes:
+            await lane.idle()
+
+    def _split(self, requests: Sequence[Request]) -> dict[int, list[Request]]:
+        by_lane: dict[int, list[Request]] = {}
+        for request in requests:
+            by_lane.setdefault(self._lane_of(request.operation.root_id), []).append(request)
+        return by_lane
+
+    def _tell(
+        self, number: int, group: Sequence[Request], answered: Answered | Unanswered
+    ) -> list[Answer]:
+        if isinstance(answered, Unanswered):
+            return [Answer(answered, None)] * len(group)
+        position = Position(self._incarnation, number, answered.position)
+        return [Answer(result, position) for result in answered.results]
+
+
+def _admit(requests: Sequence[Request]) -> tuple[Sequence[Request], dict[int, Refused]]:
+    """Sort out what no state of the ledger could accept, so that it costs no transaction."""
+    size = rows(request.operation for request in requests)
+    if size > GROUP_ROWS_MAX:
+        facts = {"field": "operations", "limit": str(GROUP_ROWS_MAX), "size": str(size)}
+        too_large = Refused(Refusal.TOO_LARGE, facts)
+        return (), {request.index: too_large for request in requests}
+    refused: dict[int, Refused] = {}
+    untouched: dict[int, ByToken | After] = {}
+    admitted: list[Request] = []
+    for each in requests:
+        request = _past_refused(each, untouched) if untouched else each
+        refusal = check_shape(request.operation)
+        if refusal is None:
+            admitted.append(request)
+            continue
+        refused[request.index] = refusal
+        authority = request.operation.authority
+        if isinstance(authority, ByToken | After):
+            untouched[request.index] = authority
+    return admitted, refused
+
+
+def _past_refused(request: Request, untouched: dict[int, ByToken | After]) -> Request:
+    """Chain an operation to what came before a refused one, which left its token as it was."""
+    authority = request.operation.authority
+    if not isinstance(authority, After) or authority.index not in untouched:
+        return request
+    operation = replace(request.operation, authority=untouched[authority.index])
+    return replace(request, operation=operation)
