@@ -19,7 +19,7 @@ from peculium_server.core.operations import (
     Settle,
 )
 from peculium_server.core.outcome import Outcome, tell
-from peculium_server.core.refusals import Refusal, Refused
+from peculium_server.core.refusals import Refusal, Refused, id_text
 from peculium_server.core.rules import decide
 from peculium_server.core.shape import check_shape
 from peculium_server.core.state import Accepted, Budget, Hold, Tree
@@ -98,7 +98,7 @@ def _resolve_chain(request: Request, left: dict[_Key, bytes]) -> Operation | Ref
         )
     token_id = left.get((index, operation.root_id, _subject(operation)))
     if token_id is None:
-        return Refused(Refusal.CAPABILITY_UNKNOWN, {"budget": operation.budget_id.hex()})
+        return Refused(Refusal.CAPABILITY_UNKNOWN, {"budget": id_text(operation.budget_id)})
     return replace(operation, authority=ByToken(token_id))
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from enum import IntEnum
 from typing import NamedTuple
+from uuid import UUID
+
+from peculium_server.core.limits import SECOND_US
 
 
 class Refusal(IntEnum):
@@ -153,3 +157,15 @@ class Refused:
         facts = ", ".join(f"{key} {value}" for key, value in self.facts.items())
         sentence = RULES[self.reason].sentence
         return f"{sentence} ({facts})" if facts else sentence
+
+
+def id_text(id_: bytes) -> str:
+    """An id for people and machines: RFC 9562 text."""
+    return str(UUID(bytes=id_))
+
+
+def time_text(at: int) -> str:
+    """A time for people and machines: RFC 3339 with microseconds."""
+    seconds, microseconds = divmod(at, SECOND_US)
+    moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=microseconds)
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")

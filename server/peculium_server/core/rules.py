@@ -7,21 +7,24 @@ function below has the last three rungs of its kind, in that order, one return p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import fields
-from datetime import UTC, datetime
-from hmac import compare_digest
-from typing import NamedTuple
+from collections.abc import Callable
 
 from peculium_server.core import limits
+from peculium_server.core.admission import (
+    Case,
+    Standing,
+    check_available,
+    check_reused,
+    check_role,
+    check_state,
+    named,
+    stand,
+)
 from peculium_server.core.draft import AmountOverflow, Draft
 from peculium_server.core.operations import (
-    HOLD_KINDS,
     Accept,
     Actor,
-    ByHolder,
     ByRole,
-    ByToken,
     Child,
     Collect,
     Delegate,
@@ -40,7 +43,6 @@ from peculium_server.core.operations import (
     Resolve,
     Return,
     Revoke,
-    Role,
     Rotation,
     Settle,
     Spend,
@@ -48,38 +50,17 @@ from peculium_server.core.operations import (
     Unfreeze,
     Withdraw,
 )
-from peculium_server.core.outcome import Outcome, tell
-from peculium_server.core.refusals import Refusal, Refused
-from peculium_server.core.shape import produced_tokens
+from peculium_server.core.outcome import Outcome
+from peculium_server.core.refusals import Refusal, Refused, id_text, time_text
 from peculium_server.core.state import (
     Accepted,
     Balances,
     Budget,
-    Consumption,
     Custody,
     Hold,
     HoldState,
-    Recorded,
     Tree,
 )
-
-ADMIN_KINDS = frozenset({Kind.GRANT, Kind.TOP_UP, Kind.WITHDRAW, Kind.FREEZE, Kind.UNFREEZE})
-SYSTEM_KINDS = frozenset({Kind.LAPSE, Kind.EXPIRE, Kind.COLLECT})
-SPENDING_KINDS = frozenset({Kind.RESERVE, Kind.SPEND, Kind.DELEGATE, Kind.FUND})
-"""Refused while the tree's root has overrun."""
-FREEZABLE_KINDS = SPENDING_KINDS | {Kind.ACCEPT, Kind.EXTEND, Kind.SETTLE}
-"""Refused while the budget or an ancestor is frozen; of the settles, those that keep a hold open."""
-EXPIRABLE_KINDS = FREEZABLE_KINDS | {Kind.RENEW}
-"""Refused once the lease of the budget or of an ancestor has ended."""
-
-
-class _Case(NamedTuple):
-    """One operation with everything that decides about it."""
-
-    tree: Tree
-    actor: Actor
-    at: int
-    position: int
 
 
 def decide(
@@ -97,20 +78,20 @@ def decide(
     Returns:
         `Accepted` with everything to save, the recorded `Outcome` of a replay, or `Refused`.
     """
-    refused = _check_role(operation, actor)
+    refused = check_role(operation, actor)
     if refused is not None:
         return refused
     concerned = tree.budgets[operation.budget_id]
     at = now
     if concerned is not None:
         at = max(now, *(budget.last_at for budget in tree.line(concerned)))
-    standing = _stand(tree, operation, actor, concerned, at)
-    if not isinstance(standing, _Standing):
+    standing = stand(tree, operation, actor, concerned, at)
+    if not isinstance(standing, Standing):
         return standing
-    refused = _check_reused(tree, operation)
+    refused = check_reused(tree, operation)
     if refused is not None:
         return refused
-    case = _Case(tree, actor, at, position)
+    case = Case(tree, actor, at, position)
     try:
         if isinstance(operation, Grant):
             return _grant(case, operation)
@@ -119,297 +100,8 @@ def decide(
     except AmountOverflow as overflow:
         return Refused(
             Refusal.AMOUNT_OVERFLOW,
-            {"budget": overflow.budget_id.hex(), "balance": overflow.balance},
+            {"budget": id_text(overflow.budget_id), "balance": overflow.balance},
         )
-
-
-def _check_role(operation: Operation, actor: Actor) -> Refused | None:
-    """Roles: an agent operates on what it holds, an admin on everything, the ledger on time."""
-    if operation.kind in SYSTEM_KINDS:
-        needs = Role.SYSTEM
-    elif isinstance(operation.authority, ByRole):
-        needs = Role.ADMIN
-    elif actor.role in (Role.AGENT, Role.ADMIN):
-        return None
-    else:
-        needs = Role.AGENT
-    if actor.role is needs:
-        return None
-    return Refused(
-        Refusal.PERMISSION_DENIED,
-        {
-            "principal": actor.principal,
-            "role": actor.role.name.lower(),
-            "needs": needs.name.lower(),
-        },
-    )
-
-
-# -- Who asks, and was it asked before? ---------------------------------------------------------
-
-
-class _Standing(NamedTuple):
-    """The caller may operate; this is the token that the operation consumes, if any."""
-
-    consumed: bytes | None
-
-
-def _stand(
-    tree: Tree, operation: Operation, actor: Actor, budget: Budget | None, now: int
-) -> _Standing | Outcome | Refused:
-    """The rungs from principal and budget to the consumed token."""
-    consumption: Consumption | None = None
-    consumed: bytes | None = None
-    if budget is None:
-        if not isinstance(operation, Grant):
-            return _unknown(operation)
-    elif isinstance(operation.authority, ByToken):
-        consumed = operation.authority.token_id
-        if not _is_live(tree, operation, actor, budget, consumed):
-            consumption = tree.consumed[operation.budget_id, consumed]
-            if consumption is None:
-                return _unknown(operation)
-    elif isinstance(operation.authority, ByHolder):
-        if not _holds(operation, actor, budget):
-            return _unknown(operation)
-        if budget.custody is Custody.PRINCIPAL and isinstance(operation, Accept | Recover):
-            return Refused(
-                Refusal.NOT_TOKEN_HELD,
-                {"budget": budget.budget_id.hex(), "holder": budget.holder or ""},
-            )
-        if isinstance(operation, Recover):
-            consumed = budget.token
-    elif isinstance(operation, Recover):
-        consumed = budget.token
-    recorded = tree.recorded[operation.operation_id]
-    if recorded is not None:
-        return _replay(recorded, operation, actor)
-    if isinstance(operation.authority, ByHolder) and not isinstance(operation, Recover):
-        refused = _check_age(operation.operation_id, now)
-        if refused is not None:
-            return refused
-    if consumption is not None:
-        return _consumed(operation, consumption)
-    return _Standing(consumed)
-
-
-def _unknown(operation: Operation) -> Refused:
-    """One answer for a wrong secret, an unknown budget and another's; admins may know which."""
-    reason = (
-        Refusal.BUDGET_UNKNOWN
-        if isinstance(operation.authority, ByRole)
-        else Refusal.CAPABILITY_UNKNOWN
-    )
-    return Refused(reason, {"budget": operation.budget_id.hex()})
-
-
-def _is_live(
-    tree: Tree, operation: Operation, actor: Actor, budget: Budget, token_id: bytes
-) -> bool:
-    """Say whether the token is the live one of the hold or budget that the operation names.
-
-    A budget's token that is bound to a principal is worth nothing in another's hands; a hold is
-    settled by whoever has its token.
-    """
-    if operation.kind in HOLD_KINDS:
-        assert isinstance(operation, Settle | Release | Extend)
-        hold = tree.holds[operation.hold_id]
-        return (
-            hold is not None
-            and hold.budget_id == operation.budget_id
-            and hold.settleable
-            and compare_digest(hold.token, token_id)
-        )
-    return (
-        budget.token is not None
-        and compare_digest(budget.token, token_id)
-        and budget.holder in (None, actor.principal)
-    )
-
-
-def _holds(operation: Operation, actor: Actor, budget: Budget) -> bool:
-    """Say whether the caller is the holder, and this is how the budget may be used."""
-    by_name_alone = budget.custody is Custody.PRINCIPAL or isinstance(operation, Recover)
-    return by_name_alone and budget.holder == actor.principal
-
-
-def _replay(recorded: Recorded, operation: Operation, actor: Actor) -> Outcome | Refused:
-    """The recorded outcome again, if the content is the same; else the first field that differs."""
-    was = recorded.operation
-    differs: str | None = None
-    if was.kind is not operation.kind:
-        differs = "kind"
-    elif recorded.principal != actor.principal:
-        differs = "principal"
-    else:
-        differs = next(_differences(was, operation), None)
-    if differs is not None:
-        return Refused(
-            Refusal.OPERATION_ID_REUSED,
-            {"operation": operation.operation_id.hex(), "field": differs},
-        )
-    return tell(was, recorded.entries, replayed=True)
-
-
-NOT_COMPARED = frozenset({"dry_run", "trace_id"})
-"""How an operation is asked, not what: a retry may have another trace."""
-
-
-def _differences(was: Operation, asked: Operation) -> Iterator[str]:
-    """The fields in which two operations of one kind differ, in the order of their definition."""
-    for field in fields(was):
-        name = field.name
-        if name not in NOT_COMPARED and getattr(was, name) != getattr(asked, name):
-            yield name
-
-
-def _check_age(operation_id: bytes, now: int) -> Refused | None:
-    """Without a token to fence it, a delayed duplicate is told by the time in its id (RFC 9562)."""
-    made_at = int.from_bytes(operation_id[:6]) * 1000
-    age = now - made_at
-    if abs(age) <= limits.OPERATION_AGE_US_MAX:
-        return None
-    return Refused(
-        Refusal.OPERATION_TOO_OLD,
-        {
-            "operation": operation_id.hex(),
-            "age_seconds": str(age // limits.SECOND_US),
-            "limit_seconds": str(limits.OPERATION_AGE_US_MAX // limits.SECOND_US),
-        },
-    )
-
-
-def _consumed(operation: Operation, consumption: Consumption) -> Refused:
-    facts = {
-        "budget": operation.budget_id.hex(),
-        "consumed_by": consumption.operation_id.hex(),
-        "consumed_at": _time(consumption.at),
-        "kind": consumption.kind.name,
-    }
-    if consumption.kind in (Kind.RECOVER, Kind.ACCEPT):
-        facts["fenced_by"] = consumption.principal
-    return Refused(Refusal.TOKEN_CONSUMED, facts)
-
-
-def _time(at: int) -> str:
-    """A time for people and machines: RFC 3339 with microseconds."""
-    seconds, microseconds = divmod(at, limits.SECOND_US)
-    moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=microseconds)
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-# -- What the request would make -----------------------------------------------------------------
-
-
-def _check_reused(tree: Tree, operation: Operation) -> Refused | None:
-    """A token id to be produced was never seen in the budget, ids and names are free."""
-    if not isinstance(operation, Grant | Delegate):
-        for field, token_id in produced_tokens(operation):
-            if _seen(tree, (operation.budget_id, token_id)):
-                return _token_reused(operation, field)
-    elif isinstance(operation, Delegate) and operation.next_token_id is not None:
-        key = operation.budget_id, operation.next_token_id
-        if _seen(tree, key):
-            return _token_reused(operation, "next_token_id")
-    match operation:
-        case Grant():
-            return _check_new(tree, operation.budget_id, None, operation.name)
-        case Delegate():
-            for child in operation.children:
-                refused = _check_new(tree, child.budget_id, operation.budget_id, child.name)
-                if refused is not None:
-                    return refused
-        case Reserve() if tree.holds[operation.hold_id] is not None:
-            return Refused(Refusal.ID_TAKEN, {"field": "hold_id", "id": operation.hold_id.hex()})
-        case _:
-            pass
-    return None
-
-
-def _seen(tree: Tree, key: tuple[bytes, bytes]) -> bool:
-    """Say whether the budget ever had the token: live, in a hold, or consumed."""
-    budget_id, token_id = key
-    return (
-        token_id == tree.budget(budget_id).token
-        or tree.consumed[key] is not None
-        or tree.hold_tokens[key] is not None
-    )
-
-
-def _token_reused(operation: Operation, field: str) -> Refused:
-    return Refused(Refusal.TOKEN_ID_REUSED, {"budget": operation.budget_id.hex(), "field": field})
-
-
-def _check_new(tree: Tree, budget_id: bytes, parent_id: bytes | None, name: str) -> Refused | None:
-    if tree.budgets[budget_id] is not None:
-        return Refused(Refusal.ID_TAKEN, {"field": "budget_id", "id": budget_id.hex()})
-    if tree.names[parent_id, name] is not None:
-        return Refused(Refusal.NAME_TAKEN, {"name": name})
-    return None
-
-
-# -- The state of the budget and of all its ancestors -----------------------------------------------
-
-
-def _check_state(case: _Case, kind: Kind, budget: Budget) -> Refused | None:
-    """The first that applies, of closed, expired, frozen and overrun, and which budget it is."""
-    line = list(case.tree.line(budget))
-    here = budget.budget_id.hex()
-    for level in line:
-        if level.closed:
-            return Refused(Refusal.BUDGET_CLOSED, {"budget": here, "closed": level.budget_id.hex()})
-    if kind in EXPIRABLE_KINDS:
-        for level in line:
-            if level.expired(case.at):
-                assert level.lease_until is not None
-                return Refused(
-                    Refusal.BUDGET_EXPIRED,
-                    {
-                        "budget": here,
-                        "expired": level.budget_id.hex(),
-                        "lease_expires_at": _time(level.lease_until),
-                    },
-                )
-    if kind in FREEZABLE_KINDS:
-        for level in line:
-            if level.frozen or level.disputes:
-                return Refused(
-                    Refusal.BUDGET_FROZEN,
-                    {
-                        "budget": here,
-                        "frozen": level.budget_id.hex(),
-                        "by": "admin" if level.frozen else "dispute",
-                    },
-                )
-    root = line[-1]
-    if kind in SPENDING_KINDS and root.money.overrun:
-        return Refused(
-            Refusal.TREE_OVERRUN,
-            {
-                "budget": here,
-                "root": root.budget_id.hex(),
-                "overrun": str(root.money.overrun),
-            },
-        )
-    return None
-
-
-def _exhausted(budget: Budget, requested: int) -> Refused | None:
-    """What is available bounds what is asked; live holds may free more."""
-    money = budget.money
-    if requested <= money.available:
-        return None
-    waiting_helps = requested <= money.available + money.held
-    return Refused(
-        Refusal.BUDGET_EXHAUSTED,
-        {
-            "budget": budget.budget_id.hex(),
-            "available": str(money.available),
-            "held": str(money.held),
-            "requested": str(requested),
-            "remedy": "wait_for_holds" if waiting_helps else "top_up",
-        },
-    )
 
 
 # -- One rule for each kind -------------------------------------------------------------------------
@@ -418,13 +110,13 @@ _Decision = Accepted | Refused
 
 
 def _decide_known(
-    case: _Case, operation: Operation, budget: Budget, consumed: bytes | None
+    case: Case, operation: Operation, budget: Budget, consumed: bytes | None
 ) -> _Decision:
     rule: Callable[..., _Decision] = _RULES[operation.kind]
     return rule(case, operation, budget, consumed)
 
 
-def _grant(case: _Case, grant: Grant) -> Accepted:
+def _grant(case: Case, grant: Grant) -> Accepted:
     draft = Draft(case.tree, case.at)
     draft.put(
         Budget(
@@ -445,19 +137,19 @@ def _grant(case: _Case, grant: Grant) -> Accepted:
     return draft.accept(grant, case.actor, case.position, amount=grant.amount, consumed=None)
 
 
-def _top_up(case: _Case, top_up: TopUp, budget: Budget, consumed: bytes | None) -> _Decision:
+def _top_up(case: Case, top_up: TopUp, budget: Budget, consumed: bytes | None) -> _Decision:
     if not budget.is_root:
-        return Refused(Refusal.ONLY_FOR_ROOTS, {"budget": budget.budget_id.hex()})
+        return Refused(Refusal.ONLY_FOR_ROOTS, named(case.tree, budget))
     draft = Draft(case.tree, case.at)
     draft.move(budget.budget_id, granted=top_up.amount)
     draft.inflow(budget.budget_id, top_up.amount)
     return draft.accept(top_up, case.actor, case.position, amount=top_up.amount, consumed=consumed)
 
 
-def _withdraw(case: _Case, withdraw: Withdraw, budget: Budget, consumed: bytes | None) -> _Decision:
+def _withdraw(case: Case, withdraw: Withdraw, budget: Budget, consumed: bytes | None) -> _Decision:
     if not budget.is_root:
-        return Refused(Refusal.ONLY_FOR_ROOTS, {"budget": budget.budget_id.hex()})
-    refused = _exhausted(budget, withdraw.amount)
+        return Refused(Refusal.ONLY_FOR_ROOTS, named(case.tree, budget))
+    refused = check_available(case, budget, withdraw.amount)
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
@@ -467,8 +159,10 @@ def _withdraw(case: _Case, withdraw: Withdraw, budget: Budget, consumed: bytes |
     )
 
 
-def _reserve(case: _Case, reserve: Reserve, budget: Budget, consumed: bytes | None) -> _Decision:
-    refused = _check_state(case, reserve.kind, budget) or _exhausted(budget, reserve.amount)
+def _reserve(case: Case, reserve: Reserve, budget: Budget, consumed: bytes | None) -> _Decision:
+    refused = check_state(case, reserve.kind, budget) or check_available(
+        case, budget, reserve.amount
+    )
     if refused is not None:
         return refused
     hold = Hold(
@@ -500,14 +194,14 @@ def _reserve(case: _Case, reserve: Reserve, budget: Budget, consumed: bytes | No
     )
 
 
-def _settle(case: _Case, settle: Settle, budget: Budget, consumed: bytes | None) -> _Decision:
+def _settle(case: Case, settle: Settle, budget: Budget, consumed: bytes | None) -> _Decision:
     hold = _known_hold(case, settle.hold_id)
     if settle.keep_open:
-        refused = _check_state(case, settle.kind, budget)
+        refused = check_state(case, settle.kind, budget)
         if refused is not None:
             return refused
         if hold.state is HoldState.LAPSED:
-            return Refused(Refusal.HOLD_LAPSED, {"hold": hold.hold_id.hex()})
+            return Refused(Refusal.HOLD_LAPSED, {"hold": id_text(hold.hold_id)})
     actual = hold.remaining if settle.actual is None else settle.actual
     stays_open = settle.keep_open and actual <= hold.remaining
     draft = Draft(case.tree, case.at)
@@ -527,7 +221,7 @@ def _settle(case: _Case, settle: Settle, budget: Budget, consumed: bytes | None)
     )
 
 
-def _release(case: _Case, release: Release, budget: Budget, consumed: bytes | None) -> _Decision:
+def _release(case: Case, release: Release, budget: Budget, consumed: bytes | None) -> _Decision:
     hold = _known_hold(case, release.hold_id)
     draft = Draft(case.tree, case.at)
     ended = _book(draft, budget, hold, hold.booked, None)
@@ -539,13 +233,13 @@ def _release(case: _Case, release: Release, budget: Budget, consumed: bytes | No
     )
 
 
-def _extend(case: _Case, extend: Extend, budget: Budget, consumed: bytes | None) -> _Decision:
+def _extend(case: Case, extend: Extend, budget: Budget, consumed: bytes | None) -> _Decision:
     hold = _known_hold(case, extend.hold_id)
-    refused = _check_state(case, extend.kind, budget)
+    refused = check_state(case, extend.kind, budget)
     if refused is not None:
         return refused
     if hold.state is HoldState.LAPSED:
-        return Refused(Refusal.HOLD_LAPSED, {"hold": hold.hold_id.hex()})
+        return Refused(Refusal.HOLD_LAPSED, {"hold": id_text(hold.hold_id)})
     latest = hold.created_at + limits.HOLD_AGE_US_MAX
     hold = hold._replace(
         token=extend.next_hold_token_id, expires_at=min(case.at + extend.ttl_us, latest)
@@ -555,8 +249,8 @@ def _extend(case: _Case, extend: Extend, budget: Budget, consumed: bytes | None)
     return draft.accept(extend, case.actor, case.position, amount=0, consumed=consumed, hold=hold)
 
 
-def _spend(case: _Case, spend: Spend, budget: Budget, consumed: bytes | None) -> _Decision:
-    refused = _check_state(case, spend.kind, budget) or _exhausted(budget, spend.amount)
+def _spend(case: Case, spend: Spend, budget: Budget, consumed: bytes | None) -> _Decision:
+    refused = check_state(case, spend.kind, budget) or check_available(case, budget, spend.amount)
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
@@ -565,17 +259,17 @@ def _spend(case: _Case, spend: Spend, budget: Budget, consumed: bytes | None) ->
     return draft.accept(spend, case.actor, case.position, amount=spend.amount, consumed=consumed)
 
 
-def _delegate(case: _Case, delegate: Delegate, budget: Budget, consumed: bytes | None) -> _Decision:
-    refused = _check_state(case, delegate.kind, budget)
+def _delegate(case: Case, delegate: Delegate, budget: Budget, consumed: bytes | None) -> _Decision:
+    refused = check_state(case, delegate.kind, budget)
     if refused is not None:
         return refused
     if len(budget.ancestors) + 2 > limits.DEPTH_MAX:
         return Refused(
             Refusal.TREE_TOO_DEEP,
-            {"budget": budget.budget_id.hex(), "limit": str(limits.DEPTH_MAX)},
+            named(case.tree, budget) | {"limit": str(limits.DEPTH_MAX)},
         )
     total = sum(child.amount for child in delegate.children)
-    refused = _exhausted(budget, total)
+    refused = check_available(case, budget, total)
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
@@ -586,7 +280,7 @@ def _delegate(case: _Case, delegate: Delegate, budget: Budget, consumed: bytes |
     return draft.accept(delegate, case.actor, case.position, amount=total, consumed=consumed)
 
 
-def _child(case: _Case, parent: Budget, child: Child) -> Budget:
+def _child(case: Case, parent: Budget, child: Child) -> Budget:
     """A new child. Its lease, and the latest end of it, are clipped to its parent's."""
     until = parent.lease_until
     latest = parent.lease_latest
@@ -615,8 +309,8 @@ def _clip(time: int, bound: int | None) -> int:
     return time if bound is None else min(time, bound)
 
 
-def _accept(case: _Case, accept: Accept, budget: Budget, consumed: bytes | None) -> _Decision:
-    refused = _check_state(case, accept.kind, budget)
+def _accept(case: Case, accept: Accept, budget: Budget, consumed: bytes | None) -> _Decision:
+    refused = check_state(case, accept.kind, budget)
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
@@ -624,7 +318,7 @@ def _accept(case: _Case, accept: Accept, budget: Budget, consumed: bytes | None)
     return draft.accept(accept, case.actor, case.position, amount=0, consumed=consumed)
 
 
-def _recover(case: _Case, recover: Recover, budget: Budget, consumed: bytes | None) -> _Decision:
+def _recover(case: Case, recover: Recover, budget: Budget, consumed: bytes | None) -> _Decision:
     ended: list[tuple[bytes, Hold]] = []
     draft = Draft(case.tree, case.at)
     for rotation in recover.holds:
@@ -657,7 +351,7 @@ def _recover(case: _Case, recover: Recover, budget: Budget, consumed: bytes | No
     )
 
 
-def _rotate(case: _Case, budget: Budget, rotation: Rotation) -> Hold | Refused:
+def _rotate(case: Case, budget: Budget, rotation: Rotation) -> Hold | Refused:
     hold = _own_hold(case, budget, rotation.hold_id)
     if isinstance(hold, Refused):
         return hold
@@ -666,11 +360,11 @@ def _rotate(case: _Case, budget: Budget, rotation: Rotation) -> Hold | Refused:
     return hold._replace(token=rotation.next_token_id)
 
 
-def _fund(case: _Case, fund: Fund, budget: Budget, consumed: bytes | None) -> _Decision:
+def _fund(case: Case, fund: Fund, budget: Budget, consumed: bytes | None) -> _Decision:
     descendant = _descendant(case, budget, fund.descendant_id)
     if isinstance(descendant, Refused):
         return descendant
-    refused = _check_state(case, fund.kind, descendant) or _exhausted(budget, fund.amount)
+    refused = check_state(case, fund.kind, descendant) or check_available(case, budget, fund.amount)
     if refused is not None:
         return refused
     case = case._replace(at=max(case.at, *(level.last_at for level in case.tree.line(descendant))))
@@ -691,8 +385,8 @@ def _fund(case: _Case, fund: Fund, budget: Budget, consumed: bytes | None) -> _D
     return draft.accept(fund, case.actor, case.position, amount=fund.amount, consumed=consumed)
 
 
-def _renew(case: _Case, renew: Renew, budget: Budget, consumed: bytes | None) -> _Decision:
-    refused = _check_state(case, renew.kind, budget)
+def _renew(case: Case, renew: Renew, budget: Budget, consumed: bytes | None) -> _Decision:
+    refused = check_state(case, renew.kind, budget)
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
@@ -703,16 +397,16 @@ def _renew(case: _Case, renew: Renew, budget: Budget, consumed: bytes | None) ->
     return draft.accept(renew, case.actor, case.position, amount=0, consumed=consumed)
 
 
-def _return(case: _Case, give: Return, budget: Budget, consumed: bytes | None) -> _Decision:
+def _return(case: Case, give: Return, budget: Budget, consumed: bytes | None) -> _Decision:
     parent_id = budget.parent_id
     if parent_id is None:
-        return Refused(Refusal.NOT_FOR_ROOTS, {"budget": budget.budget_id.hex()})
-    refused = _check_state(case, give.kind, budget)
+        return Refused(Refusal.NOT_FOR_ROOTS, named(case.tree, budget))
+    refused = check_state(case, give.kind, budget)
     if refused is not None:
         return refused
     if give.amount is None:
         return _return_all(case, give, budget, consumed)
-    refused = _exhausted(budget, give.amount)
+    refused = check_available(case, budget, give.amount)
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
@@ -730,13 +424,13 @@ def _return(case: _Case, give: Return, budget: Budget, consumed: bytes | None) -
     )
 
 
-def _return_all(case: _Case, give: Return, budget: Budget, consumed: bytes | None) -> _Decision:
+def _return_all(case: Case, give: Return, budget: Budget, consumed: bytes | None) -> _Decision:
     if not give.cascade:
         if budget.holds_live:
             return Refused(
                 Refusal.LIVE_HOLDS,
-                {
-                    "budget": budget.budget_id.hex(),
+                named(case.tree, budget)
+                | {
                     "holds_live": str(budget.holds_live),
                     "held": str(budget.money.held),
                 },
@@ -745,16 +439,16 @@ def _return_all(case: _Case, give: Return, budget: Budget, consumed: bytes | Non
         if child_id is not None:
             return Refused(
                 Refusal.OPEN_CHILDREN,
-                {"budget": budget.budget_id.hex(), "child": child_id.hex()},
+                named(case.tree, budget) | {"child": id_text(child_id)},
             )
     return _close(case, give, budget, consumed, budget._replace(token=None))
 
 
-def _revoke(case: _Case, revoke: Revoke, budget: Budget, consumed: bytes | None) -> _Decision:
+def _revoke(case: Case, revoke: Revoke, budget: Budget, consumed: bytes | None) -> _Decision:
     descendant = _descendant(case, budget, revoke.descendant_id)
     if isinstance(descendant, Refused):
         return descendant
-    refused = _check_state(case, revoke.kind, descendant)
+    refused = check_state(case, revoke.kind, descendant)
     if refused is not None:
         return refused
     return _close(
@@ -767,8 +461,8 @@ def _revoke(case: _Case, revoke: Revoke, budget: Budget, consumed: bytes | None)
     )
 
 
-def _expire(case: _Case, expire: Expire, budget: Budget, consumed: bytes | None) -> _Decision:
-    refused = _check_state(case, expire.kind, budget)
+def _expire(case: Case, expire: Expire, budget: Budget, consumed: bytes | None) -> _Decision:
+    refused = check_state(case, expire.kind, budget)
     if refused is not None:
         return refused
     if not budget.expired(case.at):
@@ -777,7 +471,7 @@ def _expire(case: _Case, expire: Expire, budget: Budget, consumed: bytes | None)
 
 
 def _close(
-    case: _Case,
+    case: Case,
     operation: Return | Revoke | Expire,
     top: Budget,
     consumed: bytes | None,
@@ -819,7 +513,7 @@ def _close(
     )
 
 
-def _collect(case: _Case, collect: Collect, budget: Budget, consumed: bytes | None) -> _Decision:
+def _collect(case: Case, collect: Collect, budget: Budget, consumed: bytes | None) -> _Decision:
     if not any(level.closed for level in case.tree.line(budget)):
         return _not_due(budget, None)
     draft = Draft(case.tree, case.at)
@@ -834,7 +528,7 @@ def _collect(case: _Case, collect: Collect, budget: Budget, consumed: bytes | No
     )
 
 
-def _resolve(case: _Case, resolve: Resolve, budget: Budget, consumed: bytes | None) -> _Decision:
+def _resolve(case: Case, resolve: Resolve, budget: Budget, consumed: bytes | None) -> _Decision:
     hold = _own_hold(case, budget, resolve.hold_id)
     if isinstance(hold, Refused):
         return hold
@@ -866,9 +560,9 @@ def _resolve(case: _Case, resolve: Resolve, budget: Budget, consumed: bytes | No
 
 
 def _freeze(
-    case: _Case, operation: Freeze | Unfreeze, budget: Budget, consumed: bytes | None
+    case: Case, operation: Freeze | Unfreeze, budget: Budget, consumed: bytes | None
 ) -> _Decision:
-    refused = _check_state(case, operation.kind, budget)
+    refused = check_state(case, operation.kind, budget)
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
@@ -876,7 +570,7 @@ def _freeze(
     return draft.accept(operation, case.actor, case.position, amount=0, consumed=consumed)
 
 
-def _lapse(case: _Case, lapse: Lapse, budget: Budget, consumed: bytes | None) -> _Decision:
+def _lapse(case: Case, lapse: Lapse, budget: Budget, consumed: bytes | None) -> _Decision:
     hold = _own_hold(case, budget, lapse.hold_id)
     if isinstance(hold, Refused):
         return hold
@@ -921,30 +615,28 @@ _RULES: dict[Kind, Callable[..., _Decision]] = {
 # -- Holds ------------------------------------------------------------------------------------------
 
 
-def _known_hold(case: _Case, hold_id: bytes) -> Hold:
+def _known_hold(case: Case, hold_id: bytes) -> Hold:
     """The hold, whose token was found live before."""
     hold = case.tree.holds[hold_id]
     assert hold is not None
     return hold
 
 
-def _own_hold(case: _Case, budget: Budget, hold_id: bytes) -> Hold | Refused:
+def _own_hold(case: Case, budget: Budget, hold_id: bytes) -> Hold | Refused:
     hold = case.tree.holds[hold_id]
     if hold is None or hold.budget_id != budget.budget_id:
-        return Refused(
-            Refusal.HOLD_UNKNOWN, {"budget": budget.budget_id.hex(), "hold": hold_id.hex()}
-        )
+        return Refused(Refusal.HOLD_UNKNOWN, named(case.tree, budget) | {"hold": id_text(hold_id)})
     return hold
 
 
 def _hold_ended(hold: Hold) -> Refused:
-    return Refused(Refusal.HOLD_ENDED, {"hold": hold.hold_id.hex(), "state": hold.state.name})
+    return Refused(Refusal.HOLD_ENDED, {"hold": id_text(hold.hold_id), "state": hold.state.name})
 
 
 def _not_due(budget: Budget, due_at: int | None) -> Refused:
-    facts = {"budget": budget.budget_id.hex()}
+    facts = {"budget": id_text(budget.budget_id)}
     if due_at is not None:
-        facts["due_at"] = _time(due_at)
+        facts["due_at"] = time_text(due_at)
     return Refused(Refusal.NOT_DUE, facts)
 
 
@@ -992,12 +684,12 @@ def _book(draft: Draft, budget: Budget, hold: Hold, total: int, limit: int | Non
 # -- Descendants ------------------------------------------------------------------------------------
 
 
-def _descendant(case: _Case, budget: Budget, descendant_id: bytes) -> Budget | Refused:
+def _descendant(case: Case, budget: Budget, descendant_id: bytes) -> Budget | Refused:
     descendant = case.tree.budgets[descendant_id]
     if descendant is None or budget.budget_id not in descendant.ancestors:
         return Refused(
             Refusal.DESCENDANT_UNKNOWN,
-            {"budget": budget.budget_id.hex(), "descendant": descendant_id.hex()},
+            named(case.tree, budget) | {"descendant": id_text(descendant_id)},
         )
     return descendant
 

@@ -36,7 +36,7 @@ from peculium_server.core.operations import (
     Usage,
     Withdraw,
 )
-from peculium_server.core.refusals import Refusal, Refused
+from peculium_server.core.refusals import Refusal, Refused, id_text
 
 Problem = tuple[str, str]
 """The field and what is wrong with it."""
@@ -69,7 +69,7 @@ def _check_produced(operation: Operation) -> Refused | None:
     for field, token_id in produced_tokens(operation):
         if token_id in seen:
             return Refused(
-                Refusal.TOKEN_ID_REUSED, {"budget": operation.budget_id.hex(), "field": field}
+                Refusal.TOKEN_ID_REUSED, {"budget": id_text(operation.budget_id), "field": field}
             )
         seen.add(token_id)
     return None

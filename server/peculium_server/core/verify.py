@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
+from peculium_server.core.admission import SYSTEM_KINDS
 from peculium_server.core.encoding import Part, decode_request, entry_hash, operation_digest
 from peculium_server.core.operations import (
     SYSTEM,
@@ -21,7 +22,8 @@ from peculium_server.core.operations import (
     Revoke,
     Role,
 )
-from peculium_server.core.rules import SYSTEM_KINDS, decide
+from peculium_server.core.refusals import id_text
+from peculium_server.core.rules import decide
 from peculium_server.core.state import GENESIS, Accepted, Budget, Entry, Hold, Tree
 
 _K = TypeVar("_K")
@@ -103,7 +105,7 @@ class Verifier:
         self._holds_seen.add(row.hold_id)
         fold = self._tree.holds[row.hold_id]
         if fold != row:
-            self._wrong_row(row.budget_id, f"the row of hold {row.hold_id.hex()} differs")
+            self._wrong_row(row.budget_id, f"the row of hold {id_text(row.hold_id)} differs")
 
     def finish(self) -> Finding | None:
         """The first finding, or None: the tree is verified."""
@@ -116,7 +118,7 @@ class Verifier:
             for hold_id in self._tree.holds.keys() - self._holds_seen:
                 hold = self._tree.holds[hold_id]
                 assert hold is not None
-                self._wrong_row(hold.budget_id, f"hold {hold_id.hex()} has no row")
+                self._wrong_row(hold.budget_id, f"hold {id_text(hold_id)} has no row")
         return self.finding
 
     def _found(self, broken: _Broken, entry: Entry) -> None:

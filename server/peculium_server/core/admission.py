@@ -1,0 +1,350 @@
+"""May this caller ask this, was it asked before, and what does the state of the tree allow?
+
+The rungs of the ladder that all kinds of operation share, in order of precedence: role, principal and
+budget, the presented token, replay, consumed token, what the request would make, state, money.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from hmac import compare_digest
+from typing import NamedTuple
+
+from peculium_server.core import limits
+from peculium_server.core.operations import (
+    HOLD_KINDS,
+    Accept,
+    Actor,
+    ByHolder,
+    ByRole,
+    ByToken,
+    Delegate,
+    Extend,
+    Grant,
+    Kind,
+    Operation,
+    Recover,
+    Release,
+    Reserve,
+    Role,
+    Settle,
+)
+from peculium_server.core.outcome import Outcome, tell
+from peculium_server.core.refusals import Refusal, Refused, id_text, time_text
+from peculium_server.core.shape import produced_tokens
+from peculium_server.core.state import (
+    Budget,
+    Consumption,
+    Custody,
+    Recorded,
+    Tree,
+)
+
+ADMIN_KINDS = frozenset({Kind.GRANT, Kind.TOP_UP, Kind.WITHDRAW, Kind.FREEZE, Kind.UNFREEZE})
+SYSTEM_KINDS = frozenset({Kind.LAPSE, Kind.EXPIRE, Kind.COLLECT})
+SPENDING_KINDS = frozenset({Kind.RESERVE, Kind.SPEND, Kind.DELEGATE, Kind.FUND})
+"""Refused while the tree's root has overrun."""
+FREEZABLE_KINDS = SPENDING_KINDS | {Kind.ACCEPT, Kind.EXTEND, Kind.SETTLE}
+"""Refused while the budget or an ancestor is frozen; of the settles, those that keep a hold open."""
+EXPIRABLE_KINDS = FREEZABLE_KINDS | {Kind.RENEW}
+"""Refused once the lease of the budget or of an ancestor has ended."""
+
+
+class Case(NamedTuple):
+    """One operation with everything that decides about it."""
+
+    tree: Tree
+    actor: Actor
+    at: int
+    position: int
+
+
+def check_role(operation: Operation, actor: Actor) -> Refused | None:
+    """Roles: an agent operates on what it holds, an admin on everything, the ledger on time."""
+    if operation.kind in SYSTEM_KINDS:
+        needs = Role.SYSTEM
+    elif isinstance(operation.authority, ByRole):
+        needs = Role.ADMIN
+    elif actor.role in (Role.AGENT, Role.ADMIN):
+        return None
+    else:
+        needs = Role.AGENT
+    if actor.role is needs:
+        return None
+    return Refused(
+        Refusal.PERMISSION_DENIED,
+        {
+            "principal": actor.principal,
+            "role": actor.role.name.lower(),
+            "needs": needs.name.lower(),
+        },
+    )
+
+
+# -- Who asks, and was it asked before? ---------------------------------------------------------
+
+
+class Standing(NamedTuple):
+    """The caller may operate; this is the token that the operation consumes, if any."""
+
+    consumed: bytes | None
+
+
+def stand(
+    tree: Tree, operation: Operation, actor: Actor, budget: Budget | None, now: int
+) -> Standing | Outcome | Refused:
+    """The rungs from principal and budget to the consumed token."""
+    consumption: Consumption | None = None
+    consumed: bytes | None = None
+    if budget is None:
+        if not isinstance(operation, Grant):
+            return _unknown(operation)
+    elif isinstance(operation.authority, ByToken):
+        consumed = operation.authority.token_id
+        if not _is_live(tree, operation, actor, budget, consumed):
+            consumption = tree.consumed[operation.budget_id, consumed]
+            if consumption is None:
+                return _unknown(operation)
+    elif isinstance(operation.authority, ByHolder):
+        if not _holds(operation, actor, budget):
+            return _unknown(operation)
+        if budget.custody is Custody.PRINCIPAL and isinstance(operation, Accept | Recover):
+            return Refused(
+                Refusal.NOT_TOKEN_HELD,
+                named(tree, budget) | {"holder": budget.holder or ""},
+            )
+        if isinstance(operation, Recover):
+            consumed = budget.token
+    elif isinstance(operation, Recover):
+        consumed = budget.token
+    recorded = tree.recorded[operation.operation_id]
+    if recorded is not None:
+        return _replay(recorded, operation, actor)
+    if isinstance(operation.authority, ByHolder) and not isinstance(operation, Recover):
+        refused = _check_age(operation.operation_id, now)
+        if refused is not None:
+            return refused
+    if consumption is not None:
+        return _consumed(operation, consumption)
+    return Standing(consumed)
+
+
+def _unknown(operation: Operation) -> Refused:
+    """One answer for a wrong secret, an unknown budget and another's; admins may know which."""
+    reason = (
+        Refusal.BUDGET_UNKNOWN
+        if isinstance(operation.authority, ByRole)
+        else Refusal.CAPABILITY_UNKNOWN
+    )
+    return Refused(reason, {"budget": id_text(operation.budget_id)})
+
+
+def _is_live(
+    tree: Tree, operation: Operation, actor: Actor, budget: Budget, token_id: bytes
+) -> bool:
+    """Say whether the token is the live one of the hold or budget that the operation names.
+
+    A budget's token that is bound to a principal is worth nothing in another's hands; a hold is
+    settled by whoever has its token.
+    """
+    if operation.kind in HOLD_KINDS:
+        assert isinstance(operation, Settle | Release | Extend)
+        hold = tree.holds[operation.hold_id]
+        return (
+            hold is not None
+            and hold.budget_id == operation.budget_id
+            and hold.settleable
+            and compare_digest(hold.token, token_id)
+        )
+    return (
+        budget.token is not None
+        and compare_digest(budget.token, token_id)
+        and budget.holder in (None, actor.principal)
+    )
+
+
+def _holds(operation: Operation, actor: Actor, budget: Budget) -> bool:
+    """Say whether the caller is the holder, and this is how the budget may be used."""
+    by_name_alone = budget.custody is Custody.PRINCIPAL or isinstance(operation, Recover)
+    return by_name_alone and budget.holder == actor.principal
+
+
+def _replay(recorded: Recorded, operation: Operation, actor: Actor) -> Outcome | Refused:
+    """The recorded outcome again, if the content is the same; else the first field that differs."""
+    was = recorded.operation
+    differs: str | None = None
+    if was.kind is not operation.kind:
+        differs = "kind"
+    elif recorded.principal != actor.principal:
+        differs = "principal"
+    else:
+        differs = next(_differences(was, operation), None)
+    if differs is not None:
+        return Refused(
+            Refusal.OPERATION_ID_REUSED,
+            {"operation": id_text(operation.operation_id), "field": differs},
+        )
+    return tell(was, recorded.entries, replayed=True)
+
+
+NOT_COMPARED = frozenset({"dry_run", "trace_id"})
+"""How an operation is asked, not what: a retry may have another trace."""
+
+
+def _differences(was: Operation, asked: Operation) -> Iterator[str]:
+    """The fields in which two operations of one kind differ, in the order of their definition."""
+    for field in fields(was):
+        name = field.name
+        if name not in NOT_COMPARED and getattr(was, name) != getattr(asked, name):
+            yield name
+
+
+def _check_age(operation_id: bytes, now: int) -> Refused | None:
+    """Without a token to fence it, a delayed duplicate is told by the time in its id (RFC 9562)."""
+    made_at = int.from_bytes(operation_id[:6]) * 1000
+    age = now - made_at
+    if abs(age) <= limits.OPERATION_AGE_US_MAX:
+        return None
+    return Refused(
+        Refusal.OPERATION_TOO_OLD,
+        {
+            "operation": id_text(operation_id),
+            "age_seconds": str(age // limits.SECOND_US),
+            "limit_seconds": str(limits.OPERATION_AGE_US_MAX // limits.SECOND_US),
+        },
+    )
+
+
+def _consumed(operation: Operation, consumption: Consumption) -> Refused:
+    facts = {
+        "budget": id_text(operation.budget_id),
+        "consumed_by": id_text(consumption.operation_id),
+        "consumed_at": time_text(consumption.at),
+        "kind": consumption.kind.name,
+    }
+    if consumption.kind in (Kind.RECOVER, Kind.ACCEPT):
+        facts["fenced_by"] = consumption.principal
+    return Refused(Refusal.TOKEN_CONSUMED, facts)
+
+
+def named(tree: Tree, budget: Budget) -> dict[str, str]:
+    """Which budget, by id and by path. Told to those with authority over it only."""
+    path = "/".join(level.name for level in reversed(list(tree.line(budget))))
+    return {"budget": id_text(budget.budget_id), "path": path}
+
+
+# -- What the request would make -----------------------------------------------------------------
+
+
+def check_reused(tree: Tree, operation: Operation) -> Refused | None:
+    """A token id to be produced was never seen in the budget, ids and names are free."""
+    if not isinstance(operation, Grant | Delegate):
+        for field, token_id in produced_tokens(operation):
+            if _seen(tree, (operation.budget_id, token_id)):
+                return _token_reused(operation, field)
+    elif isinstance(operation, Delegate) and operation.next_token_id is not None:
+        key = operation.budget_id, operation.next_token_id
+        if _seen(tree, key):
+            return _token_reused(operation, "next_token_id")
+    match operation:
+        case Grant():
+            return _check_new(tree, operation.budget_id, None, operation.name)
+        case Delegate():
+            for child in operation.children:
+                refused = _check_new(tree, child.budget_id, operation.budget_id, child.name)
+                if refused is not None:
+                    return refused
+        case Reserve() if tree.holds[operation.hold_id] is not None:
+            return Refused(Refusal.ID_TAKEN, {"field": "hold_id", "id": id_text(operation.hold_id)})
+        case _:
+            pass
+    return None
+
+
+def _seen(tree: Tree, key: tuple[bytes, bytes]) -> bool:
+    """Say whether the budget ever had the token: live, in a hold, or consumed."""
+    budget_id, token_id = key
+    return (
+        token_id == tree.budget(budget_id).token
+        or tree.consumed[key] is not None
+        or tree.hold_tokens[key] is not None
+    )
+
+
+def _token_reused(operation: Operation, field: str) -> Refused:
+    return Refused(
+        Refusal.TOKEN_ID_REUSED, {"budget": id_text(operation.budget_id), "field": field}
+    )
+
+
+def _check_new(tree: Tree, budget_id: bytes, parent_id: bytes | None, name: str) -> Refused | None:
+    if tree.budgets[budget_id] is not None:
+        return Refused(Refusal.ID_TAKEN, {"field": "budget_id", "id": id_text(budget_id)})
+    if tree.names[parent_id, name] is not None:
+        return Refused(Refusal.NAME_TAKEN, {"name": name})
+    return None
+
+
+# -- The state of the budget and of all its ancestors -----------------------------------------------
+
+
+def check_state(case: Case, kind: Kind, budget: Budget) -> Refused | None:
+    """The first that applies, of closed, expired, frozen and overrun, and which budget it is."""
+    line = list(case.tree.line(budget))
+    here = named(case.tree, budget)
+    for level in line:
+        if level.closed:
+            return Refused(Refusal.BUDGET_CLOSED, here | {"closed": id_text(level.budget_id)})
+    if kind in EXPIRABLE_KINDS:
+        for level in line:
+            if level.expired(case.at):
+                assert level.lease_until is not None
+                return Refused(
+                    Refusal.BUDGET_EXPIRED,
+                    here
+                    | {
+                        "expired": id_text(level.budget_id),
+                        "lease_expires_at": time_text(level.lease_until),
+                    },
+                )
+    if kind in FREEZABLE_KINDS:
+        for level in line:
+            if level.frozen or level.disputes:
+                return Refused(
+                    Refusal.BUDGET_FROZEN,
+                    here
+                    | {
+                        "frozen": id_text(level.budget_id),
+                        "by": "admin" if level.frozen else "dispute",
+                    },
+                )
+    root = line[-1]
+    if kind in SPENDING_KINDS and root.money.overrun:
+        return Refused(
+            Refusal.TREE_OVERRUN,
+            here
+            | {
+                "root": id_text(root.budget_id),
+                "overrun": str(root.money.overrun),
+            },
+        )
+    return None
+
+
+def check_available(case: Case, budget: Budget, requested: int) -> Refused | None:
+    """What is available bounds what is asked; live holds may free more."""
+    money = budget.money
+    if requested <= money.available:
+        return None
+    waiting_helps = requested <= money.available + money.held
+    return Refused(
+        Refusal.BUDGET_EXHAUSTED,
+        named(case.tree, budget)
+        | {
+            "available": str(money.available),
+            "held": str(money.held),
+            "requested": str(requested),
+            "remedy": "wait_for_holds" if waiting_helps else "top_up",
+        },
+    )
