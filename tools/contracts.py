@@ -18,7 +18,8 @@ class StandardLibraryOnly(Contract):
     modules = fields.ListField(subfield=fields.ModuleField())
     forbidden = fields.SetField(subfield=fields.StringField(), default=frozenset())
 
-    def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:
+    def check(self, graph: ImportGraph, verbose: bool) -> ContractCheck:  # noqa: ARG002 - the base class's signature
+        """Find the imports of anything else."""
         # import-linter puts a field's parsed value where the field was declared.
         modules, forbidden = cast("list[Module]", self.modules), cast("set[str]", self.forbidden)
         inside = {name for top in modules for name in {top.name, *graph.find_descendants(top.name)}}
@@ -32,5 +33,6 @@ class StandardLibraryOnly(Contract):
         return ContractCheck(kept=not broken, metadata={"broken": broken})
 
     def render_broken_contract(self, check: ContractCheck) -> None:
+        """Print what `check` found."""
         for line in check.metadata["broken"]:
             output.print_error(line)

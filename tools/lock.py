@@ -1,6 +1,9 @@
-"""Regenerate `requirements.lock`: every dependency of every extra, pinned, with hashes.
+"""Regenerate the lock files: dependencies pinned, with hashes.
 
-The lock names no index: where packages come from is the business of whoever installs (pip's own
+`requirements.lock` has every dependency of every extra. `tests/protobuf-newest.lock` has the newest
+protobuf that users may have, where the generator that we develop with asks for an older one.
+
+A lock names no index: where packages come from is the business of whoever installs (pip's own
 configuration), what they contain is fixed by the hashes.
 """
 
@@ -9,6 +12,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+import tomllib
 import venv
 from pathlib import Path
 
@@ -19,25 +23,33 @@ HEADER = "# Written by `make lock` from pyproject.toml; do not edit.\n"
 
 def main() -> None:
     """Compile in a throw-away environment, so that the lock does not depend on what is installed."""
-    with tempfile.TemporaryDirectory(prefix="peculium-lock-") as folder:
-        environment = Path(folder) / "venv"
-        venv.create(environment, with_pip=True, symlinks=True)
-        python = str(environment / "bin" / "python")
+    with tempfile.TemporaryDirectory(prefix="peculium-lock-") as name:
+        folder = Path(name)
+        venv.create(folder / "venv", with_pip=True, symlinks=True)
+        python = str(folder / "venv" / "bin" / "python")
         subprocess.run([python, "-m", "pip", "install", "--quiet", COMPILER], check=True)
-        compiled = Path(folder) / "requirements.lock"
-        command = [python, "-m", "piptools", "compile", "--quiet", "--generate-hashes"]
-        command += ["--all-extras", "--build-deps-for", "editable", "--allow-unsafe"]
-        command += ["--strip-extras", "--no-header", "--no-annotate", "--no-emit-options"]
-        command += ["--no-emit-index-url", "--no-emit-find-links", "--no-emit-trusted-host"]
-        command += ["--upgrade", "--output-file", str(compiled), "pyproject.toml"]
-        subprocess.run(command, check=True, cwd=ROOT)
-        body = "".join(
-            line
-            for line in compiled.read_text().splitlines(keepends=True)
-            if line.strip() and not line.startswith("#")
-        )
-    (ROOT / "requirements.lock").write_text(HEADER + body)
-    sys.stderr.write(f"lock: {body.count('==')} packages\n")
+        options = ("--all-extras", "--build-deps-for", "editable", "--allow-unsafe")
+        _compile(python, folder, ROOT / "requirements.lock", *options, "pyproject.toml")
+        newest = folder / "newest.in"
+        newest.write_text(_requirement("protobuf"))
+        _compile(python, folder, ROOT / "tests" / "protobuf-newest.lock", str(newest))
+
+
+def _requirement(name: str) -> str:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    return next(str(line) for line in dependencies if line.startswith(name))
+
+
+def _compile(python: str, folder: Path, target: Path, *arguments: str) -> None:
+    compiled = folder / target.name
+    command = [python, "-m", "piptools", "compile", "--quiet", "--upgrade", "--generate-hashes"]
+    command += ["--strip-extras", "--no-header", "--no-annotate", "--no-emit-options"]
+    command += ["--no-emit-index-url", "--no-emit-find-links", "--no-emit-trusted-host"]
+    subprocess.run([*command, "--output-file", str(compiled), *arguments], check=True, cwd=ROOT)
+    lines = compiled.read_text().splitlines(keepends=True)
+    body = "".join(line for line in lines if line.strip() and not line.startswith("#"))
+    target.write_text(HEADER + body)
+    sys.stderr.write(f"lock: {body.count('==')} packages in {target.relative_to(ROOT)}\n")
 
 
 if __name__ == "__main__":

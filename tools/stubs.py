@@ -53,9 +53,11 @@ def _protoc(protos: list[str], *outputs: str) -> None:
     # protoc looks for its plug-ins on the path; they are beside this interpreter.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = [sys.executable, "-m", "grpc_tools.protoc", "-I", str(PROTO), *outputs, *protos]
-    finished = subprocess.run(command, check=False, env={**os.environ, "PATH": path})
+    finished = subprocess.run(
+        command, check=False, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
     if finished.returncode != 0:
-        sys.exit("protoc failed, see above")
+        sys.exit(f"protoc failed:\n{finished.stderr}")
 
 
 def _verify() -> int:
