@@ -495,7 +495,7 @@ class _Place:
 
 
 def _wheel_programs() -> Path:
-    """Find the programs without importing the wheel's package, whose import has effects."""
+    """Find the programs without importing the wheel's package, which the environment configures."""
     found = importlib.util.find_spec(_WHEEL)
     if found is None or not found.submodule_search_locations:
         raise EmbeddedPostgresError(
