@@ -24,6 +24,15 @@ class Found(NamedTuple):
     budget_id: bytes
 
 
+class Standing(NamedTuple):
+    """Where a lane stands, and when that was."""
+
+    now: int
+    """The database's clock. Microseconds since the Unix epoch."""
+    position: int
+    """Operations committed in the lane."""
+
+
 class Page(NamedTuple, Generic[Row, Key]):
     """Some rows of a list, and the key to ask for more with; None at the end."""
 
@@ -36,6 +45,10 @@ class Snapshot:
 
     now: int
     """The database's clock when the snapshot was taken."""
+
+    def roots(self) -> AsyncIterator[bytes]:
+        """The ids of all roots that any entry, budget or hold belongs to."""
+        raise NotImplementedError
 
     def entries_in_order(self, root_id: bytes) -> AsyncIterator[Entry]:
         """All entries of a tree by position and part."""
@@ -80,6 +93,10 @@ class Store:
 
     def writer(self, lane: int) -> LaneWriter:
         """The writer of a lane; the same one each time."""
+        raise NotImplementedError
+
+    async def standing(self, lane: int) -> Standing:
+        """The clock, and the position that the lane has by now; also tells whether there is an answer."""
         raise NotImplementedError
 
     async def find(self, path: str) -> Found | None:
