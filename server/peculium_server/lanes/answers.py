@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
+from peculium_server.store.errors import StoreContended, StoreError
+
+CONTENDED_RETRY_MS: Final = 50
+UNAVAILABLE_RETRY_MS: Final = 1_000
+"""A database that restarts or fails over needs seconds."""
 
 
 class Unavailability(IntEnum):
@@ -61,3 +66,11 @@ class Answer(NamedTuple):
     result: Result
     position: Position | None
     """None where the ledger was not asked: a malformed operation, or no answer."""
+
+
+def without_store(error: StoreError) -> Unanswered:
+    """What to say when the store does not do what it is asked."""
+    if isinstance(error, StoreContended):
+        facts = {"attempts": str(error.attempts)}
+        return Unanswered(Unavailability.CONTENDED, facts, CONTENDED_RETRY_MS)
+    return Unanswered(Unavailability.DATABASE_UNAVAILABLE, {}, UNAVAILABLE_RETRY_MS)

@@ -17,9 +17,9 @@ from peculium_server.core.footprint import Footprint
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
 from peculium_server.core.state import Accepted
-from peculium_server.lanes.answers import Unanswered, Unavailability
+from peculium_server.lanes.answers import Unanswered, Unavailability, without_store
 from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows
-from peculium_server.store.errors import LedgerCorrupt, StoreContended, StoreError
+from peculium_server.store.errors import LedgerCorrupt, StoreError
 from peculium_server.store.lane import Loaded
 
 COMMIT_OPERATIONS_MAX: Final = 256
@@ -30,9 +30,6 @@ COMMIT_ROWS_MAX: Final = GROUP_ROWS_MAX
 
 QUEUE_FULL_RETRY_MS: Final = 100
 """A lane commits hundreds of operations in that time."""
-CONTENDED_RETRY_MS: Final = 50
-UNAVAILABLE_RETRY_MS: Final = 1_000
-"""A database that restarts or fails over needs seconds."""
 
 _logger = logging.getLogger(__name__)
 
@@ -177,7 +174,7 @@ class Lane:
         except LedgerCorrupt as error:
             await self._isolate(groups, error)
         except StoreError as error:
-            unanswered = _unanswered(error)
+            unanswered = without_store(error)
             _logger.warning("lane %d: %s", self.number, error)
             for group in groups:
                 group.answer(unanswered)
@@ -232,10 +229,3 @@ def _latest(groups: Iterable[_Group]) -> float | None:
             return None
         latest = max(latest, group.deadline)
     return latest
-
-
-def _unanswered(error: StoreError) -> Unanswered:
-    if isinstance(error, StoreContended):
-        facts = {"attempts": str(error.attempts)}
-        return Unanswered(Unavailability.CONTENDED, facts, CONTENDED_RETRY_MS)
-    return Unanswered(Unavailability.DATABASE_UNAVAILABLE, {}, UNAVAILABLE_RETRY_MS)

@@ -17,6 +17,7 @@ from peculium_server.core.operations import Kind
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
 from peculium_server.core.state import Balances, Budget, BudgetState, Entry, Hold
+from peculium_server.core.verify import Finding
 from peculium_server.lanes.answers import Answer, Position, Unanswered
 
 _NANOS_PER_US: Final = 1000
@@ -192,6 +193,15 @@ def write_entry(entry: Entry, lane: int, message: audit_service_pb2.Entry) -> No
     message.previous_hash = entry.previous_hash
     message.hash = entry.hash
     message.amount = entry.amount
+
+
+def write_finding(finding: Finding, message: audit_service_pb2.Finding) -> None:
+    """Write what verification has found."""
+    message.root_id = finding.root_id
+    message.budget_id = finding.budget_id
+    message.seq = finding.seq
+    message.rule = finding.rule
+    message.detail = finding.detail
 
 
 def _write_time(microseconds: int, message: Timestamp) -> None:

@@ -1,0 +1,181 @@
+"""The auditors' service."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Final
+
+from peculium.v1 import audit_service_pb2_grpc
+from peculium.v1.audit_service_pb2 import (
+    GetBudgetRequest,
+    GetBudgetResponse,
+    ListBudgetsRequest,
+    ListBudgetsResponse,
+    ListEntriesRequest,
+    ListEntriesResponse,
+    VerifyRequest,
+    VerifyResponse,
+)
+from peculium_server.core.state import Budget, Entry
+from peculium_server.core.verify import Finding, Verifier
+from peculium_server.rpc.pages import Asked, fitting, page_token, read_page
+from peculium_server.rpc.reading import Reader
+from peculium_server.rpc.responses import write_budget, write_entry, write_finding, write_position
+from peculium_server.store.store import Page, Snapshot, Store
+
+_KEY_BYTES: Final = 8
+_ROW_BYTES: Final = 512
+"""What a row takes beside its texts."""
+_VERIFY_AT_A_TIME: Final = 32
+"""Entries that are verified before other calls get their turn: some milliseconds."""
+_PROGRESS_ENTRIES: Final = 1_000
+
+
+class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
+    """What an auditor may ask."""
+
+    def __init__(self, reader: Reader, store: Store) -> None:
+        self._reader = reader
+        self._store = store
+
+    async def GetBudget(self, request: GetBudgetRequest, context: Any) -> GetBudgetResponse:
+        """Read any budget."""
+        line, position = await self._reader.for_auditor(request.budget)
+        response = GetBudgetResponse()
+        write_budget(line.budget, line.path, line.state, response.budget)
+        write_position(position, response.ledger)
+        return response
+
+    async def ListBudgets(self, request: ListBudgetsRequest, context: Any) -> ListBudgetsResponse:
+        """List the roots, or a budget and everything below it."""
+        response = ListBudgetsResponse()
+        if request.HasField("below"):
+            rows, response.next_page_token = await self._subtree(request)
+        else:
+            rows, response.next_page_token = await self._roots(request)
+        for line in await self._reader.lines(rows):
+            write_budget(line.budget, line.path, line.state, response.budgets.add())
+        return response
+
+    async def _roots(self, request: ListBudgetsRequest) -> tuple[Sequence[Budget], str]:
+        scope = b"roots"
+        asked = read_page(scope, request.page_size, request.page_token)
+        after = None if asked.after is None else asked.after.decode()
+        page = await self._store.list_roots(limit=asked.size, after=after)
+        rows = fitting(page.rows, _budget_bytes)
+        cut = len(rows) < len(page.rows)
+        last = rows[-1].name if cut else page.next
+        return rows, page_token(scope, None if last is None else last.encode())
+
+    async def _subtree(self, request: ListBudgetsRequest) -> tuple[Sequence[Budget], str]:
+        top, _ = await self._reader.for_auditor(request.below)
+        root_id, budget_id = top.budget.root_id, top.budget.budget_id
+        scope = b"subtree" + root_id + budget_id
+        asked = read_page(scope, request.page_size, request.page_token)
+        first = asked.after is None
+        below = await self._below(root_id, budget_id, asked, room=asked.size - first)
+        listed = (top.budget, *below.rows) if first else below.rows
+        rows = fitting(listed, _budget_bytes)
+        if len(rows) < len(listed):
+            return rows, page_token(scope, b"" if rows[-1] is top.budget else rows[-1].budget_id)
+        return rows, page_token(scope, below.next)
+
+    async def _below(
+        self, root_id: bytes, budget_id: bytes, asked: Asked, room: int
+    ) -> Page[Budget, bytes]:
+        """Some of what is below a budget; the token of a page that has the top alone has no key."""
+        if not room:
+            return Page((), b"")
+        return await self._store.list_subtree(
+            root_id, budget_id, limit=room, after=asked.after or None
+        )
+
+    async def ListEntries(self, request: ListEntriesRequest, context: Any) -> ListEntriesResponse:
+        """List the entries of a budget, or of the whole tree that it belongs to."""
+        line, _ = await self._reader.for_auditor(request.budget)
+        root_id, budget_id = line.budget.root_id, line.budget.budget_id
+        scope = b"entries" + bytes((request.tree, request.descending)) + root_id
+        if not request.tree:
+            scope += budget_id
+        asked = read_page(scope, request.page_size, request.page_token)
+        after = None if asked.after is None else int.from_bytes(asked.after)
+        if request.tree:
+            page = await self._store.list_tree_entries(
+                root_id, limit=asked.size, after=after, descending=request.descending
+            )
+        else:
+            page = await self._store.list_entries(
+                root_id, budget_id, limit=asked.size, after=after, descending=request.descending
+            )
+        rows = fitting(page.rows, _entry_bytes)
+        last = page.next
+        if len(rows) < len(page.rows):
+            rows, last = _cut(page.rows, len(rows), tree=request.tree)
+        key = None if last is None else last.to_bytes(_KEY_BYTES)
+        response = ListEntriesResponse(next_page_token=page_token(scope, key))
+        lane = self._store.lane_of(root_id)
+        for entry in rows:
+            write_entry(entry, lane, response.entries.add())
+        return response
+
+    async def Verify(self, request: VerifyRequest, context: Any) -> AsyncIterator[VerifyResponse]:
+        """Re-run every decision of a tree, or of all trees, and compare."""
+        tree: bytes | None = None
+        if request.HasField("tree"):
+            line, _ = await self._reader.for_auditor(request.tree)
+            tree = line.budget.root_id
+        entries = trees = 0
+        findings: list[Finding] = []
+        async with self._store.snapshot() as snapshot:
+            roots = [root_id async for root_id in snapshot.roots()] if tree is None else [tree]
+            for root_id in roots:
+                verifier = Verifier(root_id)
+                async for checked in _checks(snapshot, verifier, root_id):
+                    yield VerifyResponse(entries=entries + checked, trees=trees)
+                entries += verifier.entries
+                trees += 1
+                finding = verifier.finish()
+                if finding is not None:
+                    findings.append(finding)
+        verdict = VerifyResponse(entries=entries, trees=trees)
+        verdict.verdict.verified = not findings
+        for finding in findings:
+            write_finding(finding, verdict.verdict.findings.add())
+        yield verdict
+
+
+async def _checks(snapshot: Snapshot, verifier: Verifier, root_id: bytes) -> AsyncIterator[int]:
+    """Feed a tree to its verifier; tells how many entries were checked, now and then."""
+    async for entry in snapshot.entries_in_order(root_id):
+        verifier.entry(entry)
+        if verifier.entries % _VERIFY_AT_A_TIME == 0:
+            await asyncio.sleep(0)
+        if verifier.entries % _PROGRESS_ENTRIES == 0:
+            yield verifier.entries
+    async for budget in snapshot.budgets_of(root_id):
+        verifier.budget(budget)
+    async for hold in snapshot.holds_of(root_id):
+        verifier.hold(hold)
+
+
+def _cut(rows: Sequence[Entry], fit: int, *, tree: bool) -> tuple[Sequence[Entry], int]:
+    """End a page that does not fit into a message, and say after which key the next one begins.
+
+    In a tree's list the parts of an operation stay together, for its key is the operation's.
+    """
+    if not tree:
+        return rows[:fit], rows[fit - 1].seq
+    broken = rows[fit].position
+    whole = [entry for entry in rows[:fit] if entry.position != broken]
+    # One operation that is larger than a page comes whole all the same.
+    whole = whole or [entry for entry in rows if entry.position == broken]
+    return whole, whole[-1].position
+
+
+def _budget_bytes(budget: Budget) -> int:
+    return _ROW_BYTES + sum(len(key) + len(value) for key, value in budget.labels)
+
+
+def _entry_bytes(entry: Entry) -> int:
+    return _ROW_BYTES + len(entry.request or b"") + len(entry.effect_bytes)
