@@ -1,0 +1,159 @@
+"""One server, from its settings to its last answer: start, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from typing import Final
+
+from peculium_server.config import Config
+from peculium_server.embedded import EmbeddedPostgres
+from peculium_server.identity import DEV_PRINCIPAL, Identities
+from peculium_server.lanes.ledger import Ledger
+from peculium_server.rpc.server import Server
+from peculium_server.store import migrate
+from peculium_server.store.errors import StoreError
+from peculium_server.store.store import Store
+
+try:
+    from uvloop import new_event_loop as _new_event_loop
+except ImportError:  # It is not made for every platform; asyncio's own does the same, slower.
+    from asyncio import new_event_loop as _new_event_loop
+
+PROBE_SECONDS: Final = 2.0
+"""How often the server makes sure that the database answers, for its health service."""
+PROBE_SECONDS_MAX: Final = 5.0
+"""A database that takes longer to say where it stands is not one to send callers to."""
+
+Tell = Callable[[str], None]
+"""Is told each step of starting and stopping, as a sentence."""
+
+_logger = logging.getLogger(__name__)
+
+
+def run(config: Config, tell: Tell) -> None:
+    """Serve until the process is told to stop.
+
+    Raises:
+        KeysInvalid: The key file cannot be used.
+        EmbeddedPostgresError: The server's own PostgreSQL cannot be started.
+        StoreError: The database cannot be reached, or not be relied upon.
+        CannotListen: The address is taken.
+    """
+    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+        runner.run(_serve(config, tell))
+
+
+async def _serve(config: Config, tell: Tell) -> None:
+    stop = _stop_signal()
+    identities = Identities.dev() if config.keys_file is None else Identities.load(config.keys_file)
+    async with _database(config, tell) as dsn, _store(config, dsn, tell) as store:
+        ledger = Ledger(store, queue_rows_max=config.queue_max)
+        server = Server(
+            ledger,
+            store,
+            identities,
+            message_bytes_max=config.message_bytes_max,
+            call_seconds_max=config.call_seconds_max,
+        )
+        address = config.listen._replace(port=await server.start(str(config.listen)))
+        if identities.dev_mode:
+            tell(
+                f"WARNING: there is no key file: whoever can connect to {address} may do everything,"
+                f" as the principal {DEV_PRINCIPAL!r}"
+            )
+        probe = asyncio.create_task(_tell_health(server, store))
+        tell(f"listening on {address}")
+        _announce(config, str(address))
+        await stop.wait()
+        stop.clear()
+        tell(f"stopping; what was accepted is finished, for at most {config.drain_seconds} s")
+        probe.cancel()
+        await _drain(server, ledger, config.drain_seconds, stop)
+    tell("stopped")
+
+
+def _stop_signal() -> asyncio.Event:
+    """An event that SIGTERM and SIGINT set."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+@contextlib.asynccontextmanager
+async def _database(config: Config, tell: Tell) -> AsyncIterator[str]:
+    """The ledger's database: the configured one, or one of the server's own."""
+    if config.database_url is not None:
+        tell(f"database: {config.told_database}")
+        yield config.database_url
+        return
+    tell(f"no database is configured: using a PostgreSQL of the server's own in {config.data_dir}")
+    postgres = await asyncio.to_thread(EmbeddedPostgres.start, config.data_dir, progress=tell)
+    try:
+        # Nobody else decides when this one is migrated; of a configured one its operator does.
+        await asyncio.to_thread(migrate.upgrade, postgres.dsn)
+        yield postgres.dsn
+    finally:
+        await asyncio.to_thread(postgres.stop)
+
+
+@contextlib.asynccontextmanager
+async def _store(config: Config, dsn: str, tell: Tell) -> AsyncIterator[Store]:
+    if config.unsafe_settings:
+        tell("WARNING: a database that may forget what it has recorded is accepted, as told")
+    store = await Store.open(
+        dsn,
+        pool_size=config.database_connections,
+        unsafe_settings_allowed=config.unsafe_settings,
+    )
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+async def _tell_health(server: Server, store: Store) -> None:
+    """Keep the health service true: the server is of use as long as the database answers."""
+    serving: bool | None = None
+    while True:
+        try:
+            async with asyncio.timeout(PROBE_SECONDS_MAX):
+                await store.standing(0)
+            answers = True
+        except (StoreError, TimeoutError) as error:
+            answers = False
+            if serving is not False:
+                _logger.warning("the database does not answer: %s", error)
+        if answers is not serving:
+            await server.tell_serving(serving=answers)
+            serving = answers
+        await asyncio.sleep(PROBE_SECONDS)
+
+
+def _announce(config: Config, address: str) -> None:
+    """Tell other programs that calls are served: the file is there as a whole, or not at all."""
+    if config.ready_file is None:
+        return
+    ready = {"listening": address, "pid": os.getpid(), "database": config.told_database}
+    unfinished = config.ready_file.with_name(f"{config.ready_file.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(ready) + "\n", encoding="utf-8")
+    unfinished.replace(config.ready_file)
+
+
+async def _drain(server: Server, ledger: Ledger, seconds: float, stop: asyncio.Event) -> None:
+    """Take no new calls, and finish those in progress; told to stop once more, do not wait."""
+    stopping = asyncio.create_task(server.stop(seconds))
+    impatient = asyncio.create_task(stop.wait())
+    await asyncio.wait((stopping, impatient), return_when=asyncio.FIRST_COMPLETED)
+    impatient.cancel()
+    if not stopping.done():
+        await server.stop(0)
+    await stopping
+    await ledger.drain()
