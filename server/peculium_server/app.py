@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -19,11 +20,6 @@ from peculium_server.rpc.server import Server
 from peculium_server.store import migrate
 from peculium_server.store.errors import StoreError
 from peculium_server.store.store import Store
-
-try:
-    from uvloop import new_event_loop as _new_event_loop
-except ImportError:  # It is not made for every platform; asyncio's own does the same, slower.
-    from asyncio import new_event_loop as _new_event_loop
 
 PROBE_SECONDS: Final = 2.0
 """How often the server makes sure that the database answers, for its health service."""
@@ -45,8 +41,14 @@ def run(config: Config, tell: Tell) -> None:
         StoreError: The database cannot be reached, or not be relied upon.
         CannotListen: The address is taken.
     """
-    with asyncio.Runner(loop_factory=_new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
         runner.run(_serve(config, tell))
+
+
+def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Uvloop's, where it is installed; it is not made for every platform."""
+    found = importlib.util.find_spec("uvloop")
+    return None if found is None else importlib.import_module("uvloop").new_event_loop
 
 
 async def _serve(config: Config, tell: Tell) -> None:
