@@ -35,13 +35,13 @@ def main() -> None:
 def _current() -> bool:
     if not STAMP.exists():
         return False
-    installed = STAMP.stat().st_mtime
-    return all(path.stat().st_mtime <= installed for path in INPUTS)
+    installed = STAMP.stat().st_mtime_ns
+    return all(path.stat().st_mtime_ns <= installed for path in INPUTS)
 
 
 def _install() -> None:
     # The stamp takes the time of the start: a file that changes meanwhile is installed next time.
-    started = max(path.stat().st_mtime for path in INPUTS)
+    started = max(path.stat().st_mtime_ns for path in INPUTS)
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         _say("creating .venv")
@@ -51,7 +51,7 @@ def _install() -> None:
     _say("installing peculium, editable")
     _pip(python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     STAMP.touch()
-    os.utime(STAMP, (started, started))
+    os.utime(STAMP, ns=(started, started))
     _say("done")
 
 
