@@ -47,11 +47,10 @@ _DURATION = "_us"
 
 def message_of(
     operation: Operation, proof: types_pb2.Authority | None, traceparent: str = ""
-) -> Message:
+) -> Any:
     """The request that asks for an operation: by an agent with a proof, by an admin without one."""
     by_kind = BY_ADMIN if proof is None else BY_AGENT
-    request = by_kind[operation.kind]()
-    message: Any = request
+    message: Any = by_kind[operation.kind]()
     header = message.header
     if proof is not None:
         header.authority.CopyFrom(proof)
@@ -64,7 +63,7 @@ def message_of(
             _set(message, field.name, value)
     if operation.kind is Kind.RETURN and not message.HasField("amount"):
         message.all = True
-    return request
+    return message
 
 
 def duration(microseconds: int) -> Duration:
