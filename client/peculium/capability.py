@@ -46,6 +46,8 @@ class BudgetRef:
 class Affine:
     """Refuses to be copied or pickled: the guarantee is that authority exists once."""
 
+    __slots__ = ()
+
     def __copy__(self) -> NoReturn:
         self._refuse("copied")
 
@@ -74,9 +76,7 @@ class Capability(Affine):
 
     __slots__ = ("_moved", "_secret", "budget_id", "path", "root_id")
 
-    def __init__(
-        self, *, root_id: bytes, budget_id: bytes, secret: bytes, path: str = ""
-    ) -> None:
+    def __init__(self, *, root_id: bytes, budget_id: bytes, secret: bytes, path: str = "") -> None:
         self.root_id = root_id
         self.budget_id = budget_id
         self.path = path
@@ -123,6 +123,24 @@ class Capability(Affine):
             raise CapabilityMoved(f"the capability was accepted at {self._moved}", budget=str(self))
         body = bytes([_VERSION]) + self.root_id + self.budget_id + self._secret
         return PREFIX + base64.urlsafe_b64encode(body + _checksum(body)).decode("ascii")
+
+    def take(self, where: str) -> bytes:
+        """Take the secret out to use it, once: for the client that accepts the capability.
+
+        Args:
+            where: The place in the caller's code, for whoever tries again.
+
+        Raises:
+            CapabilityMoved: It was accepted here before.
+        """
+        if self._moved is not None:
+            raise CapabilityMoved(f"the capability was accepted at {self._moved}", budget=str(self))
+        self._moved = where
+        return self._secret
+
+    def put_back(self) -> None:
+        """Undo `take`: nothing was done with the secret."""
+        self._moved = None
 
     @property
     def ref(self) -> BudgetRef:
@@ -172,6 +190,4 @@ def _checksum(body: bytes) -> bytes:
 
 
 def _malformed(problem: str) -> Malformed:
-    return Malformed(
-        f"a capability {problem}", facts={"field": "capability", "problem": problem}
-    )
+    return Malformed(f"a capability {problem}", facts={"field": "capability", "problem": problem})

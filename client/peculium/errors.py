@@ -109,7 +109,7 @@ def _rebuilt(
     operation_id: str | None,
     facts: Mapping[str, str],
 ) -> PeculiumError:
-    return cls._new(message, budget, operation_id, facts)  # noqa: SLF001 - the class is this module's
+    return cls._new(message, budget, operation_id, facts)
 
 
 # --- refused ---

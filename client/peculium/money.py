@@ -160,7 +160,7 @@ class PriceList(Mapping[str, Price]):
     def __len__(self) -> int:
         return len(self._prices)
 
-    def get(self, model: str, default: object = None) -> Price:  # type: ignore[override]
+    def get(self, model: str, default: object = None) -> Price:
         """The model's price; a default is not taken, since an unknown price must not pass.
 
         Raises:

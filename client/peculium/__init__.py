@@ -1,0 +1,103 @@
+"""A hard, delegable, auditable spending limit for fleets of LLM agents: the client.
+
+    with peculium.connect() as client:
+        budget = client.open("acme/research")
+        with budget.reserve(price.upper(prompt_tokens, 1000)) as hold:
+            answer = call_the_provider()
+            hold.settle(price.actual(answer.usage), reference=answer.id)
+
+`peculium.aio` has the same for asyncio.
+"""
+
+from __future__ import annotations
+
+from peculium import aio, errors
+from peculium._config import Tls
+from peculium._context import current, use
+from peculium.capability import BudgetRef, Capability, Receiver
+from peculium.client import Admin, Audit, Budget, Client, Hold, connect
+from peculium.errors import (
+    BudgetClosed,
+    BudgetExhausted,
+    BudgetExpired,
+    BudgetFrozen,
+    CapabilityMoved,
+    CapabilityUnknown,
+    Invalid,
+    LedgerUnavailable,
+    NotCopyable,
+    OutcomeUnknown,
+    PeculiumError,
+    PriceUnknown,
+    Refused,
+    TokenConsumed,
+    TreeOverrun,
+    Unavailable,
+)
+from peculium.money import USD_NANOS, Price, PriceList, Usage, usd
+from peculium.values import (
+    Balances,
+    BudgetInfo,
+    BudgetState,
+    Child,
+    Custody,
+    Delegated,
+    EntryInfo,
+    Finding,
+    HoldInfo,
+    HoldState,
+    LedgerPosition,
+    Receipt,
+    Verification,
+)
+
+__all__ = [
+    "USD_NANOS",
+    "Admin",
+    "Audit",
+    "Balances",
+    "Budget",
+    "BudgetClosed",
+    "BudgetExhausted",
+    "BudgetExpired",
+    "BudgetFrozen",
+    "BudgetInfo",
+    "BudgetRef",
+    "BudgetState",
+    "Capability",
+    "CapabilityMoved",
+    "CapabilityUnknown",
+    "Child",
+    "Client",
+    "Custody",
+    "Delegated",
+    "EntryInfo",
+    "Finding",
+    "Hold",
+    "HoldInfo",
+    "HoldState",
+    "Invalid",
+    "LedgerPosition",
+    "LedgerUnavailable",
+    "NotCopyable",
+    "OutcomeUnknown",
+    "PeculiumError",
+    "Price",
+    "PriceList",
+    "PriceUnknown",
+    "Receipt",
+    "Receiver",
+    "Refused",
+    "Tls",
+    "TokenConsumed",
+    "TreeOverrun",
+    "Unavailable",
+    "Usage",
+    "Verification",
+    "aio",
+    "connect",
+    "current",
+    "errors",
+    "usd",
+    "use",
+]

@@ -1,0 +1,366 @@
+"""Sends what the coalescer says, on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Generator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+import grpc
+
+from peculium._coalescer import Batch, Coalescer, Line, Ticket
+from peculium._config import CLOSE_SECONDS_DEFAULT, Config
+from peculium._handles import Process
+from peculium._requests import Operation
+from peculium._retry import Attempts, Failure, Policy
+from peculium._translation import failure
+from peculium.errors import Invalid, LedgerUnavailable
+from peculium.v1 import (
+    admin_service_pb2_grpc,
+    audit_service_pb2_grpc,
+    ledger_service_pb2_grpc,
+)
+
+if TYPE_CHECKING:
+    from peculium.v1.admin_service_pb2_grpc import AdminServiceAsyncStub
+    from peculium.v1.audit_service_pb2_grpc import AuditServiceAsyncStub
+    from peculium.v1.ledger_service_pb2_grpc import LedgerServiceAsyncStub
+
+FLIGHTS_MAX = 4
+"""How many batches are on their way at once: enough to keep the ledger busy, few enough to be full."""
+
+_JITTER_STEPS = 1 << 20
+
+_Q = TypeVar("_Q")
+_R = TypeVar("_R")
+_T_co = TypeVar("_T_co", covariant=True)
+
+_log = logging.getLogger("peculium")
+
+
+class AsyncContext(Protocol[_T_co]):
+    """What can be entered with `async with`."""
+
+    async def __aenter__(self) -> _T_co:
+        """Enter."""
+        ...
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave."""
+        ...
+
+
+_C = TypeVar("_C", bound=AsyncContext[Any])
+
+
+class Pending(Generic[_C]):
+    """A handle that is being made: await it, or enter it with `async with`."""
+
+    def __init__(self, making: Awaitable[_C]) -> None:
+        self._making = making
+        self._made: _C | None = None
+
+    def __await__(self) -> Generator[Any, Any, _C]:
+        """Wait until it is made."""
+        return self._making.__await__()
+
+    async def __aenter__(self) -> _C:
+        """Wait until it is made, and enter it."""
+        self._made = await self._making
+        await self._made.__aenter__()
+        return self._made
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave it."""
+        if self._made is not None:
+            await self._made.__aexit__(exc_type, exc, traceback)
+
+
+class Sender:
+    """One connection, and the tasks that use it."""
+
+    def __init__(self, config: Config, policy: Policy | None = None) -> None:
+        self.process = Process()
+        self.timeout = config.timeout
+        self._config = config
+        self._policy = policy or Policy()
+        self._brain = Coalescer(policy=self._policy, jitter=_jitter, flights_max=FLIGHTS_MAX)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._channel: grpc.aio.Channel | None = None
+        self._closed = False
+        self._pump_soon = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._quiet: asyncio.Event | None = None
+        self._ledger: LedgerServiceAsyncStub
+        self._admin: AdminServiceAsyncStub
+        self._audit: AuditServiceAsyncStub
+
+    # --- operations ---
+
+    def submit(
+        self,
+        line: Line,
+        operation: Operation | None,
+        timeout: float | None = None,
+        wait: float | None = None,
+    ) -> Ticket:
+        """Put an operation on its way; `wait` for it. The time runs from now."""
+        loop = self._begin()
+        now = loop.time()
+        until = now + (wait or 0.0)
+        ticket = self._brain.submit(
+            line,
+            operation,
+            loop.create_future(),
+            now=now,
+            deadline=until + self._seconds(timeout),
+            wait_until=until if wait else 0.0,
+        )
+        self._soon(loop)
+        return ticket
+
+    def detach(self, line: Line, operation: Operation) -> Ticket:
+        """Put an operation on its way that has to happen although nobody waits for it."""
+        loop = self._begin(closing=True)
+        now = loop.time()
+        ticket = self._brain.submit(line, operation, None, now=now, deadline=now)
+        self._soon(loop)
+        return ticket
+
+    async def wait(self, ticket: Ticket) -> Ticket:
+        """Wait for an operation that was submitted, until its deadline.
+
+        Raises:
+            PeculiumError: It was refused, or there was no answer in time.
+        """
+        loop = self._begin(closing=True)
+        future: Any = ticket.future
+        timer = loop.call_at(ticket.deadline, self._expire, ticket)
+        try:
+            done: Ticket = await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():
+                # Looked at, so that the event loop does not complain of an error nobody saw.
+                future.exception()
+            self._brain.abandon(ticket, loop.time())
+            self._soon(loop)
+            raise
+        else:
+            return done
+        finally:
+            timer.cancel()
+
+    async def wait_again(self, ticket: Ticket, timeout: float | None = None) -> Ticket:
+        """Wait for an operation once more whose outcome was unknown.
+
+        Raises:
+            PeculiumError: It was refused, or there was no answer in time.
+        """
+        loop = self._begin()
+        deadline = loop.time() + self._seconds(timeout)
+        self._brain.wait_again(ticket, loop.create_future(), deadline=deadline)
+        self._soon(loop)
+        return await self.wait(ticket)
+
+    @asynccontextmanager
+    async def section(
+        self, line: Line, timeout: float | None = None
+    ) -> AsyncIterator[bytes | None]:
+        """Have the line's secret for oneself, with nothing on its way that could change it."""
+        if not line.linear:
+            yield None
+            return
+        ticket = await self.wait(self.submit(line, None, timeout))
+        try:
+            yield line.secret
+        finally:
+            self._brain.leave_section(ticket)
+            self._soon(self._begin(closing=True))
+
+    # --- calls that travel alone ---
+
+    @property
+    def ledger(self) -> LedgerServiceAsyncStub:
+        """The agents' service."""
+        self._begin()
+        return self._ledger
+
+    @property
+    def admin(self) -> AdminServiceAsyncStub:
+        """The operators' service."""
+        self._begin()
+        return self._admin
+
+    @property
+    def audit(self) -> AuditServiceAsyncStub:
+        """The auditors' service."""
+        self._begin()
+        return self._audit
+
+    async def unary(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Q, _R],
+        request: _Q,
+        timeout: float | None = None,
+        *,
+        budget: str | None = None,
+        operation_id: str | None = None,
+    ) -> _R:
+        """Call a method, again if need be, until the time is over.
+
+        Raises:
+            PeculiumError: It was refused, or there was no answer in time.
+        """
+        loop = self._begin()
+        attempts = Attempts(
+            self._policy,
+            _jitter,
+            deadline=loop.time() + self._seconds(timeout),
+            budget=budget,
+            operation_id=operation_id,
+        )
+        while True:
+            seconds = attempts.timeout(loop.time())
+            try:
+                return await method(request, timeout=seconds, metadata=self._config.metadata)
+            except grpc.aio.AioRpcError as error:
+                failed = _failure(error)
+            await asyncio.sleep(attempts.delay(failed, loop.time()))
+
+    async def stream(
+        self, method: grpc.aio.UnaryStreamMultiCallable[_Q, _R], request: _Q
+    ) -> AsyncIterator[_R]:
+        """Call a method that only reads, and take its answers as they come.
+
+        Raises:
+            PeculiumError: It was refused, or the stream was cut.
+        """
+        self._begin()
+        try:
+            async for answer in method(request, timeout=None, metadata=self._config.metadata):
+                yield answer
+        except grpc.aio.AioRpcError as error:
+            failed = _failure(error)
+            raise failed.refused or LedgerUnavailable(failed.message) from None
+
+    # --- its own life ---
+
+    async def open(self) -> None:
+        """Connect in the background."""
+        self._begin()
+
+    async def close(self) -> None:
+        """Finish what is on its way, within bounds, and disconnect."""
+        if self._closed or self._loop is None:
+            self._closed = True
+            return
+        self._closed = True
+        self._quiet = asyncio.Event()
+        self._soon(self._loop)
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS_DEFAULT):
+                await self._quiet.wait()
+        except TimeoutError:
+            _log.warning(
+                "closed with %d operations of unknown outcome; holds among them lapse",
+                self._brain.unresolved,
+            )
+        finally:
+            if self._timer is not None:
+                self._timer.cancel()
+            for task in self._tasks:
+                task.cancel()
+            if self._channel is not None:
+                await self._channel.close()
+
+    def _begin(self, *, closing: bool = False) -> asyncio.AbstractEventLoop:
+        self.process.check("client")
+        if self._closed and not closing:
+            raise Invalid("the client is closed")
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+            self._connect()
+        return self._loop
+
+    def _connect(self) -> None:
+        target, options = self._config.target, self._config.options
+        credentials = self._config.credentials
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options=options)
+        self._ledger = ledger_service_pb2_grpc.LedgerServiceStub(self._channel)
+        self._admin = admin_service_pb2_grpc.AdminServiceStub(self._channel)
+        self._audit = audit_service_pb2_grpc.AuditServiceStub(self._channel)
+
+    def _seconds(self, timeout: float | None) -> float:
+        return self.timeout if timeout is None else timeout
+
+    def _expire(self, ticket: Ticket) -> None:
+        loop = self._begin(closing=True)
+        self._brain.expire(ticket, loop.time())
+        self._soon(loop)
+
+    def _soon(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Send once the tasks that are ready now have had their say: they go together."""
+        if not self._pump_soon:
+            self._pump_soon = True
+            loop.call_soon(self._pump, loop)
+
+    def _pump(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._pump_soon = False
+        while (batch := self._brain.next_batch(loop.time())) is not None:
+            task = loop.create_task(self._send(batch, loop))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self._set_timer(loop)
+        if self._quiet is not None and self._brain.idle:
+            self._quiet.set()
+
+    def _set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        wake_at = self._brain.wake_at()
+        if self._timer is not None and (wake_at is None or wake_at != self._timer_at):
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None and wake_at is not None:
+            self._timer_at = wake_at
+            self._timer = loop.call_at(wake_at, self._wake, loop)
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        self._soon(loop)
+
+    async def _send(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            response = await self._ledger.Batch(
+                batch.request, timeout=batch.timeout, metadata=self._config.metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            self._brain.failed(batch, _failure(error), loop.time())
+        else:
+            self._brain.completed(batch, response, loop.time())
+        self._soon(loop)
+
+
+def _failure(error: grpc.aio.AioRpcError) -> Failure:
+    return failure(error.code(), error.details(), tuple(error.trailing_metadata()))
+
+
+def _jitter() -> float:
+    return secrets.randbelow(_JITTER_STEPS) / _JITTER_STEPS

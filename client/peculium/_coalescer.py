@@ -1,0 +1,707 @@
+"""Puts concurrent operations into few requests, keeps tokens in order, and finds out what is unknown.
+
+Pure: it sends nothing, waits for nothing and has no clock; times are its callers' `monotonic`. It is
+not thread-safe either: a sender that has threads puts a lock around it.
+
+A *line* is the order in which the operations of one authority have to go:
+
+- The line of a token is linear. Its operations travel as a chain: the first reveals the secret, each
+  further one follows the one before (`after`). While a request is on its way, the token that it will
+  leave is not known, so what comes meanwhile waits for the answer.
+- The line of a principal-held budget is not: its operations are independent of each other.
+
+An operation whose answer was lost stays at the head of its line and is sent again, unchanged, before
+anything else of that line. If nobody waits for it any more when it turns out to have been accepted,
+it is undone where it can be: a hold is released, a child that nobody can reach is revoked.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from peculium import _requests as requests
+from peculium._ids import id_bytes, id_text
+from peculium._limits import OPERATIONS_MAX, REQUEST_BYTES_MAX
+from peculium._requests import Asked, HoldTarget, Operation, Target
+from peculium._retry import Failure, Policy, delay_before
+from peculium._translation import refusal, unavailable, with_context
+from peculium._waiting import Waiting
+from peculium.errors import (
+    BudgetExhausted,
+    CapabilityMoved,
+    DeadlineExceeded,
+    LedgerUnavailable,
+    OutcomeUnknown,
+    PeculiumError,
+)
+from peculium.v1 import ledger_service_pb2 as ledger, types_pb2
+
+FINISH_SECONDS = 30.0
+"""How long an operation that nobody waits for is still pursued before it rests until its handle is
+used again."""
+
+_CAPABILITY_UNKNOWN = types_pb2.REFUSAL_REASON_CAPABILITY_UNKNOWN
+_TOKEN_CONSUMED = types_pb2.REFUSAL_REASON_TOKEN_CONSUMED
+_LOST = Failure("the answer was not one to what was asked")
+_TOO_LATE = Failure("the time was over before the operation could be sent", not_done=True)
+_TIMEOUT_LEAST_SECONDS = 0.001
+
+_log = logging.getLogger("peculium")
+
+
+class Future(Protocol):
+    """What a caller waits on: both asyncio's and concurrent.futures' have this."""
+
+    def done(self) -> bool:
+        """Whether it has a result, an error, or was cancelled."""
+        ...
+
+    def set_result(self, result: Ticket, /) -> None:
+        """Wake the caller."""
+        ...
+
+    def set_exception(self, exception: BaseException, /) -> None:
+        """Wake the caller with an error."""
+        ...
+
+
+class Place(Enum):
+    """Where a ticket is."""
+
+    QUEUED = "in its line"
+    FLYING = "in a request, or inside its section"
+    WAITING = "waiting for money to come free"
+    PARKED = "of unknown outcome, until its line is used again"
+    DONE = "resolved"
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """The order of one authority's operations, and its secret while that is known."""
+
+    name: str
+    """The budget, for errors."""
+    linear: bool
+    secret: bytes | None = field(default=None, repr=False)
+    """The live token's; with operations unresolved: the one that the first of them presents."""
+    queue: deque[Ticket] = field(default_factory=deque, repr=False)
+    parked: list[Ticket] = field(default_factory=list, repr=False)
+    refused: dict[bytes, Ticket] = field(default_factory=dict, repr=False)
+    """Refused after an attempt whose answer was lost: a delayed duplicate may still win, until the
+    token that they presented is consumed."""
+    flying: int = 0
+    """How many of its tickets are on their way; a section counts as one."""
+    listed: bool = False
+    """It is among the lines that are ready, or will be."""
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One operation on its way, or a place in a line for whoever needs the token itself."""
+
+    line: Line
+    operation: Operation | None
+    """None: a section, in which its caller has the line's secret for itself."""
+    future: Future | None
+    """None: nobody waits, and it has to happen all the same."""
+    deadline: float
+    """Until when its caller waits."""
+    give_up_at: float
+    """Until when it is pursued."""
+    wait_until: float = 0.0
+    """Until when it waits for money that holds of this process may free."""
+    place: Place = Place.QUEUED
+    attempts: int = 0
+    maybe_done: bool = False
+    """An attempt's fate is unknown."""
+    ends: int = 0
+    """How many holds of its budget had ended when it was sent."""
+    woken: bool = False
+    """It was told that money came free, and has no answer since."""
+    failure: Failure | None = None
+    outcome: types_pb2.Outcome | None = None
+    error: PeculiumError | None = None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for it."""
+        return self.future is not None and not self.future.done()
+
+    @property
+    def droppable(self) -> bool:
+        """Whether it need not happen once nobody waits for it."""
+        return self.operation is None or (
+            self.future is not None and not self.operation.must_finish
+        )
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Some operations of some lines in one request."""
+
+    request: ledger.BatchRequest = field(repr=False)
+    tickets: list[Ticket]
+    """In the request's order; those of one line are together."""
+    timeout: float
+    """How long the attempt may take, in seconds."""
+
+
+class Coalescer:
+    """The state of all lines of one client."""
+
+    def __init__(
+        self,
+        *,
+        policy: Policy,
+        jitter: Callable[[], float],
+        flights_max: int,
+        finish_seconds: float = FINISH_SECONDS,
+    ) -> None:
+        self._policy = policy
+        self._jitter = jitter
+        self._flights_max = flights_max
+        self._finish_seconds = finish_seconds
+        self._flights = 0
+        self._ready: deque[Line] = deque()
+        self._later: list[tuple[float, int, Line]] = []
+        self._sleepers: list[tuple[float, int, Ticket]] = []
+        self._order = itertools.count()
+        self._waiting: Waiting[Ticket] = Waiting()
+        self._pursued = 0
+        """How many tickets are neither resolved nor parked."""
+
+    # --- what callers do ---
+
+    def submit(
+        self,
+        line: Line,
+        operation: Operation | None,
+        future: Future | None,
+        *,
+        now: float,
+        deadline: float,
+        wait_until: float = 0.0,
+    ) -> Ticket:
+        """Put an operation at the end of its line, behind whatever is still unresolved in it.
+
+        Args:
+            line: The order that it belongs to.
+            operation: What to do; None for a section, in which the caller has the token itself.
+            future: Whom to wake; None if nobody waits and it has to happen all the same.
+            now: The time.
+            deadline: Until when the caller waits.
+            wait_until: Until when a reserve waits for this process's own holds, if it has to.
+        """
+        give_up_at = max(now, deadline) + self._finish_seconds
+        ticket = Ticket(line, operation, future, deadline, give_up_at, wait_until)
+        line.queue.append(ticket)
+        self._pursued += 1
+        self._list(line)
+        return ticket
+
+    def wait_again(self, ticket: Ticket, future: Future, *, deadline: float) -> None:
+        """Attach a new caller to an operation whose outcome was unknown."""
+        ticket.future = future
+        ticket.deadline = deadline
+        ticket.give_up_at = deadline + self._finish_seconds
+        if ticket.place is Place.DONE:
+            self._wake(ticket)
+            return
+        if ticket.place is Place.PARKED:
+            self._unpark(ticket.line, ticket.give_up_at)
+        self._list(ticket.line)
+
+    def expire(self, ticket: Ticket, now: float) -> None:
+        """Its caller's time is over: tell what is known, and pursue the rest without it."""
+        future = ticket.future
+        if future is not None and not future.done():
+            future.set_exception(self._leave(ticket, now))
+
+    def abandon(self, ticket: Ticket, now: float) -> None:
+        """Its caller went away. An outcome that it did not take any more is undone."""
+        if ticket.outcome is not None:
+            self._undo(ticket, now)
+        elif ticket.operation is None and ticket.place is Place.FLYING:
+            self.leave_section(ticket)
+        elif ticket.place is not Place.DONE:
+            self._leave(ticket, now)
+
+    def leave_section(self, ticket: Ticket) -> None:
+        """The caller of a section is done with the token: the line goes on."""
+        self._finish(ticket)
+        ticket.line.flying -= 1
+        self._list(ticket.line)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is on its way or to be sent."""
+        return self._pursued == 0
+
+    @property
+    def unresolved(self) -> int:
+        """How many operations are neither resolved nor parked."""
+        return self._pursued
+
+    # --- what senders do ---
+
+    def next_batch(self, now: float) -> Batch | None:
+        """What to send now, if anything."""
+        self._rouse(now)
+        if self._flights >= self._flights_max:
+            return None
+        draft = _Draft()
+        while self._ready and not draft.full:
+            line = self._ready.popleft()
+            line.listed = False
+            self._board(line, draft, now)
+            self._list(line, first=draft.full)
+        if not draft.tickets:
+            return None
+        self._flights += 1
+        awaited = [ticket.deadline for ticket in draft.tickets if ticket.awaited]
+        limit = max(awaited or [ticket.give_up_at for ticket in draft.tickets])
+        timeout = max(min(limit - now, self._policy.attempt_seconds), _TIMEOUT_LEAST_SECONDS)
+        return Batch(draft.request, draft.tickets, timeout)
+
+    def wake_at(self) -> float | None:
+        """When there may be something to do although nothing else happens before."""
+        times = [heap[0][0] for heap in (self._later, self._sleepers) if heap]
+        return min(times, default=None)
+
+    def completed(self, batch: Batch, response: ledger.BatchResponse, now: float) -> None:
+        """The answer to a batch came."""
+        if len(response.results) != len(batch.tickets):
+            self.failed(batch, _LOST, now)
+            return
+        self._flights -= 1
+        pairs = zip(batch.tickets, response.results, strict=True)
+        for _, group in itertools.groupby(pairs, key=lambda pair: id(pair[0].line)):
+            answered = list(group)
+            line = answered[0][0].line
+            line.flying -= len(answered)
+            if line.linear:
+                self._apply_chain(line, answered, now)
+            else:
+                for ticket, result in answered:
+                    self._apply(ticket, result, now)
+            self._list(line)
+
+    def failed(self, batch: Batch, failure: Failure, now: float) -> None:
+        """No answer to a batch came, or one to the whole of it."""
+        self._flights -= 1
+        for _, group in itertools.groupby(batch.tickets, key=lambda ticket: id(ticket.line)):
+            tickets = list(group)
+            line = tickets[0].line
+            line.flying -= len(tickets)
+            self._fail(line, tickets, failure, now)
+            self._list(line)
+
+    # --- sending ---
+
+    def _rouse(self, now: float) -> None:
+        while self._later and self._later[0][0] <= now:
+            self._ready.append(heapq.heappop(self._later)[2])
+        while self._sleepers and self._sleepers[0][0] <= now:
+            ticket = heapq.heappop(self._sleepers)[2]
+            # It may have been woken, and wait once more: then it is on the heap again.
+            if ticket.place is Place.WAITING and ticket.wait_until <= now:
+                self._waiting.remove(_budget_id(ticket), ticket)
+                self._resolve(ticket, now, error=ticket.error)
+
+    def _board(self, line: Line, draft: _Draft, now: float) -> None:
+        """Take from a line what may go now."""
+        if line.parked and line.queue:
+            self._unpark(line, max(ticket.give_up_at for ticket in line.queue))
+        previous: int | None = None
+        while line.queue and not draft.full:
+            ticket = line.queue[0]
+            if ticket.operation is None:
+                if line.flying == 0:
+                    self._enter(line.queue.popleft())
+                return
+            if not draft.fits(ticket.operation):
+                return
+            line.queue.popleft()
+            if not ticket.awaited and not ticket.maybe_done and ticket.droppable:
+                self._resolve(ticket, now, error=_error(DeadlineExceeded, ticket, _TOO_LATE))
+            elif line.linear and line.secret is None:
+                self._resolve(ticket, now, error=_used_up(ticket))
+            else:
+                if line.linear:
+                    _authorise(ticket.operation.header, line, previous)
+                ticket.place = Place.FLYING
+                ticket.attempts += 1
+                ticket.ends = self._waiting.ends(ticket.operation.budget_id)
+                line.flying += 1
+                previous = draft.add(ticket, ticket.operation)
+
+    def _enter(self, ticket: Ticket) -> None:
+        if not ticket.awaited:
+            self._finish(ticket)
+            return
+        ticket.place = Place.FLYING
+        ticket.line.flying += 1
+        self._wake(ticket)
+
+    def _list(self, line: Line, *, first: bool = False) -> None:
+        """Note that a line has something that can go."""
+        if line.listed or not line.queue or (line.linear and line.flying):
+            return
+        line.listed = True
+        if first:
+            self._ready.appendleft(line)
+        else:
+            self._ready.append(line)
+
+    def _unpark(self, line: Line, give_up_at: float) -> None:
+        for ticket in line.parked:
+            ticket.give_up_at = give_up_at
+        self._pursued += len(line.parked)
+        self._hurry(line.parked)
+        line.parked = []
+
+    def _hurry(self, tickets: list[Ticket]) -> None:
+        """Put tickets of one line at its head, in their order."""
+        for ticket in reversed(tickets):
+            ticket.place = Place.QUEUED
+            ticket.line.queue.appendleft(ticket)
+
+    # --- answers ---
+
+    def _apply_chain(
+        self, line: Line, answered: list[tuple[Ticket, ledger.OperationResult]], now: float
+    ) -> None:
+        """Follow the token through a chain's answers, as far as they tell where it is."""
+        tickets = [ticket for ticket, _ in answered]
+        for index, (ticket, result) in enumerate(answered):
+            match result.WhichOneof("result"):
+                case "outcome":
+                    self._accepted(ticket, result.outcome, now)
+                case "refused":
+                    consumer = _consumer(result.refused)
+                    winner = line.refused.pop(consumer, None) if consumer else None
+                    if winner is not None:
+                        self._adopt(winner, tickets[index:], now)
+                        return
+                    later = _position(consumer, tickets, index)
+                    if later is not None:
+                        self._skip(tickets[index:later], tickets[later:], now)
+                        return
+                    if index and result.refused.reason == _CAPABILITY_UNKNOWN:
+                        # It says nothing of this one: the one before left no token to go on with.
+                        self._hurry(tickets[index:])
+                        return
+                    self._refused(ticket, result.refused, now)
+                case "unavailable":
+                    self._fail(line, tickets[index:], unavailable(result.unavailable), now)
+                    return
+                case _:
+                    self._fail(line, tickets[index:], _LOST, now)
+                    return
+
+    def _adopt(self, winner: Ticket, others: list[Ticket], now: float) -> None:
+        """A delayed duplicate of a refused operation has won: find out its outcome, then go on."""
+        winner.error = None
+        winner.give_up_at = now + self._finish_seconds
+        self._pursued += 1
+        self._hurry([winner, *others])
+
+    def _skip(self, refused: list[Ticket], rest: list[Ticket], now: float) -> None:
+        """The first of `rest` consumed the token, in an attempt whose answer was lost.
+
+        So those before it were refused then. Why is lost, too: they are asked anew, behind.
+        """
+        self._hurry(rest + [ticket for ticket in refused if self._anew(ticket, now)])
+
+    def _apply(self, ticket: Ticket, result: ledger.OperationResult, now: float) -> None:
+        match result.WhichOneof("result"):
+            case "outcome":
+                self._accepted(ticket, result.outcome, now)
+            case "refused":
+                self._refused(ticket, result.refused, now)
+            case "unavailable":
+                self._fail(ticket.line, [ticket], unavailable(result.unavailable), now)
+            case _:
+                self._fail(ticket.line, [ticket], _LOST, now)
+
+    def _accepted(self, ticket: Ticket, outcome: types_pb2.Outcome, now: float) -> None:
+        operation, line = ticket.operation, ticket.line
+        if operation is None:
+            return
+        if line.linear and not outcome.dry_run:
+            line.secret = None if _closed(operation, outcome) else operation.produced
+            line.refused.clear()
+        self._resolve(ticket, now, outcome=outcome)
+        woken, in_vain = self._waiting.observe(operation, outcome)
+        for waiter in woken:
+            waiter.error = None
+            if self._anew(waiter, now):
+                waiter.woken = True
+                waiter.place = Place.QUEUED
+                waiter.line.queue.append(waiter)
+                self._list(waiter.line)
+            else:
+                in_vain += self._waiting.tried(operation.budget_id)
+        self._disappoint(in_vain, now)
+
+    def _refused(self, ticket: Ticket, message: types_pb2.Refused, now: float) -> None:
+        line, operation = ticket.line, ticket.operation
+        error = refusal(message, budget=line.name, operation_id=_operation_id(ticket))
+        if ticket.woken:
+            ticket.woken = False
+            self._disappoint(self._waiting.tried(_budget_id(ticket)), now)
+        if isinstance(error, BudgetExhausted) and self._waits(ticket, error, now):
+            return
+        if line.linear and ticket.maybe_done and operation is not None:
+            if message.reason == _TOKEN_CONSUMED:
+                line.refused.clear()
+            else:
+                line.refused[operation.operation_id] = ticket
+        self._resolve(ticket, now, error=error)
+
+    def _waits(self, ticket: Ticket, error: BudgetExhausted, now: float) -> bool:
+        """Let a reserve wait if this process's own holds could make it fit in time."""
+        if (
+            ticket.wait_until <= now
+            or ticket.maybe_done
+            or not ticket.awaited
+            or error.remedy != "wait_for_holds"
+        ):
+            return False
+        budget_id = _budget_id(ticket)
+        if self._waiting.ends(budget_id) != ticket.ends:
+            # A hold has ended since it was sent: the refusal may be older than that.
+            self._anew(ticket, now)
+            self._hurry([ticket])
+            return True
+        if not self._waiting.may_help(budget_id, error.requested - error.available):
+            return False
+        ticket.error = error
+        ticket.place = Place.WAITING
+        self._waiting.add(budget_id, error.requested, ticket)
+        heapq.heappush(self._sleepers, (ticket.wait_until, next(self._order), ticket))
+        return True
+
+    def _disappoint(self, waiters: list[Ticket], now: float) -> None:
+        for waiter in waiters:
+            self._resolve(waiter, now, error=waiter.error)
+
+    def _anew(self, ticket: Ticket, now: float) -> bool:
+        """Make a new operation of what surely never happened, if it still has to."""
+        if not ticket.awaited and ticket.droppable:
+            self._resolve(ticket, now, error=_error(DeadlineExceeded, ticket, _TOO_LATE))
+            return False
+        if ticket.operation is not None:
+            ticket.operation = ticket.operation.again()
+        ticket.attempts = 0
+        ticket.maybe_done = False
+        return True
+
+    def _fail(self, line: Line, tickets: list[Ticket], failure: Failure, now: float) -> None:
+        """An attempt did not bring an answer: again, later, or not at all."""
+        attempts = max(ticket.attempts for ticket in tickets)
+        delay = delay_before(attempts, failure, self._policy, self._jitter())
+        for ticket in tickets:
+            ticket.failure = failure
+            ticket.maybe_done = ticket.maybe_done or not failure.not_done
+        if delay is None:
+            self._fail_for_good(line, tickets, failure, now)
+            return
+        kept = [ticket for ticket in tickets if not self._dropped(ticket, now)]
+        if kept and max(ticket.give_up_at for ticket in kept) <= now:
+            self._park(line, kept)
+            return
+        self._hurry(kept)
+        if kept and not line.listed:
+            line.listed = True
+            heapq.heappush(self._later, (now + delay, next(self._order), line))
+
+    def _fail_for_good(
+        self, line: Line, tickets: list[Ticket], failure: Failure, now: float
+    ) -> None:
+        unknown = [ticket for ticket in tickets if ticket.maybe_done]
+        for ticket in tickets:
+            if ticket.maybe_done:
+                # A refusal of the whole request does not say what an attempt before it did.
+                if ticket.awaited and ticket.future is not None:
+                    ticket.future.set_exception(_error(OutcomeUnknown, ticket, failure))
+            elif failure.refused is not None:
+                error = with_context(
+                    failure.refused, budget=line.name, operation_id=_operation_id(ticket)
+                )
+                self._resolve(ticket, now, error=error)
+            else:
+                self._resolve(ticket, now, error=_error(LedgerUnavailable, ticket, failure))
+        self._park(line, unknown)
+
+    def _park(self, line: Line, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            ticket.place = Place.PARKED
+            kind = "" if ticket.operation is None else ticket.operation.kind
+            _log.warning(
+                "the outcome of %s %s on %s stays unknown until its handle is used again",
+                kind,
+                _operation_id(ticket),
+                line.name,
+            )
+        self._pursued -= len(tickets)
+        line.parked += tickets
+
+    def _dropped(self, ticket: Ticket, now: float) -> bool:
+        if ticket.awaited or ticket.maybe_done or not ticket.droppable:
+            return False
+        self._resolve(ticket, now, error=_error(LedgerUnavailable, ticket, ticket.failure))
+        return True
+
+    # --- ends ---
+
+    def _leave(self, ticket: Ticket, now: float) -> PeculiumError:
+        """Go on without a caller; what is to be said to it."""
+        ticket.give_up_at = now + self._finish_seconds
+        if ticket.place is Place.WAITING:
+            self._waiting.remove(_budget_id(ticket), ticket)
+            self._finish(ticket)
+            return ticket.error or _error(DeadlineExceeded, ticket, _TOO_LATE)
+        if ticket.place is not Place.QUEUED or ticket.maybe_done or not ticket.droppable:
+            return _error(OutcomeUnknown, ticket, ticket.failure)
+        if ticket.failure is None:
+            error = _error(DeadlineExceeded, ticket, _TOO_LATE)
+        else:
+            error = _error(LedgerUnavailable, ticket, ticket.failure)
+        ticket.line.queue.remove(ticket)
+        ticket.error = error
+        self._finish(ticket)
+        return error
+
+    def _finish(self, ticket: Ticket) -> None:
+        ticket.place = Place.DONE
+        self._pursued -= 1
+
+    def _resolve(
+        self,
+        ticket: Ticket,
+        now: float,
+        *,
+        outcome: types_pb2.Outcome | None = None,
+        error: PeculiumError | None = None,
+    ) -> None:
+        ticket.outcome, ticket.error = outcome, error
+        self._finish(ticket)
+        if ticket.woken:
+            ticket.woken = False
+            self._disappoint(self._waiting.tried(_budget_id(ticket)), now)
+        if ticket.awaited:
+            self._wake(ticket)
+        elif outcome is not None:
+            self._undo(ticket, now)
+        elif ticket.future is None:
+            _log.warning("what was to be done in the background was not: %s", error)
+
+    def _wake(self, ticket: Ticket) -> None:
+        future = ticket.future
+        if future is None or future.done():
+            return
+        if ticket.error is not None:
+            future.set_exception(ticket.error)
+        else:
+            future.set_result(ticket)
+
+    def _undo(self, ticket: Ticket, now: float) -> None:
+        """Give back what an operation took for a caller that is gone."""
+        operation, outcome, line = ticket.operation, ticket.outcome, ticket.line
+        if operation is None or outcome is None or outcome.dry_run:
+            return
+        deadline = now + self._finish_seconds
+        if operation.kind == "reserve":
+            hold = HoldTarget(operation.root_id, operation.budget_id, operation.hold_id)
+            own_line = Line(line.name, linear=True, secret=operation.hold_secret)
+            undoing = requests.release(hold, Asked())
+            self.submit(own_line, undoing, None, now=now, deadline=deadline)
+        elif operation.kind == "delegate" and not (line.linear and line.secret is None):
+            target = Target(operation.root_id, operation.budget_id, by_token=line.linear)
+            for child in operation.children:
+                if child.secret is not None:
+                    undoing = requests.revoke(target, Asked(), descendant_id=child.budget_id)
+                    self.submit(line, undoing, None, now=now, deadline=deadline)
+
+
+class _Draft:
+    """A request in the making."""
+
+    def __init__(self) -> None:
+        self.request = ledger.BatchRequest()
+        self.tickets: list[Ticket] = []
+        self.full = False
+        self._bytes = 0
+
+    def fits(self, operation: Operation) -> bool:
+        """Whether there is room; if not, the draft is full."""
+        if self.tickets and self._bytes + operation.size > REQUEST_BYTES_MAX:
+            self.full = True
+        return not self.full
+
+    def add(self, ticket: Ticket, operation: Operation) -> int:
+        """Append an operation; its index."""
+        self.request.operations.append(operation.message)
+        self.tickets.append(ticket)
+        self._bytes += operation.size
+        self.full = len(self.tickets) >= OPERATIONS_MAX
+        return len(self.tickets) - 1
+
+
+def _authorise(header: types_pb2.OperationHeader, line: Line, previous: int | None) -> None:
+    if previous is not None:
+        header.authority.after = previous
+    elif line.secret is not None:
+        header.authority.secret = line.secret
+
+
+def _closed(operation: Operation, outcome: types_pb2.Outcome) -> bool:
+    """Whether the line has no token any more: an increment beyond what a hold has left ends it."""
+    ended = operation.kind == "settle" and outcome.hold.state != types_pb2.HOLD_STATE_LIVE
+    return operation.closes or ended
+
+
+def _consumer(message: types_pb2.Refused) -> bytes | None:
+    if message.reason != _TOKEN_CONSUMED:
+        return None
+    return id_bytes(message.metadata.get("consumed_by", ""))
+
+
+def _position(operation_id: bytes | None, tickets: list[Ticket], after: int) -> int | None:
+    """Where the operation is among the tickets behind a place."""
+    if operation_id is None:
+        return None
+    for index in range(after + 1, len(tickets)):
+        operation = tickets[index].operation
+        if operation is not None and operation.operation_id == operation_id:
+            return index
+    return None
+
+
+def _budget_id(ticket: Ticket) -> bytes:
+    return b"" if ticket.operation is None else ticket.operation.budget_id
+
+
+def _operation_id(ticket: Ticket) -> str | None:
+    return None if ticket.operation is None else id_text(ticket.operation.operation_id)
+
+
+def _used_up(ticket: Ticket) -> PeculiumError:
+    return CapabilityMoved(
+        "the operation before left no token to go on with",
+        budget=ticket.line.name,
+        operation_id=_operation_id(ticket),
+    )
+
+
+def _error(cls: type[PeculiumError], ticket: Ticket, failure: Failure | None) -> PeculiumError:
+    said = "no answer came in time" if failure is None else failure.message
+    return cls(said, budget=ticket.line.name, operation_id=_operation_id(ticket))

@@ -1,0 +1,167 @@
+"""From the wire's messages to the values that callers see."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from peculium._ids import id_text
+from peculium.capability import BudgetRef
+from peculium.v1 import audit_service_pb2, types_pb2
+from peculium.values import (
+    Balances,
+    BudgetInfo,
+    BudgetState,
+    Custody,
+    EntryInfo,
+    Finding,
+    HoldInfo,
+    HoldState,
+    LedgerPosition,
+    Receipt,
+    Verification,
+)
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def balances(message: types_pb2.Balances) -> Balances:
+    """The money of a budget, or the changes of it."""
+    return Balances(
+        granted=message.granted,
+        available=message.available,
+        held=message.held,
+        delegated=message.delegated,
+        spent=message.spent,
+        forfeited=message.forfeited,
+        overrun=message.overrun,
+        advanced=message.advanced,
+    )
+
+
+def position(message: types_pb2.LedgerPosition) -> LedgerPosition:
+    """A place in the ledger's history."""
+    return LedgerPosition(message.incarnation, message.lane, message.position)
+
+
+def budget_info(
+    message: types_pb2.Budget, ledger: types_pb2.LedgerPosition | None = None
+) -> BudgetInfo:
+    """A budget as a read found it."""
+    return BudgetInfo(
+        ref=BudgetRef(message.path, message.root_id, message.budget_id),
+        parent_id=message.parent_id or None,
+        name=message.name,
+        unit=message.unit,
+        custody=Custody(message.custody),
+        holder=message.holder or None,
+        state=BudgetState(message.state),
+        balances=balances(message.balances),
+        disputed=message.disputed,
+        holds_live=message.holds_live,
+        overrun_factor=message.overrun_factor if message.HasField("overrun_factor") else None,
+        lease_expires_at=(
+            at(message.lease_expires_at) if message.HasField("lease_expires_at") else None
+        ),
+        lease_latest_at=(
+            at(message.lease_latest_at) if message.HasField("lease_latest_at") else None
+        ),
+        labels=MappingProxyType(dict(message.labels)),
+        seq=message.seq,
+        created_at=at(message.created_at),
+        ledger=None if ledger is None else position(ledger),
+    )
+
+
+def hold_info(message: types_pb2.Hold) -> HoldInfo:
+    """A hold as an operation left it, or as a read found it."""
+    return HoldInfo(
+        hold_id=message.hold_id,
+        budget_id=message.budget_id,
+        state=HoldState(message.state),
+        amount=message.amount,
+        remaining=message.remaining,
+        booked=message.booked,
+        disputed=message.disputed,
+        created_at=at(message.created_at),
+        expires_at=at(message.expires_at),
+    )
+
+
+def receipt(message: types_pb2.Outcome) -> Receipt:
+    """What an accepted operation did."""
+    return Receipt(
+        operation_id=id_text(message.operation_id),
+        replayed=message.replayed,
+        dry_run=message.dry_run,
+        at=at(message.at),
+        budget_id=message.budget_id,
+        balances=balances(message.balances),
+        state=BudgetState(message.state),
+        seq=message.seq,
+        lease_expires_at=(
+            at(message.lease_expires_at) if message.HasField("lease_expires_at") else None
+        ),
+        hold=hold_info(message.hold) if message.HasField("hold") else None,
+        returned=message.returned,
+        pending=message.pending,
+        holds=tuple(hold_info(hold) for hold in message.holds),
+        holds_truncated=message.holds_truncated,
+        ledger=position(message.ledger),
+    )
+
+
+def entry_info(message: audit_service_pb2.Entry) -> EntryInfo:
+    """An entry."""
+    return EntryInfo(
+        root_id=message.root_id,
+        budget_id=message.budget_id,
+        seq=message.seq,
+        lane=message.lane,
+        position=message.position,
+        part=message.part,
+        parts=message.parts,
+        operation_id=id_text(message.operation_id),
+        kind=_kind(message.kind),
+        at=at(message.at),
+        actor=message.actor,
+        amount=message.amount,
+        balances=balances(message.balances),
+        changes=balances(message.changes),
+        trace_id=message.trace_id.hex() or None,
+        consumed=message.consumed or None,
+        request=message.request,
+        effect=message.effect,
+        digest=message.digest,
+        previous_hash=message.previous_hash,
+        hash=message.hash,
+    )
+
+
+def verification(message: audit_service_pb2.VerifyResponse) -> Verification:
+    """How far a verification is."""
+    verdict = message.verdict if message.HasField("verdict") else None
+    findings = () if verdict is None else verdict.findings
+    return Verification(
+        entries=message.entries,
+        trees=message.trees,
+        verified=None if verdict is None else verdict.verified,
+        findings=tuple(
+            Finding(one.root_id, one.budget_id or None, one.seq, one.rule, one.detail)
+            for one in findings
+        ),
+    )
+
+
+def at(stamp: Timestamp) -> datetime:
+    """A time of the ledger, to the microsecond."""
+    return _EPOCH + timedelta(seconds=stamp.seconds, microseconds=stamp.nanos // 1000)
+
+
+def _kind(kind: types_pb2.OperationKind.ValueType) -> str:
+    try:
+        return types_pb2.OperationKind.Name(kind).removeprefix("OPERATION_KIND_")
+    except ValueError:
+        return str(int(kind))

@@ -1,0 +1,671 @@
+"""Builds every request, and checks it first, so that a mistake costs no call.
+
+Pure but for the ids and secrets that it makes. An `Operation` is made once and sent as often as
+needed: its id and its secrets stay the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import wraps
+from typing import ParamSpec
+
+from google.protobuf.duration_pb2 import Duration
+
+from peculium import _limits as limits
+from peculium._ids import new_id, new_secret, token_id
+from peculium.capability import Receiver
+from peculium.errors import Malformed, TooLarge
+from peculium.money import Usage
+from peculium.v1 import admin_service_pb2, ledger_service_pb2 as ledger, types_pb2
+from peculium.values import Child, Seconds
+
+# The authority is set when an operation is sent: at most a field's frame and a secret.
+_AUTHORITY_BYTES = 64
+_NAME = re.compile(r"[^/\x00-\x1f\x7f-\x9f]+")
+_UNIT = re.compile(r"[a-z0-9_]+")
+_P = ParamSpec("_P")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A budget, and whether an operation on it consumes a token."""
+
+    root_id: bytes
+    budget_id: bytes
+    by_token: bool
+
+
+@dataclass(frozen=True, slots=True)
+class HoldTarget:
+    """A hold, and the budget that it was reserved from."""
+
+    root_id: bytes
+    budget_id: bytes
+    hold_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What every verb may say beside its own arguments."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    dry_run: bool = False
+    traceparent: str = ""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class MadeChild:
+    """A child as it was asked for, with the secret if it was made here."""
+
+    budget_id: bytes
+    name: str
+    secret: bytes | None
+
+
+@dataclass(slots=True, eq=False)
+class Operation:
+    """One operation, with everything that its acceptance will produce."""
+
+    kind: str
+    """The name of its field in the wire's `Operation`."""
+    operation_id: bytes
+    root_id: bytes
+    budget_id: bytes
+    message: ledger.Operation = field(repr=False)
+    header: types_pb2.OperationHeader = field(repr=False)
+    """The message's own header, for the authority of each attempt."""
+    size: int
+    """An upper bound of its bytes in a batch."""
+    produced: bytes | None = field(default=None, repr=False)
+    """The secret of the next token of the budget or hold that it is about."""
+    closes: bool = False
+    """Once accepted, the budget or hold has no token any more."""
+    hold_id: bytes = b""
+    hold_secret: bytes | None = field(default=None, repr=False)
+    """The secret of the hold that it makes."""
+    children: tuple[MadeChild, ...] = ()
+    again: Callable[[], Operation] = field(init=False, repr=False)
+    """Makes the same operation with a new id and new secrets, as a new attempt of the caller."""
+
+    @property
+    def dry_run(self) -> bool:
+        """Nothing is recorded, whatever the answer."""
+        return self.header.dry_run
+
+    @property
+    def must_finish(self) -> bool:
+        """It ends a hold: it is not given up when the caller goes away."""
+        return self.kind in {"settle", "release"} and self.closes
+
+    def asks_the_same(self, other: Operation) -> bool:
+        """Whether both would have the same effect, ids aside."""
+        return _content(self) == _content(other)
+
+
+def _content(operation: Operation) -> bytes:
+    message = ledger.Operation()
+    message.CopyFrom(operation.message)
+    getattr(message, operation.kind).ClearField("header")
+    return message.SerializeToString(deterministic=True)
+
+
+def _repeatable(build: Callable[_P, Operation]) -> Callable[_P, Operation]:
+    @wraps(build)
+    def built(*args: _P.args, **kwargs: _P.kwargs) -> Operation:
+        operation = build(*args, **kwargs)
+        operation.again = lambda: built(*args, **kwargs)
+        return operation
+
+    return built
+
+
+# --- what an agent may ask ---
+
+
+@_repeatable
+def reserve(target: Target, asked: Asked, *, amount: int, ttl: Seconds | None) -> Operation:
+    """Set money aside for one call."""
+    produced = _next(target)
+    hold_secret = new_secret()
+    request = ledger.ReserveRequest(
+        header=header(target, asked),
+        amount=_amount("amount", amount, least=1),
+        ttl=_duration("ttl", ttl, limits.HOLD_TTL_US_MIN, limits.HOLD_TTL_US_MAX),
+        next_token_id=_id_of(produced),
+        hold_id=new_id(),
+        hold_token_id=token_id(hold_secret),
+    )
+    message = ledger.Operation(reserve=request)
+    return _operation(
+        "reserve",
+        message,
+        message.reserve.header,
+        produced=produced,
+        hold_id=request.hold_id,
+        hold_secret=hold_secret,
+    )
+
+
+@_repeatable
+def settle(  # noqa: PLR0913 - the fields of the request
+    target: HoldTarget,
+    asked: Asked,
+    *,
+    actual: int | None,
+    keep_open: bool,
+    reference: str,
+    usage: Usage | None,
+    estimated: bool,
+) -> Operation:
+    """Book what a call has cost."""
+    if keep_open and actual is None:
+        raise _malformed("actual", "an increment has to say how much (keep_open)")
+    produced = new_secret() if keep_open else None
+    request = ledger.SettleRequest(
+        header=header(target, asked),
+        hold_id=target.hold_id,
+        actual=None if actual is None else _amount("actual", actual, least=0),
+        keep_open=keep_open,
+        next_hold_token_id=_id_of(produced),
+        reference=_text("reference", reference, limits.REFERENCE_BYTES_MAX),
+        usage=_usage(usage),
+        estimated=estimated,
+    )
+    message = ledger.Operation(settle=request)
+    return _operation(
+        "settle",
+        message,
+        message.settle.header,
+        produced=produced,
+        closes=not keep_open,
+        hold_id=target.hold_id,
+    )
+
+
+@_repeatable
+def release(target: HoldTarget, asked: Asked) -> Operation:
+    """End a hold whose call was not billed."""
+    request = ledger.ReleaseRequest(header=header(target, asked), hold_id=target.hold_id)
+    message = ledger.Operation(release=request)
+    return _operation(
+        "release", message, message.release.header, closes=True, hold_id=target.hold_id
+    )
+
+
+@_repeatable
+def extend(target: HoldTarget, asked: Asked, *, ttl: Seconds) -> Operation:
+    """Give a hold more time."""
+    produced = new_secret()
+    request = ledger.ExtendRequest(
+        header=header(target, asked),
+        hold_id=target.hold_id,
+        ttl=_duration("ttl", ttl, limits.HOLD_TTL_US_MIN, limits.HOLD_TTL_US_MAX),
+        next_hold_token_id=token_id(produced),
+    )
+    message = ledger.Operation(extend=request)
+    return _operation(
+        "extend", message, message.extend.header, produced=produced, hold_id=target.hold_id
+    )
+
+
+@_repeatable
+def spend(
+    target: Target, asked: Asked, *, amount: int, reference: str, usage: Usage | None
+) -> Operation:
+    """Book a cost that was known before."""
+    produced = _next(target)
+    request = ledger.SpendRequest(
+        header=header(target, asked),
+        amount=_amount("amount", amount, least=1),
+        next_token_id=_id_of(produced),
+        reference=_text("reference", reference, limits.REFERENCE_BYTES_MAX),
+        usage=_usage(usage),
+    )
+    message = ledger.Operation(spend=request)
+    return _operation("spend", message, message.spend.header, produced=produced)
+
+
+@_repeatable
+def delegate(target: Target, asked: Asked, *, children: Sequence[Child]) -> Operation:
+    """Make child budgets, all or none."""
+    if not children:
+        raise _malformed("children", "at least one is needed")
+    if len(children) > limits.CHILDREN_MAX:
+        raise _too_large("children", len(children), limits.CHILDREN_MAX)
+    produced = _next(target)
+    pairs = [_child(child) for child in children]
+    request = ledger.DelegateRequest(
+        header=header(target, asked),
+        next_token_id=_id_of(produced),
+        children=[spec for spec, _ in pairs],
+    )
+    message = ledger.Operation(delegate=request)
+    return _operation(
+        "delegate",
+        message,
+        message.delegate.header,
+        produced=produced,
+        children=tuple(made for _, made in pairs),
+    )
+
+
+@_repeatable
+def accept(target: Target, asked: Asked) -> Operation:
+    """Rotate a token that was handed over, and bind it to the caller."""
+    produced = new_secret()
+    request = ledger.AcceptRequest(header=header(target, asked), next_token_id=token_id(produced))
+    message = ledger.Operation(accept=request)
+    return _operation("accept", message, message.accept.header, produced=produced)
+
+
+@_repeatable
+def recover(target: Target, asked: Asked, *, holds: Mapping[bytes, bytes]) -> Operation:
+    """Give a budget a new token on its holder's word; `holds` are new secrets by hold id."""
+    produced = new_secret()
+    request = ledger.RecoverRequest(
+        header=header(target, asked), next_token_id=token_id(produced), holds=_rotations(holds)
+    )
+    message = ledger.Operation(recover=request)
+    return _operation("recover", message, message.recover.header, produced=produced)
+
+
+@_repeatable
+def fund(
+    target: Target, asked: Asked, *, descendant_id: bytes, amount: int, lease: Seconds | None
+) -> Operation:
+    """Move money to a descendant, or renew its lease."""
+    produced = _next(target)
+    request = ledger.FundRequest(
+        header=header(target, asked),
+        next_token_id=_id_of(produced),
+        descendant_id=descendant_id,
+        amount=_amount("amount", amount, least=0),
+        lease=_lease("lease", lease),
+    )
+    message = ledger.Operation(fund=request)
+    return _operation("fund", message, message.fund.header, produced=produced)
+
+
+@_repeatable
+def renew(target: Target, asked: Asked, *, lease: Seconds) -> Operation:
+    """Prolong a lease."""
+    produced = _next(target)
+    request = ledger.RenewRequest(
+        header=header(target, asked),
+        next_token_id=_id_of(produced),
+        lease=_lease("lease", lease),
+    )
+    message = ledger.Operation(renew=request)
+    return _operation("renew", message, message.renew.header, produced=produced)
+
+
+@_repeatable
+def give_back(target: Target, asked: Asked, *, amount: int | None, cascade: bool) -> Operation:
+    """Give money back to the parent; without an amount all of it, and close."""
+    if cascade and amount is not None:
+        raise _malformed("cascade", "goes with giving everything back, not with an amount")
+    produced = None if amount is None else _next(target)
+    request = getattr(ledger, "ReturnRequest")(  # noqa: B009 - as its field: `return`
+        header=header(target, asked), next_token_id=_id_of(produced), cascade=cascade
+    )
+    if amount is None:
+        request.all = True
+    else:
+        request.amount = _amount("amount", amount, least=1)
+    message = ledger.Operation(**{"return": request})
+    own: ledger.ReturnRequest = getattr(message, "return")
+    return _operation("return", message, own.header, produced=produced, closes=amount is None)
+
+
+@_repeatable
+def revoke(target: Target, asked: Asked, *, descendant_id: bytes) -> Operation:
+    """Close a descendant."""
+    produced = _next(target)
+    request = ledger.RevokeRequest(
+        header=header(target, asked), next_token_id=_id_of(produced), descendant_id=descendant_id
+    )
+    message = ledger.Operation(revoke=request)
+    return _operation("revoke", message, message.revoke.header, produced=produced)
+
+
+@_repeatable
+def resolve(target: Target, asked: Asked, *, hold_id: bytes, actual: int, reason: str) -> Operation:
+    """Say what a hold has cost without its secret."""
+    produced = _next(target)
+    request = ledger.ResolveRequest(
+        header=header(target, asked),
+        next_token_id=_id_of(produced),
+        hold_id=_id("hold_id", hold_id),
+        actual=_amount("actual", actual, least=0),
+        reason=_text("reason", reason, limits.REASON_BYTES_MAX, least=1),
+    )
+    message = ledger.Operation(resolve=request)
+    return _operation("resolve", message, message.resolve.header, produced=produced)
+
+
+# --- what an admin may ask ---
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Grant:
+    """A grant to be sent, and the secret if it was made here."""
+
+    request: admin_service_pb2.GrantRequest
+    secret: bytes | None
+
+
+def grant(
+    asked: Asked,
+    *,
+    name: str,
+    unit: str,
+    amount: int,
+    holder: str | None,
+    receiver: Receiver | bytes | None,
+    token: bool,
+) -> Grant:
+    """Make a root."""
+    root_id = new_id()
+    token_of_root, secret = _custody(holder, receiver, token=token)
+    request = admin_service_pb2.GrantRequest(
+        header=header(Target(root_id, root_id, by_token=False), asked, by_role=True),
+        name=_name("name", name),
+        unit=_unit(unit),
+        amount=_amount("amount", amount, least=0),
+        token_id=token_of_root,
+        holder=_holder(holder),
+    )
+    return Grant(request, secret)
+
+
+def top_up(target: Target, asked: Asked, *, amount: int) -> admin_service_pb2.TopUpRequest:
+    """Put more into a root."""
+    return admin_service_pb2.TopUpRequest(
+        header=header(target, asked, by_role=True), amount=_amount("amount", amount, least=1)
+    )
+
+
+def withdraw(target: Target, asked: Asked, *, amount: int) -> admin_service_pb2.WithdrawRequest:
+    """Take out of a root."""
+    return admin_service_pb2.WithdrawRequest(
+        header=header(target, asked, by_role=True), amount=_amount("amount", amount, least=1)
+    )
+
+
+def freeze(target: Target, asked: Asked, *, reason: str) -> admin_service_pb2.FreezeRequest:
+    """Block new spending in a subtree."""
+    return admin_service_pb2.FreezeRequest(
+        header=header(target, asked, by_role=True),
+        reason=_text("reason", reason, limits.REASON_BYTES_MAX),
+    )
+
+
+def unfreeze(target: Target, asked: Asked, *, reason: str) -> admin_service_pb2.UnfreezeRequest:
+    """Clear the flag that Freeze set."""
+    return admin_service_pb2.UnfreezeRequest(
+        header=header(target, asked, by_role=True),
+        reason=_text("reason", reason, limits.REASON_BYTES_MAX),
+    )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class AdminRecover:
+    """A recovery to be sent, and the secret if it was made here."""
+
+    request: admin_service_pb2.AdminServiceRecoverRequest
+    secret: bytes | None
+
+
+def admin_recover(
+    target: Target,
+    asked: Asked,
+    *,
+    holder: str | None,
+    receiver: Receiver | bytes | None,
+    token: bool,
+) -> AdminRecover:
+    """Give any budget a new token, holder or custody."""
+    next_token_id, secret = _custody(holder, receiver, token=token)
+    request = admin_service_pb2.AdminServiceRecoverRequest(
+        header=header(target, asked, by_role=True),
+        next_token_id=next_token_id,
+        holder=_holder(holder),
+    )
+    return AdminRecover(request, secret)
+
+
+def admin_resolve(
+    target: Target, asked: Asked, *, hold_id: bytes, actual: int, reason: str
+) -> admin_service_pb2.AdminServiceResolveRequest:
+    """Say what any hold has cost."""
+    return admin_service_pb2.AdminServiceResolveRequest(
+        header=header(target, asked, by_role=True),
+        hold_id=_id("hold_id", hold_id),
+        actual=_amount("actual", actual, least=0),
+        reason=_text("reason", reason, limits.REASON_BYTES_MAX, least=1),
+    )
+
+
+# --- the parts ---
+
+
+def authority(secret: bytes | None) -> types_pb2.Authority:
+    """The proof for a read: a token's secret, which is not consumed, or the caller's own identity."""
+    if secret is not None:
+        return types_pb2.Authority(secret=secret)
+    return types_pb2.Authority(holder=types_pb2.Holder())
+
+
+def header(
+    target: Target | HoldTarget, asked: Asked, *, by_role: bool = False
+) -> types_pb2.OperationHeader:
+    """What every operation carries; a token's secret is added when it is sent."""
+    made = types_pb2.OperationHeader(
+        operation_id=new_id(),
+        root_id=target.root_id,
+        budget_id=target.budget_id,
+        labels=_labels(asked.labels),
+        dry_run=asked.dry_run,
+        traceparent=asked.traceparent,
+    )
+    if isinstance(target, Target) and not target.by_token and not by_role:
+        made.authority.holder.SetInParent()
+    return made
+
+
+def _operation(  # noqa: PLR0913 - the fields of an Operation
+    kind: str,
+    message: ledger.Operation,
+    own_header: types_pb2.OperationHeader,
+    *,
+    produced: bytes | None = None,
+    closes: bool = False,
+    hold_id: bytes = b"",
+    hold_secret: bytes | None = None,
+    children: tuple[MadeChild, ...] = (),
+) -> Operation:
+    size = message.ByteSize() + _AUTHORITY_BYTES
+    if size > limits.MESSAGE_BYTES_MAX:
+        raise _too_large("request", size, limits.MESSAGE_BYTES_MAX)
+    return Operation(
+        kind=kind,
+        operation_id=own_header.operation_id,
+        root_id=own_header.root_id,
+        budget_id=own_header.budget_id,
+        message=message,
+        header=own_header,
+        size=size,
+        produced=produced,
+        closes=closes,
+        hold_id=hold_id,
+        hold_secret=hold_secret,
+        children=children,
+    )
+
+
+def _next(target: Target) -> bytes | None:
+    return new_secret() if target.by_token else None
+
+
+def _id_of(secret: bytes | None) -> bytes:
+    return b"" if secret is None else token_id(secret)
+
+
+def _child(child: Child) -> tuple[types_pb2.ChildSpec, MadeChild]:
+    token_of_child, secret = _custody(child.holder, child.receiver, token=child.token)
+    factor = child.overrun_factor
+    if factor is not None and (
+        type(factor) is not int or not 0 <= factor <= limits.OVERRUN_FACTOR_MAX
+    ):
+        raise _malformed(
+            "overrun_factor",
+            f"must be an int from 0 to {limits.OVERRUN_FACTOR_MAX}, not {factor!r}",
+        )
+    spec = types_pb2.ChildSpec(
+        budget_id=new_id(),
+        name=_name("name", child.name),
+        amount=_amount("amount", child.amount, least=0),
+        token_id=token_of_child,
+        holder=_holder(child.holder),
+        lease=_lease("lease", child.lease),
+        lease_latest=_lease("lease_latest", child.lease_latest),
+        labels=_labels(child.labels),
+        overrun_factor=factor,
+    )
+    return spec, MadeChild(spec.budget_id, child.name, secret)
+
+
+def _custody(
+    holder: str | None, receiver: Receiver | bytes | None, *, token: bool
+) -> tuple[bytes, bytes | None]:
+    """The token id that is named, and its secret if it was made here."""
+    if receiver is not None:
+        shown = receiver.token_id if isinstance(receiver, Receiver) else receiver
+        if len(shown) != limits.TOKEN_ID_BYTES:
+            raise _malformed("receiver", "must be a Receiver or the 32 bytes of its token id")
+        return shown, None
+    if holder is not None and not token:
+        return b"", None
+    secret = new_secret()
+    return token_id(secret), secret
+
+
+def _rotations(holds: Mapping[bytes, bytes]) -> list[types_pb2.HoldRotation]:
+    if len(holds) > limits.ROTATIONS_MAX:
+        raise _too_large("holds", len(holds), limits.ROTATIONS_MAX)
+    return [
+        types_pb2.HoldRotation(hold_id=_id("holds", hold_id), next_token_id=token_id(secret))
+        for hold_id, secret in holds.items()
+    ]
+
+
+def _amount(field_name: str, value: int, *, least: int) -> int:
+    if type(value) is not int:
+        kind = type(value).__name__
+        raise _malformed(field_name, f"must be an int of the tree's unit, not {kind}")
+    if not least <= value <= limits.AMOUNT_MAX:
+        raise _malformed(field_name, f"must be from {least} to 2^62 - 1, not {value}")
+    return value
+
+
+def _duration(field_name: str, value: Seconds | None, least: int, most: int) -> Duration | None:
+    if value is None:
+        return None
+    microseconds = _microseconds(field_name, value)
+    if not least <= microseconds <= most:
+        raise _malformed(
+            field_name,
+            f"must be from {least // limits.SECOND_US} to {most // limits.SECOND_US} seconds, "
+            f"not {value}",
+        )
+    seconds, rest = divmod(microseconds, limits.SECOND_US)
+    return Duration(seconds=seconds, nanos=rest * 1000)
+
+
+def _microseconds(field_name: str, value: Seconds) -> int:
+    if isinstance(value, timedelta):
+        return value // timedelta(microseconds=1)
+    try:
+        return round(value * limits.SECOND_US)
+    except (OverflowError, ValueError, TypeError):
+        raise _malformed(field_name, f"is seconds or a timedelta, not {value!r}") from None
+
+
+def _lease(field_name: str, value: Seconds | None) -> Duration | None:
+    return _duration(field_name, value, limits.LEASE_US_MIN, limits.LEASE_US_MAX)
+
+
+def _labels(labels: Mapping[str, str]) -> dict[str, str]:
+    if len(labels) > limits.LABELS_MAX:
+        raise _too_large("labels", len(labels), limits.LABELS_MAX)
+    return {
+        _text("labels", key, limits.LABEL_KEY_BYTES_MAX, least=1): _text(
+            "labels", value, limits.LABEL_VALUE_BYTES_MAX
+        )
+        for key, value in labels.items()
+    }
+
+
+def _usage(usage: Usage | None) -> types_pb2.Usage | None:
+    if usage is None:
+        return None
+    return types_pb2.Usage(
+        provider=_text("usage.provider", usage.provider, limits.PROVIDER_BYTES_MAX),
+        model=_text("usage.model", usage.model, limits.PROVIDER_BYTES_MAX),
+        input_tokens=usage.input_tokens,
+        output_tokens=usage.output_tokens,
+        cached_tokens=usage.cached_tokens,
+    )
+
+
+def _name(field_name: str, value: str) -> str:
+    text = _text(field_name, value, limits.NAME_BYTES_MAX, least=1)
+    if not _NAME.fullmatch(text):
+        raise _malformed(field_name, 'must be without "/" and control characters')
+    return text
+
+
+def _unit(value: str) -> str:
+    text = _text("unit", value, limits.UNIT_BYTES_MAX, least=1)
+    if not _UNIT.fullmatch(text):
+        raise _malformed("unit", 'consists of a-z, 0-9 and "_"')
+    return text
+
+
+def _holder(value: str | None) -> str:
+    if value is None:
+        return ""
+    return _text("holder", value, limits.PRINCIPAL_BYTES_MAX, least=1)
+
+
+def _text(field_name: str, value: str, most: int, *, least: int = 0) -> str:
+    if not isinstance(value, str):
+        raise _malformed(field_name, f"is text, not {type(value).__name__}")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise _malformed(field_name, "is no valid Unicode") from None
+    if not least <= size <= most:
+        raise _malformed(field_name, f"must have {least} to {most} bytes, not {size}")
+    return value
+
+
+def _id(field_name: str, value: bytes) -> bytes:
+    if len(value) != limits.ID_BYTES:
+        raise _malformed(field_name, "must be an id of 16 bytes")
+    return value
+
+
+def _malformed(field_name: str, problem: str) -> Malformed:
+    return Malformed(f"{field_name}: {problem}", facts={"field": field_name, "problem": problem})
+
+
+def _too_large(field_name: str, size: int, limit: int) -> TooLarge:
+    return TooLarge(
+        f"{field_name}: {size} are more than the {limit} that one request may carry",
+        facts={"field": field_name, "size": str(size), "limit": str(limit)},
+    )

@@ -1,0 +1,1211 @@
+"""The blocking client, for any number of threads. Generated from `aio.py`; do not edit.
+
+Every verb takes `timeout`, in seconds; without it, the client's own applies. Within it an operation
+is sent again, under the same id, while its answer is unknown or the ledger unavailable. Every verb
+may raise what `peculium.errors` draws: `Refused`, `Invalid` or `Unavailable`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+
+from peculium import _codec as codec, _requests as requests
+from peculium._coalescer import Line, Ticket
+from peculium._config import TIMEOUT_SECONDS_DEFAULT, Tls, configure
+from peculium._handles import Handle, caller
+from peculium._ids import id_text, new_id, new_secret, token_id
+from peculium._limits import PAGE_SIZE_MAX
+from peculium._requests import Asked, HoldTarget, Operation, Target
+from peculium._sync_sender import Sender
+from peculium._trace import traceparent
+from peculium.capability import BudgetRef, Capability, Receiver
+from peculium.errors import (
+    CapabilityMoved,
+    DeadlineExceeded,
+    Invalid,
+    LedgerUnavailable,
+    NotTokenHeld,
+    OutcomeUnknown,
+    PeculiumError,
+    Refused,
+)
+from peculium.money import Usage
+from peculium.v1 import admin_service_pb2, audit_service_pb2, ledger_service_pb2, types_pb2
+from peculium.values import (
+    Balances,
+    BudgetInfo,
+    Child,
+    Custody,
+    Delegated,
+    EntryInfo,
+    HoldInfo,
+    Receipt,
+    Seconds,
+    Verification,
+)
+
+if TYPE_CHECKING:
+    from grpc import UnaryUnaryMultiCallable
+
+
+class _Asking(Protocol):
+    """An operator's request."""
+
+    @property
+    def header(self) -> types_pb2.OperationHeader:
+        """What every operation carries."""
+        ...
+
+
+class _Telling(Protocol):
+    """A response that tells an outcome."""
+
+    @property
+    def outcome(self) -> types_pb2.Outcome:
+        """What happened."""
+        ...
+
+
+_Request = TypeVar("_Request", bound=_Asking)
+_Response = TypeVar("_Response", bound=_Telling)
+
+_log = logging.getLogger("peculium")
+
+
+def connect(
+    target: str | None = None,
+    *,
+    api_key: str | None = None,
+    timeout: float = TIMEOUT_SECONDS_DEFAULT,
+    tls: Tls | bool = False,
+    allow_insecure: bool = False,
+) -> Client:
+    """Make a client of a ledger. Nothing is sent yet; use it as a context manager, or close it.
+
+    Args:
+        target: Where the ledger is, as host:port or any name that grpc knows. Absent: the
+            environment's `PECULIUM_TARGET`, or 127.0.0.1:7415.
+        api_key: The caller's credential. Absent: the environment's `PECULIUM_API_KEY`, or none.
+        timeout: How many seconds a verb may take unless it says otherwise.
+        tls: Encrypt the connection; a `Tls` says with which certificates.
+        allow_insecure: Send the key in clear text to other machines: only where something else
+            encrypts the connection.
+
+    Raises:
+        Malformed: An argument is not as it has to be.
+        InsecureCredentials: The key would travel in clear text beyond this machine.
+    """
+    config = configure(
+        target, api_key=api_key, timeout=timeout, tls=tls, allow_insecure=allow_insecure
+    )
+    return Client(Sender(config))
+
+
+class Client:
+    """A connection to a ledger, for any number of budgets. Made by `connect`.
+
+    Attributes:
+        admin: What operators may do.
+        audit: What auditors may ask.
+    """
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+        self._unresolved: dict[tuple[str, bytes], Ticket] = {}
+        """Accepts and recoveries of unknown outcome, so that the next attempt finds out first."""
+        self.audit = Audit(sender)
+        self.admin = Admin(sender, self.audit)
+
+    def __enter__(self) -> Self:
+        """Connect."""
+        self._sender.open()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Finish what is on its way, and disconnect."""
+        self.close()
+
+    def close(self) -> None:
+        """Finish what is on its way, within bounds, and disconnect. Handles are of no use then."""
+        self._sender.close()
+
+    def open(self, path: str, *, timeout: float | None = None) -> Budget:
+        """Use a budget that is held by this client's principal.
+
+        Args:
+            path: Names from the root downwards, joined by "/".
+            timeout: In seconds.
+
+        Raises:
+            CapabilityUnknown: There is no such budget, or it is another's.
+            Invalid: It is held by token: accept its capability, or recover it.
+        """
+        info = self._find(path, timeout)
+        if info.custody is not Custody.PRINCIPAL:
+            raise Invalid(
+                "the budget is held by token: accept its capability, or recover it", budget=path
+            )
+        target = Target(info.ref.root_id, info.ref.budget_id, by_token=False)
+        return Budget(self._sender, info.ref, target, Line(path, linear=False))
+
+    def accept(self, capability: Capability | str, *, timeout: float | None = None) -> Budget:
+        """Become the owner of a budget that was handed over: its token is renewed and bound.
+
+        Args:
+            capability: As it was received, or its text.
+            timeout: In seconds.
+
+        Raises:
+            Malformed: The text is not a capability's.
+            CapabilityMoved: It was accepted here before.
+            TokenConsumed: Somebody else accepted it, or its sender took it back.
+            CapabilityUnknown: It is for somebody else, or for nothing.
+        """
+        if isinstance(capability, str):
+            capability = Capability.parse(capability)
+        secret = capability.take(caller())
+        ref = capability.ref
+        try:
+            ticket = self._resolved(
+                ("accept", token_id(secret)),
+                Line(str(ref), linear=True, secret=secret),
+                requests.accept(Target(ref.root_id, ref.budget_id, by_token=True), _asked()),
+                timeout,
+            )
+        except BaseException:
+            capability.put_back()
+            raise
+        return Budget(self._sender, ref, Target(ref.root_id, ref.budget_id, True), ticket.line)
+
+    def receiver(self) -> Receiver:
+        """Make the secret of a budget that somebody else is to delegate to this client."""
+        return Receiver()
+
+    def recover(self, budget: str | BudgetRef, *, timeout: float | None = None) -> Budget:
+        """Take a token-held budget back on its holder's word, whoever has its token now.
+
+        The older token is fenced: its next use is `TokenConsumed`, with `fenced_by`. Holds that can
+        still be settled are listed by `holds()`.
+
+        Args:
+            budget: Its path, or its reference.
+            timeout: In seconds.
+
+        Raises:
+            CapabilityUnknown: There is no such budget, or it is another's.
+            NotTokenHeld: It is held by its principal: open it.
+        """
+        ref = budget if isinstance(budget, BudgetRef) else (self._find(budget, timeout)).ref
+        asked = requests.recover(
+            Target(ref.root_id, ref.budget_id, by_token=False), _asked(), holds={}
+        )
+        ticket = self._resolved(
+            ("recover", ref.budget_id), Line(str(ref), linear=False), asked, timeout
+        )
+        return Budget(
+            self._sender, ref, Target(ref.root_id, ref.budget_id, True), _own_line(ref, ticket)
+        )
+
+    def _find(self, path: str, timeout: float | None) -> BudgetInfo:
+        request = ledger_service_pb2.LedgerServiceGetBudgetRequest(
+            budget=types_pb2.BudgetRef(path=path), authority=requests.authority(None)
+        )
+        sender = self._sender
+        response = sender.unary(sender.ledger.GetBudget, request, timeout, budget=path)
+        return codec.budget_info(response.budget, response.ledger)
+
+    def _resolved(
+        self, key: tuple[str, bytes], line: Line, operation: Operation, timeout: float | None
+    ) -> Ticket:
+        """Have an operation done that makes a handle, or find out what became of it before."""
+        ticket = self._unresolved.get(key)
+        again = ticket is not None
+        if ticket is None:
+            ticket = self._unresolved[key] = self._sender.submit(line, operation, timeout)
+        elif ticket.awaited:
+            raise CapabilityMoved("this is being done at the same time", budget=line.name)
+        try:
+            if again:
+                self._sender.wait_again(ticket, timeout)
+            else:
+                self._sender.wait(ticket)
+        except (Refused, Invalid, LedgerUnavailable, DeadlineExceeded):
+            self._unresolved.pop(key, None)
+            raise
+        self._unresolved.pop(key, None)
+        return ticket
+
+
+class Budget(Handle):
+    """The authority over one budget, in this object and nowhere else.
+
+    Any number of tasks may use it at once: what they ask at the same time travels together, in order,
+    and each gets its own answer.
+    """
+
+    def __init__(self, sender: Sender, ref: BudgetRef, target: Target, line: Line) -> None:
+        super().__init__(sender.process, "budget")
+        self._sender = sender
+        self._ref = ref
+        self._target = target
+        self._line = line
+
+    @property
+    def ref(self) -> BudgetRef:
+        """Which budget, without authority: can be copied, pickled, stored and logged."""
+        return self._ref
+
+    @property
+    def _about(self) -> str:
+        return str(self._ref)
+
+    def __repr__(self) -> str:
+        return f"<Budget {self._ref}>"
+
+    # --- spending ---
+
+    def reserve(
+        self,
+        amount: int,
+        *,
+        ttl: Seconds | None = None,
+        labels: Mapping[str, str] | None = None,
+        unbilled: Sequence[type[BaseException]] = (),
+        wait: float | None = None,
+        dry_run: bool = False,
+        timeout: float | None = None,
+    ) -> Hold:
+        """Set money aside for one call.
+
+        Use the hold as a context manager, and settle it inside. Leaving without that by an
+        exception listed in `unbilled` releases the hold; leaving in any other way spends all of it,
+        since the call may have been billed.
+
+        Args:
+            amount: The most that the call can cost, at least 1, in the tree's unit.
+            ttl: Until the hold becomes due to lapse, 1 second to 7 days; absent: 10 minutes. A hold
+                that lapses is not refunded.
+            labels: For attribution.
+            unbilled: Exceptions that mean that the provider did not bill the call.
+            wait: How many seconds to wait while holds of this very process could free enough.
+            dry_run: Decide, but set nothing aside.
+            timeout: In seconds; `wait` comes on top.
+
+        Raises:
+            BudgetExhausted: Less is available, with `available`, `held`, `requested` and `remedy`.
+            BudgetClosed: It, or one above it, is closed; or expired or frozen (as named).
+            TreeOverrun: The tree's root was billed beyond what it had.
+            CapabilityMoved: The authority is not in this handle any more.
+        """
+        self._check()
+        asked = _asked(labels, dry_run=dry_run)
+        operation = requests.reserve(self._target, asked, amount=amount, ttl=ttl)
+        return self._reserve(operation, tuple(unbilled), timeout, wait)
+
+    def _reserve(
+        self,
+        operation: Operation,
+        unbilled: tuple[type[BaseException], ...],
+        timeout: float | None,
+        wait: float | None,
+    ) -> Hold:
+        ticket = self._sender.wait(self._sender.submit(self._line, operation, timeout, wait))
+        return Hold(self._sender, self._line.name, ticket, unbilled)
+
+    def spend(
+        self,
+        amount: int,
+        *,
+        reference: str = "",
+        usage: Usage | None = None,
+        labels: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Book a cost that was known before.
+
+        Args:
+            amount: At least 1, in the tree's unit; refused beyond what is available.
+            reference: The provider's id of the call, up to 256 bytes.
+            usage: What the provider reported.
+            labels: For attribution.
+            dry_run: Decide, but book nothing.
+            timeout: In seconds.
+
+        Raises:
+            BudgetExhausted: Less is available.
+        """
+        asked = _asked(labels, dry_run=dry_run)
+        return self._do(
+            requests.spend(self._target, asked, amount=amount, reference=reference, usage=usage),
+            timeout,
+        )
+
+    # --- children ---
+
+    def delegate(
+        self,
+        children: Sequence[Child],
+        *,
+        labels: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+        timeout: float | None = None,
+    ) -> list[Delegated]:
+        """Make child budgets, all or none, to be handed over.
+
+        Args:
+            children: 1 to 256.
+            labels: Of the operation; a child's own labels are its own.
+            dry_run: Decide, but make nothing.
+            timeout: In seconds.
+
+        Raises:
+            BudgetExhausted: Less is available than the children get together.
+            NameTaken: A child has or had one of the names.
+        """
+        self._check()
+        asked = _asked(labels, dry_run=dry_run)
+        operation = requests.delegate(self._target, asked, children=children)
+        ticket = self._sender.wait(self._sender.submit(self._line, operation, timeout))
+        return _delegated(ticket, self._ref)
+
+    @contextmanager
+    def delegate_here(
+        self,
+        amount: int,
+        *,
+        lease: Seconds | None = None,
+        name: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        overrun_factor: int | None = None,
+        timeout: float | None = None,
+    ) -> Iterator[Budget]:
+        """Make a child budget for a part of this program, which gives back what is left at the end.
+
+        If it was handed over or given back meanwhile, nothing is done at the end.
+
+        Args:
+            amount: What it gets, in the tree's unit.
+            lease: How long it lives if this process dies; absent: as long as its parent.
+            name: Unique among the children; absent: made up.
+            labels: Labels that stay with the child.
+            overrun_factor: How many times its amount a hold may bill beyond it.
+            timeout: For making it and for giving it back, each in seconds.
+
+        Raises:
+            BudgetExhausted: Less is available.
+        """
+        child = Child(
+            name or f"here-{new_id().hex()}",
+            amount,
+            lease=lease,
+            labels=labels or {},
+            overrun_factor=overrun_factor,
+        )
+        [made] = self.delegate([child], timeout=timeout)
+        target = Target(made.ref.root_id, made.ref.budget_id, by_token=True)
+        line = Line(str(made.ref), linear=True, secret=made.capability.take(caller()))
+        budget = Budget(self._sender, made.ref, target, line)
+        try:
+            yield budget
+        except Exception as original:
+            try:
+                if not budget.moved:
+                    budget.give_back(cascade=True, timeout=timeout)
+            except PeculiumError as error:
+                _note(original, error)
+            raise
+        except BaseException:
+            if not budget.moved:
+                # A cancellation goes on at once; the money goes back in the background.
+                asked = requests.give_back(target, _asked(), amount=None, cascade=True)
+                self._sender.detach(line, asked)
+            raise
+        if not budget.moved:
+            budget.give_back(cascade=True, timeout=timeout)
+
+    def fund(
+        self,
+        descendant: BudgetRef,
+        amount: int,
+        *,
+        lease: Seconds | None = None,
+        labels: Mapping[str, str] | None = None,
+        dry_run: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Move more money to a budget below this one.
+
+        Args:
+            descendant: A child, or a budget further below.
+            amount: In the tree's unit; 0 renews the lease only.
+            lease: Its new lease, from now.
+            labels: For attribution.
+            dry_run: Decide, but move nothing.
+            timeout: In seconds.
+
+        Raises:
+            BudgetExhausted: Less is available.
+            DescendantUnknown: There is no such budget below this one.
+        """
+        return self._do(
+            requests.fund(
+                self._target,
+                _asked(labels, dry_run=dry_run),
+                descendant_id=descendant.budget_id,
+                amount=amount,
+                lease=lease,
+            ),
+            timeout,
+        )
+
+    def revoke(self, descendant: BudgetRef, *, timeout: float | None = None) -> Receipt:
+        """Close a budget below this one, at once, with everything below it.
+
+        Args:
+            descendant: A child, or a budget further below.
+            timeout: In seconds.
+
+        Raises:
+            DescendantUnknown: There is no such budget below this one.
+        """
+        operation = requests.revoke(self._target, _asked(), descendant_id=descendant.budget_id)
+        return self._do(operation, timeout)
+
+    # --- the budget itself ---
+
+    def renew(self, lease: Seconds, *, timeout: float | None = None) -> Receipt:
+        """Prolong the lease, at most up to the latest end that the parent set.
+
+        Args:
+            lease: From now.
+            timeout: In seconds.
+
+        Raises:
+            BudgetExpired: It has ended.
+        """
+        return self._do(requests.renew(self._target, _asked(), lease=lease), timeout)
+
+    def give_back(
+        self, amount: int | None = None, *, cascade: bool = False, timeout: float | None = None
+    ) -> Receipt:
+        """Give money back to the parent; without an amount all of it, which closes the budget.
+
+        Args:
+            amount: At least 1, in the tree's unit; absent: everything.
+            cascade: Close it also with live holds (they stay in flight) and open children.
+            timeout: In seconds.
+
+        Raises:
+            LiveHolds: It has live holds.
+            OpenChildren: It has an open child.
+            NotForRoots: It has no parent.
+        """
+        operation = requests.give_back(self._target, _asked(), amount=amount, cascade=cascade)
+        if amount is not None:
+            return self._do(operation, timeout)
+        with self._moving("was given back"):
+            return _receipt(self._sender.wait(self._sender.submit(self._line, operation, timeout)))
+
+    def hand_over(self, *, timeout: float | None = None) -> Capability:
+        """Move the authority out of this handle, to be sent to another process.
+
+        Args:
+            timeout: In seconds, for whatever is still on its way.
+
+        Raises:
+            NotTokenHeld: It is held by its principal, who needs no capability but its path.
+        """
+        if not self._target.by_token:
+            raise NotTokenHeld(
+                "the budget is held by its principal: nothing can be handed over, open it by its "
+                "path instead",
+                budget=self._about,
+            )
+        with self._moving("was handed over"):
+            with self._sender.section(self._line, timeout) as secret:
+                if secret is None:
+                    raise _closed(self._about)
+                self._line.secret = None
+                return Capability(
+                    root_id=self._ref.root_id,
+                    budget_id=self._ref.budget_id,
+                    secret=secret,
+                    path=self._ref.path,
+                )
+
+    def recover(self, *, timeout: float | None = None) -> Receipt:
+        """Take the budget back on its holder's word, after its token was lost to somebody else.
+
+        Args:
+            timeout: In seconds.
+
+        Raises:
+            CapabilityUnknown: This client's principal is not its holder.
+            NotTokenHeld: It is held by its principal and cannot be lost.
+        """
+        self._check()
+        target = Target(self._ref.root_id, self._ref.budget_id, by_token=False)
+        ticket = self._sender.wait(
+            self._sender.submit(
+                Line(self._about, linear=False),
+                requests.recover(target, _asked(), holds={}),
+                timeout,
+            )
+        )
+        self._line = _own_line(self._ref, ticket)
+        return _receipt(ticket)
+
+    def resolve(
+        self, hold_id: bytes, actual: int, reason: str, *, timeout: float | None = None
+    ) -> Receipt:
+        """Say what a hold of this budget has cost although its handle is lost.
+
+        Args:
+            hold_id: As `holds()` lists it; live or lapsed.
+            actual: The total for the hold's whole life, in the tree's unit.
+            reason: Why, 1 to 512 bytes.
+            timeout: In seconds.
+
+        Raises:
+            HoldUnknown: The budget has no such hold.
+            HoldEnded: It was settled or released; only an admin may resolve it now.
+        """
+        operation = requests.resolve(
+            self._target, _asked(), hold_id=hold_id, actual=actual, reason=reason
+        )
+        return self._do(operation, timeout)
+
+    def info(self, *, timeout: float | None = None) -> BudgetInfo:
+        """Read the budget. Consumes nothing.
+
+        Args:
+            timeout: In seconds.
+        """
+        self._check()
+        with self._sender.section(self._line, timeout) as secret:
+            request = ledger_service_pb2.LedgerServiceGetBudgetRequest(
+                budget=self._named(), authority=self._proof(secret)
+            )
+            response = self._sender.unary(
+                self._sender.ledger.GetBudget, request, timeout, budget=self._about
+            )
+        found = codec.budget_info(response.budget, response.ledger)
+        self._ref = found.ref
+        self._line.name = str(found.ref)
+        return found
+
+    def balances(self, *, timeout: float | None = None) -> Balances:
+        """Read the budget's money. Consumes nothing.
+
+        Args:
+            timeout: In seconds.
+        """
+        return (self.info(timeout=timeout)).balances
+
+    def holds(self, *, timeout: float | None = None) -> list[HoldInfo]:
+        """List the holds that can still be settled or resolved, the oldest first.
+
+        Args:
+            timeout: For each page of a thousand, in seconds.
+        """
+        self._check()
+        found: list[HoldInfo] = []
+        with self._sender.section(self._line, timeout) as secret:
+            request = ledger_service_pb2.ListHoldsRequest(
+                budget=self._named(), authority=self._proof(secret), page_size=PAGE_SIZE_MAX
+            )
+            while True:
+                page = self._sender.unary(
+                    self._sender.ledger.ListHolds, request, timeout, budget=self._about
+                )
+                found.extend(codec.hold_info(hold) for hold in page.holds)
+                if not page.next_page_token:
+                    return found
+                request.page_token = page.next_page_token
+
+    def _do(self, operation: Operation, timeout: float | None) -> Receipt:
+        self._check()
+        return _receipt(self._sender.wait(self._sender.submit(self._line, operation, timeout)))
+
+    def _named(self) -> types_pb2.BudgetRef:
+        return types_pb2.BudgetRef(root_id=self._ref.root_id, budget_id=self._ref.budget_id)
+
+    def _proof(self, secret: bytes | None) -> types_pb2.Authority:
+        if self._target.by_token and secret is None:
+            raise _closed(self._about)
+        return requests.authority(secret)
+
+
+class Hold(Handle):
+    """Money set aside for one call, and the only right to settle it.
+
+    Attributes:
+        receipt: What the reservation did.
+    """
+
+    def __init__(
+        self, sender: Sender, name: str, ticket: Ticket, unbilled: tuple[type[BaseException], ...]
+    ) -> None:
+        super().__init__(sender.process, "hold")
+        operation = _operation(ticket)
+        self._sender = sender
+        self._budget_name = name
+        self._target = HoldTarget(operation.root_id, operation.budget_id, operation.hold_id)
+        self._line = Line(name, linear=True, secret=operation.hold_secret)
+        self._unbilled = unbilled
+        self._end: Ticket | None = None
+        """The settle or release whose outcome is not known here yet."""
+        self.receipt = _receipt(ticket)
+        if self.receipt.dry_run:
+            self._moved = "was a dry run: nothing is set aside"
+
+    def __enter__(self) -> Self:
+        """Enter; the hold is made already."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """End the hold if nobody did: released if surely not billed, otherwise spent whole."""
+        if self._moved is not None:
+            return
+        released = exc is not None and isinstance(exc, self._unbilled)
+        operation = (
+            requests.release(self._target, _asked())
+            if released
+            else self._settling(None, "", None, estimated=exc is not None)
+        )
+        how = "was released" if released else "was spent whole"
+        if exc is not None and not isinstance(exc, Exception):
+            # A cancellation goes on at once; the hold is ended in the background.
+            self._moved = f"{how} on {type(exc).__name__}"
+            self._sender.detach(self._line, operation)
+            return
+        try:
+            self._finish(operation, how, None)
+        except PeculiumError as error:
+            if exc is None:
+                raise
+            _note(exc, error)
+
+    @property
+    def hold_id(self) -> bytes:
+        """Its id, 16 bytes."""
+        return self._target.hold_id
+
+    @property
+    def info(self) -> HoldInfo:
+        """As it was reserved."""
+        if self.receipt.hold is None:
+            raise AssertionError("a reservation has a hold")
+        return self.receipt.hold
+
+    @property
+    def amount(self) -> int:
+        """As reserved, in the tree's unit."""
+        return self.info.amount
+
+    @property
+    def _about(self) -> str:
+        return self._budget_name
+
+    def __repr__(self) -> str:
+        return f"<Hold {id_text(self.hold_id)} of {self._budget_name}>"
+
+    def settle(
+        self,
+        actual: int | None = None,
+        *,
+        reference: str = "",
+        usage: Usage | None = None,
+        estimated: bool = False,
+        keep_open: bool = False,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Book what the call has cost. What is left flows back; more than was held is booked too.
+
+        Args:
+            actual: In the tree's unit; absent: all that the hold has left. With `keep_open`: since
+                the last settle.
+            reference: The provider's id of the call, up to 256 bytes, for reconciliation.
+            usage: What the provider reported.
+            estimated: The provider reported nothing; `actual` is this program's own estimate.
+            keep_open: The call goes on (streaming). An increment beyond what the hold has left is
+                booked and ends the hold.
+            timeout: In seconds.
+
+        Raises:
+            CapabilityMoved: It was settled or released.
+            HoldEnded: An admin, or the budget's owner, resolved it.
+        """
+        operation = self._settling(
+            actual, reference, usage, keep_open=keep_open, estimated=estimated
+        )
+        if keep_open:
+            return self._go_on(operation, timeout)
+        return self._finish(operation, "was settled", timeout)
+
+    def release(self, *, timeout: float | None = None) -> Receipt:
+        """End the hold of a call that was surely not billed: everything flows back.
+
+        Args:
+            timeout: In seconds.
+
+        Raises:
+            CapabilityMoved: It was settled or released.
+        """
+        operation = requests.release(self._target, _asked())
+        return self._finish(operation, "was released", timeout)
+
+    def extend(self, ttl: Seconds, *, timeout: float | None = None) -> Receipt:
+        """Give the hold more time.
+
+        Args:
+            ttl: From now; at most until it is 7 days old.
+            timeout: In seconds.
+
+        Raises:
+            HoldLapsed: Its time was over before.
+        """
+        return self._go_on(requests.extend(self._target, _asked(), ttl=ttl), timeout)
+
+    def _settling(
+        self,
+        actual: int | None,
+        reference: str,
+        usage: Usage | None,
+        *,
+        keep_open: bool = False,
+        estimated: bool,
+    ) -> Operation:
+        return requests.settle(
+            self._target,
+            _asked(),
+            actual=actual,
+            keep_open=keep_open,
+            reference=reference,
+            usage=usage,
+            estimated=estimated,
+        )
+
+    def _go_on(self, operation: Operation, timeout: float | None) -> Receipt:
+        """Do what leaves the hold open."""
+        self._check()
+        ticket = self._sender.wait(self._sender.submit(self._line, operation, timeout))
+        if self._line.secret is None:
+            self._moved = f"was ended at {caller()} by an increment beyond what it had left"
+        return _receipt(ticket)
+
+    def _finish(self, operation: Operation, how: str, timeout: float | None) -> Receipt:
+        """Do what ends the hold; or find out whether that happened before."""
+        earlier = self._end
+        if earlier is not None and not earlier.awaited:
+            return self._finish_again(earlier, operation, how, timeout)
+        self._check()
+        self._moved = f"{how} at {caller()}"
+        self._end = self._sender.submit(self._line, operation, timeout)
+        return self._finished(self._end, timeout, again=False)
+
+    def _finish_again(
+        self, earlier: Ticket, operation: Operation, how: str, timeout: float | None
+    ) -> Receipt:
+        """Find out what became of an earlier attempt to end the hold."""
+        self._process.check(self._name)
+        same = _operation(earlier).asks_the_same(operation)
+        try:
+            receipt = self._finished(earlier, timeout, again=True)
+        except OutcomeUnknown:
+            raise
+        except PeculiumError:
+            if same:
+                raise
+            return self._finish(operation, how, timeout)
+        if not same:
+            self._check()
+        return receipt
+
+    def _finished(self, ticket: Ticket, timeout: float | None, *, again: bool) -> Receipt:
+        try:
+            if again:
+                self._sender.wait_again(ticket, timeout)
+            else:
+                self._sender.wait(ticket)
+        except (Refused, Invalid, LedgerUnavailable, DeadlineExceeded):
+            # Nothing was done: the hold is what it was.
+            self._end = self._moved = None
+            raise
+        self._end = None
+        return _receipt(ticket)
+
+
+class Admin:
+    """What operators may do. Budgets are named by path or reference."""
+
+    def __init__(self, sender: Sender, audit: Audit) -> None:
+        self._sender = sender
+        self._audit = audit
+
+    def grant(
+        self,
+        name: str,
+        *,
+        unit: str,
+        amount: int,
+        holder: str | None = None,
+        receiver: Receiver | bytes | None = None,
+        token: bool = False,
+        labels: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Delegated:
+        """Make a root.
+
+        How it is held: with `holder` alone by that principal, who opens it by its name; otherwise by
+        a token, whose secret is the receiver's or made here and handed over as `.capability`. With
+        `holder` and a token (`receiver`, or `token=True`) only that principal may use the token.
+
+        Args:
+            name: Unique among the ledger's roots: 1 to 128 bytes without "/".
+            unit: What is counted in the tree, for example "usd_nanos".
+            amount: Put in, in that unit.
+            holder: A principal.
+            receiver: A `Receiver`, or the token id that it showed.
+            token: Held by token although a holder is named.
+            labels: Labels that stay with the root.
+            timeout: In seconds.
+
+        Raises:
+            NameTaken: A root has or had the name.
+            PermissionDenied: The caller is no admin.
+        """
+        asked = requests.grant(
+            _asked(labels),
+            name=name,
+            unit=unit,
+            amount=amount,
+            holder=holder,
+            receiver=receiver,
+            token=token,
+        )
+        header = asked.request.header
+        ref = BudgetRef(name, header.root_id, header.budget_id)
+        receipt = self._do(self._sender.admin.Grant, asked.request, ref, timeout)
+        return Delegated(ref, name, amount, None, receipt, _capability(ref, asked.secret))
+
+    def top_up(
+        self, budget: str | BudgetRef, amount: int, *, timeout: float | None = None
+    ) -> Receipt:
+        """Put more into a root; repays its overrun first.
+
+        Args:
+            budget: The root.
+            amount: At least 1, in the tree's unit.
+            timeout: In seconds.
+
+        Raises:
+            OnlyForRoots: It is no root.
+        """
+        ref = self._locate(budget, timeout)
+        request = requests.top_up(_target(ref), _asked(), amount=amount)
+        return self._do(self._sender.admin.TopUp, request, ref, timeout)
+
+    def withdraw(
+        self, budget: str | BudgetRef, amount: int, *, timeout: float | None = None
+    ) -> Receipt:
+        """Take out of a root what is available.
+
+        Args:
+            budget: The root.
+            amount: At least 1, in the tree's unit.
+            timeout: In seconds.
+
+        Raises:
+            BudgetExhausted: Less is available.
+            OnlyForRoots: It is no root.
+        """
+        ref = self._locate(budget, timeout)
+        request = requests.withdraw(_target(ref), _asked(), amount=amount)
+        return self._do(self._sender.admin.Withdraw, request, ref, timeout)
+
+    def freeze(
+        self, budget: str | BudgetRef, reason: str = "", *, timeout: float | None = None
+    ) -> Receipt:
+        """Block new spending in a budget and everything below; calls in flight end as usual.
+
+        Args:
+            budget: Any budget.
+            reason: Why, up to 512 bytes.
+            timeout: In seconds.
+        """
+        ref = self._locate(budget, timeout)
+        request = requests.freeze(_target(ref), _asked(), reason=reason)
+        return self._do(self._sender.admin.Freeze, request, ref, timeout)
+
+    def unfreeze(
+        self, budget: str | BudgetRef, reason: str = "", *, timeout: float | None = None
+    ) -> Receipt:
+        """Clear the flag that `freeze` set; a dispute still freezes.
+
+        Args:
+            budget: Any budget.
+            reason: Why, up to 512 bytes.
+            timeout: In seconds.
+        """
+        ref = self._locate(budget, timeout)
+        request = requests.unfreeze(_target(ref), _asked(), reason=reason)
+        return self._do(self._sender.admin.Unfreeze, request, ref, timeout)
+
+    def recover(
+        self,
+        budget: str | BudgetRef,
+        *,
+        holder: str | None = None,
+        receiver: Receiver | bytes | None = None,
+        token: bool = False,
+        timeout: float | None = None,
+    ) -> Delegated:
+        """Give any budget a new token, holder or custody; what it had is fenced.
+
+        Args:
+            budget: Any budget.
+            holder: As in `grant`.
+            receiver: As in `grant`.
+            token: As in `grant`.
+            timeout: In seconds.
+        """
+        ref = self._locate(budget, timeout)
+        asked = requests.admin_recover(
+            _target(ref), _asked(), holder=holder, receiver=receiver, token=token
+        )
+        receipt = self._do(self._sender.admin.Recover, asked.request, ref, timeout)
+        name = ref.path.rpartition("/")[2]
+        granted = receipt.balances.granted
+        capability = _capability(ref, asked.secret)
+        return Delegated(ref, name, granted, receipt.lease_expires_at, receipt, capability)
+
+    def resolve(
+        self,
+        budget: str | BudgetRef,
+        hold_id: bytes,
+        actual: int,
+        reason: str,
+        *,
+        timeout: float | None = None,
+    ) -> Receipt:
+        """Say what any hold has cost, also one that was settled or is disputed.
+
+        Args:
+            budget: The budget that it was reserved from.
+            hold_id: Which hold.
+            actual: The total for the hold's whole life, in the tree's unit.
+            reason: Why, 1 to 512 bytes.
+            timeout: In seconds.
+
+        Raises:
+            HoldUnknown: The budget has no such hold.
+        """
+        ref = self._locate(budget, timeout)
+        request = requests.admin_resolve(
+            _target(ref), _asked(), hold_id=hold_id, actual=actual, reason=reason
+        )
+        return self._do(self._sender.admin.Resolve, request, ref, timeout)
+
+    def _do(
+        self,
+        method: UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        ref: BudgetRef,
+        timeout: float | None,
+    ) -> Receipt:
+        response = self._sender.unary(
+            method,
+            request,
+            timeout,
+            budget=str(ref),
+            operation_id=id_text(request.header.operation_id),
+        )
+        return codec.receipt(response.outcome)
+
+    def _locate(self, budget: str | BudgetRef, timeout: float | None) -> BudgetRef:
+        if isinstance(budget, BudgetRef):
+            return budget
+        return (self._audit.budget(budget, timeout=timeout)).ref
+
+
+class Audit:
+    """What auditors may ask: everything is read, nothing is changed."""
+
+    def __init__(self, sender: Sender) -> None:
+        self._sender = sender
+
+    def budget(self, budget: str | BudgetRef, *, timeout: float | None = None) -> BudgetInfo:
+        """Read any budget.
+
+        Args:
+            budget: Its path, or its reference.
+            timeout: In seconds.
+
+        Raises:
+            BudgetUnknown: There is none.
+            PermissionDenied: The caller is no auditor.
+        """
+        request = audit_service_pb2.GetBudgetRequest(budget=_wire(budget))
+        response = self._sender.unary(
+            self._sender.audit.GetBudget, request, timeout, budget=str(budget)
+        )
+        return codec.budget_info(response.budget, response.ledger)
+
+    def budgets(
+        self,
+        below: str | BudgetRef | None = None,
+        *,
+        page_size: int = PAGE_SIZE_MAX,
+        timeout: float | None = None,
+    ) -> Iterator[BudgetInfo]:
+        """List a budget and everything below it, or all roots.
+
+        Args:
+            below: The top; absent: all roots.
+            page_size: How many are fetched at once, 1 to 1000.
+            timeout: For each page, in seconds.
+
+        Raises:
+            BudgetUnknown: There is no such top.
+        """
+        request = audit_service_pb2.ListBudgetsRequest(
+            below=None if below is None else _wire(below), page_size=page_size
+        )
+        while True:
+            page = self._sender.unary(self._sender.audit.ListBudgets, request, timeout)
+            for budget in page.budgets:
+                yield codec.budget_info(budget)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def entries(
+        self,
+        budget: str | BudgetRef,
+        *,
+        tree: bool = False,
+        descending: bool = False,
+        page_size: int = PAGE_SIZE_MAX,
+        timeout: float | None = None,
+    ) -> Iterator[EntryInfo]:
+        """List the entries of a budget, or of its whole tree.
+
+        Args:
+            budget: Its path, or its reference.
+            tree: All budgets of the tree that it belongs to.
+            descending: The latest first.
+            page_size: How many are fetched at once, 1 to 1000.
+            timeout: For each page, in seconds.
+
+        Raises:
+            BudgetUnknown: There is none.
+        """
+        request = audit_service_pb2.ListEntriesRequest(
+            budget=_wire(budget), tree=tree, page_size=page_size, descending=descending
+        )
+        while True:
+            page = self._sender.unary(self._sender.audit.ListEntries, request, timeout)
+            for entry in page.entries:
+                yield codec.entry_info(entry)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def verify(self, tree: str | BudgetRef | None = None) -> Iterator[Verification]:
+        """Re-run every decision from the entries alone, and compare. The last item has the verdict.
+
+        Args:
+            tree: A root, or any budget in its tree; absent: the whole ledger.
+
+        Raises:
+            BudgetUnknown: There is none.
+        """
+        request = audit_service_pb2.VerifyRequest(tree=None if tree is None else _wire(tree))
+        for progress in self._sender.stream(self._sender.audit.Verify, request):
+            yield codec.verification(progress)
+
+
+def _asked(labels: Mapping[str, str] | None = None, *, dry_run: bool = False) -> Asked:
+    return Asked(labels or {}, dry_run, traceparent())
+
+
+def _operation(ticket: Ticket) -> Operation:
+    if ticket.operation is None:
+        raise AssertionError("a section has no operation")
+    return ticket.operation
+
+
+def _receipt(ticket: Ticket) -> Receipt:
+    if ticket.outcome is None:
+        raise AssertionError("an operation that was waited for has its outcome")
+    return codec.receipt(ticket.outcome)
+
+
+def _own_line(ref: BudgetRef, ticket: Ticket) -> Line:
+    return Line(str(ref), linear=True, secret=_operation(ticket).produced)
+
+
+def _capability(ref: BudgetRef, secret: bytes | None) -> Capability | None:
+    if secret is None:
+        return None
+    return Capability(root_id=ref.root_id, budget_id=ref.budget_id, secret=secret, path=ref.path)
+
+
+def _delegated(ticket: Ticket, parent: BudgetRef) -> list[Delegated]:
+    receipt = _receipt(ticket)
+    outcomes = (
+        {}
+        if ticket.outcome is None
+        else {child.budget_id: child for child in ticket.outcome.children}
+    )
+    made = []
+    for child in _operation(ticket).children:
+        path = f"{parent.path}/{child.name}" if parent.path else ""
+        ref = BudgetRef(path, parent.root_id, child.budget_id)
+        outcome = outcomes[child.budget_id]
+        expires_at = (
+            codec.at(outcome.lease_expires_at) if outcome.HasField("lease_expires_at") else None
+        )
+        secret = None if receipt.dry_run else child.secret
+        made.append(
+            Delegated(
+                ref, child.name, outcome.granted, expires_at, receipt, _capability(ref, secret)
+            )
+        )
+    return made
+
+
+def _target(ref: BudgetRef) -> Target:
+    return Target(ref.root_id, ref.budget_id, by_token=False)
+
+
+def _wire(budget: str | BudgetRef) -> types_pb2.BudgetRef:
+    if isinstance(budget, BudgetRef):
+        return types_pb2.BudgetRef(root_id=budget.root_id, budget_id=budget.budget_id)
+    return types_pb2.BudgetRef(path=budget)
+
+
+def _closed(budget: str) -> CapabilityMoved:
+    return CapabilityMoved("the budget was given back", budget=budget)
+
+
+def _note(original: BaseException, secondary: PeculiumError) -> None:
+    """Keep a failure of leaving a block from hiding why it was left."""
+    original.add_note(f"peculium: {type(secondary).__name__}: {secondary}")
+    _log.warning("on the way out of a block: %s", secondary)
