@@ -1,0 +1,223 @@
+"""Write the pages of `docs/reference` that are told from the code: refusals and settings.
+
+Without an argument it writes them; with `verify` it says which of them are out of date.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from grpc_tools import protoc
+
+from peculium_server.config import CLIENT_SETTINGS, SERVER_SETTINGS, Setting
+from peculium_server.core.refusals import RULES, Refusal
+from peculium_server.rpc.status import CODES
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPES = "peculium/v1/types.proto"
+_ENUM_PATH, _VALUE_PATH = 5, 2
+"""Where a FileDescriptorProto has its enums, and an EnumDescriptorProto its values."""
+
+
+class Reason(NamedTuple):
+    """A member of one of the wire's enums of reasons, with its comment."""
+
+    name: str
+    number: int
+    text: str
+    example: dict[str, str]
+
+
+def pages() -> dict[Path, str]:
+    """Every generated page, by its path in the repository."""
+    folder = Path("docs") / "reference"
+    return {
+        folder / "refusals.md": refusals_page(),
+        folder / "configuration.md": configuration_page(),
+    }
+
+
+def refusals_page() -> str:
+    """The page of all reasons, in order of precedence."""
+    lines = [
+        "# Refusals",
+        "",
+        "Why the ledger says no, in order of precedence: if several reasons apply, the first one is",
+        "the answer. A refusal has changed nothing: no token is consumed, no balance moved.",
+        "",
+        "Alone, a refused operation ends with the gRPC code below and a `google.rpc.ErrorInfo` of the",
+        "domain `peculium`, whose `reason` is the name and whose `metadata` are the facts; an operation",
+        "of a `Batch` has the same in its `OperationResult.refused`. Facts may be added, and are never",
+        "taken away. *Later* says whether the same request could succeed at another time.",
+        "",
+        "<!-- Written by tools/reference.py from proto/peculium/v1/types.proto and the server's tables. -->",
+        "",
+        "| | reason | gRPC code | later |",
+        "|---|---|---|---|",
+    ]
+    refusals = list(reasons("RefusalReason", "REFUSAL_REASON_"))
+    for reason in refusals:
+        refusal = Refusal(reason.number)
+        later = "yes" if RULES[refusal].transient else "no"
+        anchor = f"[{reason.name}](#{reason.name.lower()})"
+        lines.append(f"| {reason.number} | {anchor} | {CODES[refusal].name} | {later} |")
+    for reason in refusals:
+        lines += _section(reason, RULES[Refusal(reason.number)].sentence)
+    lines += [
+        "",
+        "# No answer",
+        "",
+        "A call that the ledger gave no answer to ends with `UNAVAILABLE`, one of these reasons as",
+        "`ErrorInfo`, and a `google.rpc.RetryInfo` that says when to send the same operation again: the",
+        "same, with its `operation_id`, so that it happens once however often it is sent. Within a",
+        "`Batch` it is `OperationResult.unavailable`.",
+    ]
+    for reason in reasons("UnavailableReason", "UNAVAILABLE_REASON_"):
+        lines += _section(reason, "")
+    return "\n".join([*lines, *_OTHER_CODES, ""])
+
+
+_OTHER_CODES = """
+# Other codes
+
+| gRPC code | when | what became of the operation |
+|---|---|---|
+| `DEADLINE_EXCEEDED` | the call's deadline, or the server's own, has passed | unknown: send it again |
+| `CANCELLED` | the caller has gone | unknown: send it again |
+| `RESOURCE_EXHAUSTED` | the message is larger than the server accepts | nothing was done |
+| `UNIMPLEMENTED` | the server does not know the method, or does not do this yet | nothing was done |
+| `INTERNAL` | a bug; `ErrorInfo.metadata.request` names the call in the server's log | unknown: send it again |
+""".rstrip().split("\n")
+
+
+def _section(reason: Reason, sentence: str) -> list[str]:
+    example = json.dumps(reason.example, ensure_ascii=False)
+    said = [f"> {sentence}", ""] if sentence not in ("", reason.text) else []
+    return ["", f"## {reason.name}", "", *said, reason.text, "", "```json", example, "```"]
+
+
+def reasons(enum: str, prefix: str) -> Iterator[Reason]:
+    """The members of an enum of `types.proto` with what their comments say, in order.
+
+    Raises:
+        ValueError: A comment has no example of the reason's metadata.
+    """
+    with tempfile.TemporaryDirectory(prefix="peculium-reference-") as folder:
+        compiled = Path(folder) / "types.binpb"
+        failed = protoc.main(
+            [
+                "protoc",
+                f"-I{ROOT / 'proto'}",
+                f"-I{Path(protoc.__file__).parent / '_proto'}",
+                "--include_source_info",
+                f"--descriptor_set_out={compiled}",
+                TYPES,
+            ]
+        )
+        if failed:
+            raise RuntimeError(f"protoc cannot compile {TYPES}")
+        [file] = FileDescriptorSet.FromString(compiled.read_bytes()).file
+    comments = {
+        tuple(location.path): location.leading_comments
+        for location in file.source_code_info.location
+    }
+    [index] = [number for number, each in enumerate(file.enum_type) if each.name == enum]
+    for place, value in enumerate(file.enum_type[index].value):
+        if value.number:
+            comment = " ".join(comments[_ENUM_PATH, index, _VALUE_PATH, place].split())
+            text, brace, example = comment.partition("{")
+            yield Reason(
+                name=value.name.removeprefix(prefix),
+                number=value.number,
+                text=text.strip(),
+                example=json.loads(brace + example),
+            )
+
+
+def configuration_page() -> str:
+    """The page of all settings."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every setting is an environment variable, and most are a flag too; the flag wins. An empty",
+        "variable counts as not set. All of them are checked at once when a program starts, which tells",
+        "every problem that it finds, and prints what it runs with, never a password or a key.",
+        "",
+        "<!-- Written by tools/reference.py from server/peculium_server/config.py. -->",
+        "",
+        "## The server: `peculium serve`",
+        "",
+        "`peculium migrate` takes `database_url` and `data_dir` of these.",
+        *_settings(SERVER_SETTINGS),
+        "",
+        "## The command line",
+        *_settings(CLIENT_SETTINGS),
+        "",
+    ]
+    return "\n".join(lines) + _KEYS_FILE
+
+
+_KEYS_FILE = """
+## The key file
+
+TOML, with one table for each key. The ledger is told the SHA-256 of a key and never the key itself;
+a caller presents the key as `authorization: Bearer <key>`.
+
+```toml
+[[keys]]
+principal = "research-gateway" # Who calls: 1 to 256 bytes, not "system"
+role = "agent"                 # or "admin", or "auditor"
+sha256 = "0b0a…"               # 64 hexadecimal digits
+```
+
+| role | may call |
+|---|---|
+| `agent` | `LedgerService`: reserve, settle, delegate, with what it holds |
+| `auditor` | `AuditService`: read and verify everything |
+| `admin` | `AdminService`, and what the other two may |
+
+A principal may have several keys, so that a new one can be brought in before the old one is taken
+out. To make a key and its hash:
+
+```sh
+key=$(openssl rand -base64 32)
+printf %s "$key" | sha256sum
+```
+"""
+
+
+def _settings(settings: tuple[Setting, ...]) -> Iterator[str]:
+    for setting in settings:
+        default = f"`{setting.default}`" if setting.default else "none"
+        yield ""
+        yield f"### {setting.variable}"
+        yield ""
+        yield setting.meaning
+        yield ""
+        yield f"Flag: `{setting.flag}`. Default: {default}."
+
+
+def main() -> int:
+    """Write the pages, or with `verify` compare; 1 when one is out of date."""
+    stale = 0
+    for path, text in pages().items():
+        target = ROOT / path
+        present = target.read_text(encoding="utf-8") if target.exists() else ""
+        if sys.argv[1:] == ["verify"]:
+            if present != text:
+                sys.stderr.write(f"{path}: out of date; run tools/reference.py\n")
+                stale = 1
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text, encoding="utf-8")
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())
