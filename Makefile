@@ -23,12 +23,14 @@ lock: ## Pin the newest versions that pyproject.toml allows, with hashes.
 	@"$(PYTHON)" tools/lock.py
 
 .PHONY: gen
-gen: install ## Generate the stubs in client/peculium/v1 from proto/.
+gen: install ## Generate the stubs from proto/, and the blocking client from the one for asyncio.
 	@$(BIN)/python tools/stubs.py generate
+	@$(BIN)/python tools/sync_client.py generate
 
 .PHONY: verify-gen
-verify-gen: install ## Prove that the checked-in stubs are what proto/ generates.
+verify-gen: install ## Prove that what is generated and checked in is current.
 	@$(BIN)/python tools/stubs.py verify
+	@$(BIN)/python tools/sync_client.py verify
 
 .PHONY: check
 check: install ## Lint, type-check, check layers, protos and stubs.

@@ -30,7 +30,7 @@ def use(budget: AnyBudget) -> Iterator[AnyBudget]:
         _current.reset(token)
 
 
-def current() -> Any:  # noqa: ANN401 - the caller knows which of the two clients it uses
+def current() -> Any:
     """The budget that `use` made the current one, a handle of the client that it came from.
 
     Raises:

@@ -151,7 +151,7 @@ def reserve(target: Target, asked: Asked, *, amount: int, ttl: Seconds | None) -
 
 
 @_repeatable
-def settle(  # noqa: PLR0913 - the fields of the request
+def settle(
     target: HoldTarget,
     asked: Asked,
     *,
@@ -477,7 +477,7 @@ def header(
     return made
 
 
-def _operation(  # noqa: PLR0913 - the fields of an Operation
+def _operation(
     kind: str,
     message: ledger.Operation,
     own_header: types_pb2.OperationHeader,

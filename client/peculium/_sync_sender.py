@@ -201,9 +201,7 @@ class Sender:
                 failed = _failure(error)
             time.sleep(attempts.delay(failed, time.monotonic()))
 
-    def stream(
-        self, method: grpc.UnaryStreamMultiCallable[_Q, _R], request: _Q
-    ) -> Iterator[_R]:
+    def stream(self, method: grpc.UnaryStreamMultiCallable[_Q, _R], request: _Q) -> Iterator[_R]:
         """Call a method that only reads, and take its answers as they come.
 
         Raises:

@@ -73,10 +73,9 @@ def failure(
     """How a whole call failed."""
     text = details or code.name
     info, retry_seconds = _details(trailing_metadata)
-    if info is not None:
-        if info.reason in BY_REASON:
-            error = _by_reason(info.reason, text, dict(info.metadata), None, None)
-            return Failure(text, refused=error, not_done=True)
+    if info is not None and info.reason in BY_REASON:
+        error = _by_reason(info.reason, text, dict(info.metadata), None, None)
+        return Failure(text, refused=error, not_done=True)
     if code in _BY_STATUS:
         return Failure(text, refused=_BY_STATUS[code](text), not_done=True)
     return Failure(

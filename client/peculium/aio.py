@@ -18,7 +18,7 @@ from peculium._aio_sender import Pending, Sender
 from peculium._coalescer import Line, Ticket
 from peculium._config import TIMEOUT_SECONDS_DEFAULT, Tls, configure
 from peculium._handles import Handle, caller
-from peculium._ids import id_text, new_id, new_secret, token_id
+from peculium._ids import id_text, new_id, token_id
 from peculium._limits import PAGE_SIZE_MAX
 from peculium._requests import Asked, HoldTarget, Operation, Target
 from peculium._trace import traceparent
@@ -34,7 +34,7 @@ from peculium.errors import (
     Refused,
 )
 from peculium.money import Usage
-from peculium.v1 import admin_service_pb2, audit_service_pb2, ledger_service_pb2, types_pb2
+from peculium.v1 import audit_service_pb2, ledger_service_pb2, types_pb2
 from peculium.values import (
     Balances,
     BudgetInfo,
@@ -184,7 +184,9 @@ class Client:
         except BaseException:
             capability.put_back()
             raise
-        return Budget(self._sender, ref, Target(ref.root_id, ref.budget_id, True), ticket.line)
+        return Budget(
+            self._sender, ref, Target(ref.root_id, ref.budget_id, by_token=True), ticket.line
+        )
 
     def receiver(self) -> Receiver:
         """Make the secret of a budget that somebody else is to delegate to this client."""
@@ -212,7 +214,10 @@ class Client:
             ("recover", ref.budget_id), Line(str(ref), linear=False), asked, timeout
         )
         return Budget(
-            self._sender, ref, Target(ref.root_id, ref.budget_id, True), _own_line(ref, ticket)
+            self._sender,
+            ref,
+            Target(ref.root_id, ref.budget_id, by_token=True),
+            _own_line(ref, ticket),
         )
 
     async def _find(self, path: str, timeout: float | None) -> BudgetInfo:
@@ -534,16 +539,7 @@ class Budget(Handle):
                 budget=self._about,
             )
         with self._moving("was handed over"):
-            async with self._sender.section(self._line, timeout) as secret:
-                if secret is None:
-                    raise _closed(self._about)
-                self._line.secret = None
-                return Capability(
-                    root_id=self._ref.root_id,
-                    budget_id=self._ref.budget_id,
-                    secret=secret,
-                    path=self._ref.path,
-                )
+            return await self._take_out(timeout)
 
     async def recover(self, *, timeout: float | None = None) -> Receipt:
         """Take the budget back on its holder's word, after its token was lost to somebody else.
@@ -634,6 +630,18 @@ class Budget(Handle):
                 if not page.next_page_token:
                     return found
                 request.page_token = page.next_page_token
+
+    async def _take_out(self, timeout: float | None) -> Capability:
+        async with self._sender.section(self._line, timeout) as secret:
+            if secret is None:
+                raise _closed(self._about)
+            self._line.secret = None
+        return Capability(
+            root_id=self._ref.root_id,
+            budget_id=self._ref.budget_id,
+            secret=secret,
+            path=self._ref.path,
+        )
 
     async def _do(self, operation: Operation, timeout: float | None) -> Receipt:
         self._check()

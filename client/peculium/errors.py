@@ -84,7 +84,11 @@ class PeculiumError(Exception):
 
     def __str__(self) -> str:
         details = {"budget": self.budget, "operation": self.operation_id}
-        shown = ", ".join(f"{name} {value}" for name, value in details.items() if value)
+        shown = ", ".join(
+            f"{name} {value}"
+            for name, value in details.items()
+            if value and value not in self.message
+        )
         return f"{self.message} [{shown}]" if shown else self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
