@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from peculium_server.core.admission import check_role
 from peculium_server.core.operations import (
-    HOLD_KINDS,
     Actor,
     After,
     ByToken,
     Delegate,
     Extend,
+    Grant,
     Operation,
     Recover,
     Release,
@@ -22,7 +23,7 @@ from peculium_server.core.outcome import Outcome, tell
 from peculium_server.core.refusals import Refusal, Refused, id_text
 from peculium_server.core.rules import decide
 from peculium_server.core.shape import check_shape
-from peculium_server.core.state import Accepted, Budget, Hold, Tree
+from peculium_server.core.state import Accepted, Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class Request:
     index: int
 
 
-_Key = tuple[int, bytes, bytes]
-"""The index of an operation, the root, and the budget or hold whose token it left."""
+_Key = tuple[int, bytes, bytes, bytes | None]
+"""The index of an operation, and whose token it left: root, budget and, if it is a hold's, the hold."""
 
 
 def decide_group(
@@ -60,26 +61,36 @@ def decide_group(
         if isinstance(operation, Refused):
             answers.append(operation)
             continue
+        answer: Outcome | Refused
         malformed = check_shape(operation)
         if malformed is not None:
-            answers.append(malformed)
-            _leave_as_it_was(request.index, operation, trees, left)
-            continue
-        tree = trees[operation.root_id]
-        decision = decide(tree, operation, request.actor, now, position + len(accepted) + 1)
-        if isinstance(decision, Accepted):
-            answer: Outcome | Refused = tell(operation, decision.entries)
-            if not operation.dry_run:
-                tree.apply(decision)
-                accepted.append(decision)
+            answer = malformed
         else:
-            answer = decision
+            tree = trees[operation.root_id]
+            decision = decide(tree, operation, request.actor, now, position + len(accepted) + 1)
+            if isinstance(decision, Accepted):
+                answer = tell(operation, decision.entries)
+                if not operation.dry_run:
+                    _apply(trees, decision)
+                    accepted.append(decision)
+            else:
+                answer = decision
         answers.append(answer)
-        if isinstance(answer, Refused) or operation.dry_run:
-            _leave_as_it_was(request.index, operation, trees, left)
-        else:
+        if isinstance(operation.authority, ByToken):
+            left[request.index, *_subject(operation)] = operation.authority.token_id
+        if isinstance(answer, Outcome) and not operation.dry_run:
             _leave(request.index, operation, answer, left)
     return answers, accepted
+
+
+def _apply(trees: dict[bytes, Tree], accepted: Accepted) -> None:
+    """Let the operations that follow see what this one did."""
+    operation = accepted.operation
+    trees[operation.root_id].apply(accepted)
+    if isinstance(operation, Grant):
+        # Names of roots are unique over all trees, and each tree knows of its own only.
+        for tree in trees.values():
+            tree.names[None, operation.name] = operation.root_id
 
 
 def _resolve_chain(request: Request, left: dict[_Key, bytes]) -> Operation | Refused:
@@ -96,46 +107,30 @@ def _resolve_chain(request: Request, left: dict[_Key, bytes]) -> Operation | Ref
                 "problem": "must be the index of an earlier operation of the batch",
             },
         )
-    token_id = left.get((index, operation.root_id, _subject(operation)))
+    token_id = left.get((index, *_subject(operation)))
     if token_id is None:
-        return Refused(Refusal.CAPABILITY_UNKNOWN, {"budget": id_text(operation.budget_id)})
+        return (
+            check_shape(operation)
+            or check_role(operation, request.actor)
+            or Refused(Refusal.CAPABILITY_UNKNOWN, {"budget": id_text(operation.budget_id)})
+        )
     return replace(operation, authority=ByToken(token_id))
 
 
-def _subject(operation: Operation) -> bytes:
-    """The budget or hold whose token the operation consumes."""
-    if isinstance(operation, Settle | Release | Extend):
-        return operation.hold_id
-    return operation.budget_id
-
-
-def _leave_as_it_was(
-    index: int, operation: Operation, trees: dict[bytes, Tree], left: dict[_Key, bytes]
-) -> None:
-    """A refused or dry-run operation leaves the token that it presented, if that was live.
-
-    A malformed one was not looked up: only what others of the batch name is known of it.
-    """
-    tree = trees.get(operation.root_id)
-    if tree is None or not isinstance(operation.authority, ByToken):
-        return
-    owner: Budget | Hold | None
-    if operation.kind in HOLD_KINDS:
-        owner = tree.holds.get(_subject(operation))
-        live = owner is not None and owner.settleable
-    else:
-        owner = tree.budgets.get(_subject(operation))
-        live = owner is not None
-    if owner is not None and live and owner.token == operation.authority.token_id:
-        left[index, operation.root_id, _subject(operation)] = operation.authority.token_id
+def _subject(operation: Operation) -> tuple[bytes, bytes, bytes | None]:
+    """Whose token the operation consumes: root, budget and, if it is a hold's, the hold."""
+    hold_id = operation.hold_id if isinstance(operation, Settle | Release | Extend) else None
+    return operation.root_id, operation.budget_id, hold_id
 
 
 def _leave(index: int, operation: Operation, outcome: Outcome, left: dict[_Key, bytes]) -> None:
-    """An accepted operation leaves what it produced, or what it consumed as the last token."""
-    root_id = operation.root_id
-    key = index, root_id, _subject(operation)
-    if isinstance(operation.authority, ByToken):
-        left[key] = operation.authority.token_id
+    """What an accepted operation has produced takes the place of the token that it presented.
+
+    What it ended stays: refused, dry-run and ending operations leave the token that they presented,
+    so that the next in the chain is told the truth about it, and is found if it was recorded before.
+    """
+    root_id, budget_id = operation.root_id, operation.budget_id
+    key = index, *_subject(operation)
     match operation:
         case Settle() | Extend():
             if outcome.hold is not None and outcome.hold.settleable:
@@ -144,15 +139,19 @@ def _leave(index: int, operation: Operation, outcome: Outcome, left: dict[_Key, 
             return
         case Release():
             return
+        case Grant():
+            if operation.token_id is not None:
+                left[key] = operation.token_id
+            return
         case Reserve():
-            left[index, root_id, operation.hold_id] = operation.hold_token_id
+            left[index, root_id, budget_id, operation.hold_id] = operation.hold_token_id
         case Delegate():
             for child in operation.children:
                 if child.token_id is not None:
-                    left[index, root_id, child.budget_id] = child.token_id
+                    left[index, root_id, child.budget_id, None] = child.token_id
         case Recover():
             for rotation in operation.holds:
-                left[index, root_id, rotation.hold_id] = rotation.next_token_id
+                left[index, root_id, budget_id, rotation.hold_id] = rotation.next_token_id
         case _:
             pass
     produced = getattr(operation, "next_token_id", None)

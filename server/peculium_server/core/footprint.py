@@ -62,11 +62,13 @@ class Footprint:
             case Spend() | Accept() | Renew():
                 self._produces(budget_id, operation.next_token_id)
             case Grant():
+                self._produces(budget_id, operation.token_id)
                 self.names.add((None, operation.name))
             case Delegate():
                 self._produces(budget_id, operation.next_token_id)
                 for child in operation.children:
                     self.budgets.add(child.budget_id)
+                    self._produces(child.budget_id, child.token_id)
                     self.names.add((budget_id, child.name))
             case Recover():
                 self._produces(budget_id, operation.next_token_id)

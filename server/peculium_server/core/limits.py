@@ -23,6 +23,11 @@ CHILDREN_MAX = 256
 ROTATIONS_MAX = 256
 """Holds that one Recover rotates: each is an entry of the same transaction."""
 
+OPEN_HOLDS_MAX = ROTATIONS_MAX + OPERATIONS_MAX
+"""Open holds of a budget that are loaded for a Recover, the lowest ids first: those that it lists, one
+more to know that there are more, and one for each earlier operation of the transaction, which may
+end one of them."""
+
 EAGER_COLLECTIONS_MAX = 64
 """Budgets below a closed top that are emptied with the closing itself; Collect empties the rest."""
 
