@@ -6,7 +6,7 @@ budget, the presented token, replay, consumed token, what the request would make
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from hmac import compare_digest
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from peculium_server.core.operations import (
     ByHolder,
     ByRole,
     ByToken,
+    Child,
     Delegate,
     Extend,
     Grant,
@@ -32,7 +33,6 @@ from peculium_server.core.operations import (
 )
 from peculium_server.core.outcome import Outcome, tell
 from peculium_server.core.refusals import Refusal, Refused, id_text, time_text
-from peculium_server.core.shape import produced_tokens
 from peculium_server.core.state import (
     Budget,
     Consumption,
@@ -238,51 +238,61 @@ def named(tree: Tree, budget: Budget) -> dict[str, str]:
 
 
 def check_reused(tree: Tree, operation: Operation) -> Refused | None:
-    """A token id to be produced was never seen in the budget, ids and names are free."""
-    if not isinstance(operation, Grant | Delegate):
-        for field, token_id in produced_tokens(operation):
-            if _seen(tree, (operation.budget_id, token_id)):
-                return _token_reused(operation, field)
-    elif isinstance(operation, Delegate) and operation.next_token_id is not None:
-        key = operation.budget_id, operation.next_token_id
-        if _seen(tree, key):
-            return _token_reused(operation, "next_token_id")
+    """A token id to be produced was never seen in the budget or the request, ids and names are free."""
+    named = set()
+    if isinstance(operation.authority, ByToken):
+        named.add(operation.authority.token_id)
+    for field, budget_id, token_id in _produced(operation):
+        if token_id in named or _seen(tree, budget_id, token_id):
+            return Refused(
+                Refusal.TOKEN_ID_REUSED, {"budget": id_text(operation.budget_id), "field": field}
+            )
+        named.add(token_id)
     match operation:
         case Grant():
-            return _check_new(tree, operation.budget_id, None, operation.name)
+            return _check_new(tree, None, (operation,))
         case Delegate():
-            for child in operation.children:
-                refused = _check_new(tree, child.budget_id, operation.budget_id, child.name)
-                if refused is not None:
-                    return refused
+            return _check_new(tree, operation.budget_id, operation.children)
         case Reserve() if tree.holds[operation.hold_id] is not None:
             return Refused(Refusal.ID_TAKEN, {"field": "hold_id", "id": id_text(operation.hold_id)})
         case _:
-            pass
-    return None
+            return None
 
 
-def _seen(tree: Tree, key: tuple[bytes, bytes]) -> bool:
+def _produced(operation: Operation) -> Iterator[tuple[str, bytes, bytes]]:
+    """Every token id that an operation would produce: the field that names it, the budget, the id."""
+    for field in ("next_token_id", "hold_token_id", "next_hold_token_id", "token_id"):
+        token_id = getattr(operation, field, None)
+        if token_id is not None:
+            yield field, operation.budget_id, token_id
+    if isinstance(operation, Delegate):
+        for index, child in enumerate(operation.children):
+            if child.token_id is not None:
+                yield f"children[{index}].token_id", child.budget_id, child.token_id
+    if isinstance(operation, Recover):
+        for index, rotation in enumerate(operation.holds):
+            yield f"holds[{index}].next_token_id", operation.budget_id, rotation.next_token_id
+
+
+def _seen(tree: Tree, budget_id: bytes, token_id: bytes) -> bool:
     """Say whether the budget ever had the token: live, in a hold, or consumed."""
-    budget_id, token_id = key
-    return (
-        token_id == tree.budget(budget_id).token
-        or tree.consumed[key] is not None
-        or tree.hold_tokens[key] is not None
+    budget = tree.budgets[budget_id]
+    return budget is not None and (
+        token_id == budget.token
+        or tree.consumed[budget_id, token_id] is not None
+        or tree.hold_tokens[budget_id, token_id] is not None
     )
 
 
-def _token_reused(operation: Operation, field: str) -> Refused:
-    return Refused(
-        Refusal.TOKEN_ID_REUSED, {"budget": id_text(operation.budget_id), "field": field}
-    )
-
-
-def _check_new(tree: Tree, budget_id: bytes, parent_id: bytes | None, name: str) -> Refused | None:
-    if tree.budgets[budget_id] is not None:
-        return Refused(Refusal.ID_TAKEN, {"field": "budget_id", "id": id_text(budget_id)})
-    if tree.names[parent_id, name] is not None:
-        return Refused(Refusal.NAME_TAKEN, {"name": name})
+def _check_new(
+    tree: Tree, parent_id: bytes | None, made: Sequence[Grant | Child]
+) -> Refused | None:
+    for new in made:
+        if tree.budgets[new.budget_id] is not None:
+            return Refused(Refusal.ID_TAKEN, {"field": "budget_id", "id": id_text(new.budget_id)})
+    for new in made:
+        if tree.names[parent_id, new.name] is not None:
+            return Refused(Refusal.NAME_TAKEN, {"name": new.name})
     return None
 
 

@@ -82,9 +82,7 @@ def decide(
     if refused is not None:
         return refused
     concerned = tree.budgets[operation.budget_id]
-    at = now
-    if concerned is not None:
-        at = max(now, *(budget.last_at for budget in tree.line(concerned)))
+    at = now if concerned is None else _moment(tree, operation, concerned, now)
     standing = stand(tree, operation, actor, concerned, at)
     if not isinstance(standing, Standing):
         return standing
@@ -102,6 +100,26 @@ def decide(
             Refusal.AMOUNT_OVERFLOW,
             {"budget": id_text(overflow.budget_id), "balance": overflow.balance},
         )
+
+
+def _moment(tree: Tree, operation: Operation, concerned: Budget, now: int) -> int:
+    """When it is decided: now, but never before the last entry of a budget that it may write.
+
+    Known before the first rung, so that an auditor who decides again at this time decides the same.
+    """
+    lowest = [concerned]
+    match operation:
+        case Fund() | Revoke():
+            descendant = tree.budgets[operation.descendant_id]
+            if descendant is not None:
+                lowest.append(descendant)
+                if isinstance(operation, Revoke):
+                    lowest += _eager(tree, descendant)
+        case Return(amount=None) | Expire():
+            lowest += _eager(tree, concerned)
+        case _:
+            pass
+    return max(now, *(level.last_at for budget in lowest for level in tree.line(budget)))
 
 
 # -- One rule for each kind -------------------------------------------------------------------------
@@ -319,14 +337,21 @@ def _accept(case: Case, accept: Accept, budget: Budget, consumed: bytes | None) 
 
 
 def _recover(case: Case, recover: Recover, budget: Budget, consumed: bytes | None) -> _Decision:
-    ended: list[tuple[bytes, Hold]] = []
-    draft = Draft(case.tree, case.at)
+    rotated: list[tuple[Hold, Rotation]] = []
     for rotation in recover.holds:
-        rotated = _rotate(case, budget, rotation)
-        if isinstance(rotated, Refused):
-            return rotated
-        ended.append((_known_hold(case, rotation.hold_id).token, rotated))
-        draft.put_hold(rotated)
+        hold = _own_hold(case, budget, rotation.hold_id)
+        if isinstance(hold, Refused):
+            return hold
+        rotated.append((hold, rotation))
+    for hold, _ in rotated:
+        if not hold.settleable:
+            return _hold_ended(hold)
+    draft = Draft(case.tree, case.at)
+    ended: list[tuple[bytes, Hold]] = []
+    for hold, rotation in rotated:
+        changed_hold = hold._replace(token=rotation.next_token_id)
+        ended.append((hold.token, changed_hold))
+        draft.put_hold(changed_hold)
     changed = budget._replace(token=recover.next_token_id)
     if isinstance(recover.authority, ByRole):
         changed = changed._replace(
@@ -351,15 +376,6 @@ def _recover(case: Case, recover: Recover, budget: Budget, consumed: bytes | Non
     )
 
 
-def _rotate(case: Case, budget: Budget, rotation: Rotation) -> Hold | Refused:
-    hold = _own_hold(case, budget, rotation.hold_id)
-    if isinstance(hold, Refused):
-        return hold
-    if not hold.settleable:
-        return _hold_ended(hold)
-    return hold._replace(token=rotation.next_token_id)
-
-
 def _fund(case: Case, fund: Fund, budget: Budget, consumed: bytes | None) -> _Decision:
     descendant = _descendant(case, budget, fund.descendant_id)
     if isinstance(descendant, Refused):
@@ -367,7 +383,6 @@ def _fund(case: Case, fund: Fund, budget: Budget, consumed: bytes | None) -> _De
     refused = check_state(case, fund.kind, descendant) or check_available(case, budget, fund.amount)
     if refused is not None:
         return refused
-    case = case._replace(at=max(case.at, *(level.last_at for level in case.tree.line(descendant))))
     draft = Draft(case.tree, case.at)
     draft.put(budget._replace(token=fund.next_token_id))
     if fund.amount:
@@ -483,25 +498,16 @@ def _close(
     What is available flows to the nearest open ancestor: the top's own and a bounded number of
     descendants' at once, the rest by Collect.
     """
-    below = sorted(
-        (budget for budget in case.tree.below(top.budget_id) if budget.money.available),
-        key=lambda budget: budget.budget_id,
-    )
-    eager = below[: limits.EAGER_COLLECTIONS_MAX]
-    at = max(
-        case.at,
-        *(level.last_at for level in case.tree.line(top)),
-        *(level.last_at for budget in eager for level in case.tree.line(budget)),
-    )
-    draft = Draft(case.tree, at)
+    eager = _eager(case.tree, top)
+    pending = case.tree.pending[top.budget_id]
+    pending += sum(budget.money.available for budget in case.tree.below(top.budget_id))
+    pending -= sum(budget.money.available for budget in eager)
+    draft = Draft(case.tree, case.at)
     if concerned is not None:
         draft.put(concerned)
     draft.put(closing._replace(closed=True))
     returned = draft.collect(top.budget_id)
     returned += sum(draft.collect(budget.budget_id) for budget in eager)
-    pending = case.tree.pending[top.budget_id] + sum(
-        budget.money.available for budget in below[limits.EAGER_COLLECTIONS_MAX :]
-    )
     return draft.accept(
         operation,
         case.actor,
@@ -511,6 +517,12 @@ def _close(
         returned=returned,
         pending=pending,
     )
+
+
+def _eager(tree: Tree, top: Budget) -> list[Budget]:
+    """The descendants that are emptied with the closing itself."""
+    below = (budget for budget in tree.below(top.budget_id) if budget.money.available)
+    return sorted(below, key=lambda budget: budget.budget_id)[: limits.EAGER_COLLECTIONS_MAX]
 
 
 def _collect(case: Case, collect: Collect, budget: Budget, consumed: bytes | None) -> _Decision:

@@ -36,7 +36,7 @@ from peculium_server.core.operations import (
     Usage,
     Withdraw,
 )
-from peculium_server.core.refusals import Refusal, Refused, id_text
+from peculium_server.core.refusals import Refusal, Refused
 
 Problem = tuple[str, str]
 """The field and what is wrong with it."""
@@ -45,49 +45,29 @@ _UNIT_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 
 
 def check_shape(operation: Operation) -> Refused | None:
-    """Refuse a malformed or oversized operation; the first problem in the order of fields is told."""
-    sizes = {"labels": (len(operation.labels), limits.LABELS_MAX)}
-    if isinstance(operation, Delegate):
-        sizes["children"] = (len(operation.children), limits.CHILDREN_MAX)
-    if isinstance(operation, Recover):
-        sizes["holds"] = (len(operation.holds), limits.ROTATIONS_MAX)
-    for field, (size, limit) in sizes.items():
+    """Refuse a malformed or oversized operation; the first problem in the order of fields is told.
+
+    Of what is too large, only as much is looked at as it may have.
+    """
+    for field, problem in _problems(operation):
+        return Refused(Refusal.MALFORMED, {"field": field, "problem": problem})
+    for field, size, limit in _sizes(operation):
         if size > limit:
             return Refused(
                 Refusal.TOO_LARGE, {"field": field, "limit": str(limit), "size": str(size)}
             )
-    for field, problem in _problems(operation):
-        return Refused(Refusal.MALFORMED, {"field": field, "problem": problem})
-    return _check_produced(operation)
-
-
-def _check_produced(operation: Operation) -> Refused | None:
-    """The tokens that a request produces differ from each other and from the one it presents."""
-    seen = set()
-    if isinstance(operation.authority, ByToken):
-        seen.add(operation.authority.token_id)
-    for field, token_id in produced_tokens(operation):
-        if token_id in seen:
-            return Refused(
-                Refusal.TOKEN_ID_REUSED, {"budget": id_text(operation.budget_id), "field": field}
-            )
-        seen.add(token_id)
     return None
 
 
-def produced_tokens(operation: Operation) -> Iterator[tuple[str, bytes]]:
-    """Every token id that an operation would produce, with the field that names it."""
-    for field in ("next_token_id", "hold_token_id", "next_hold_token_id", "token_id"):
-        token_id = getattr(operation, field, None)
-        if token_id is not None:
-            yield field, token_id
+def _sizes(operation: Operation) -> Iterator[tuple[str, int, int]]:
+    """What may be repeated: the field, how many there are, and how many there may be."""
+    yield "labels", len(operation.labels), limits.LABELS_MAX
     if isinstance(operation, Delegate):
+        yield "children", len(operation.children), limits.CHILDREN_MAX
         for index, child in enumerate(operation.children):
-            if child.token_id is not None:
-                yield f"children[{index}].token_id", child.token_id
+            yield f"children[{index}].labels", len(child.labels), limits.LABELS_MAX
     if isinstance(operation, Recover):
-        for index, rotation in enumerate(operation.holds):
-            yield f"holds[{index}].next_token_id", rotation.next_token_id
+        yield "holds", len(operation.holds), limits.ROTATIONS_MAX
 
 
 def _problems(operation: Operation) -> Iterator[Problem]:
@@ -227,7 +207,7 @@ def _recover(operation: Recover) -> Iterator[Problem]:
     else:
         yield from _receiver("", operation.next_token_id, operation.holder, "next_token_id")
     seen = set()
-    for index, rotation in enumerate(operation.holds):
+    for index, rotation in enumerate(operation.holds[: limits.ROTATIONS_MAX]):
         yield from _id(f"holds[{index}].hold_id", rotation.hold_id)
         yield from _token(f"holds[{index}].next_token_id", rotation.next_token_id)
         if rotation.hold_id in seen:
@@ -240,7 +220,7 @@ def _children(children: tuple[Child, ...]) -> Iterator[Problem]:
         yield "children", "must be at least 1"
     ids: set[bytes] = set()
     names: set[str] = set()
-    for index, child in enumerate(children):
+    for index, child in enumerate(children[: limits.CHILDREN_MAX]):
         prefix = f"children[{index}]."
         yield from _uuid7(f"{prefix}budget_id", child.budget_id)
         yield from _name(f"{prefix}name", child.name)
@@ -328,7 +308,9 @@ def _text(field: str, value: str, most: int, least: int = 0) -> Iterator[Problem
 
 def _printable(character: str) -> bool:
     """Neither a control character (NUL does not fit into the database) nor half a surrogate pair."""
-    return character >= " " and character != "\x7f" and not "\ud800" <= character <= "\udfff"
+    if character < " " or "\x7f" <= character <= "\x9f":
+        return False
+    return not "\ud800" <= character <= "\udfff"
 
 
 def _name(field: str, value: str) -> Iterator[Problem]:
@@ -345,7 +327,7 @@ def _unit(value: str) -> Iterator[Problem]:
 
 
 def _labels(field: str, labels: Labels) -> Iterator[Problem]:
-    for key, value in labels:
+    for key, value in labels[: limits.LABELS_MAX]:
         yield from _text(f"{field} key", key, limits.LABEL_KEY_BYTES_MAX, least=1)
         yield from _text(f"{field} value", value, limits.LABEL_VALUE_BYTES_MAX)
 
