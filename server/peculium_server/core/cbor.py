@@ -87,9 +87,10 @@ def decode(data: bytes) -> Value:
     """
     try:
         value, end = _item(data, 0)
+        canonical = end == len(data) and encode(value) == data
     except (IndexError, RecursionError) as error:
         raise ValueError("cut short, or nested too deeply") from error
-    if end != len(data) or encode(value) != data:
+    if not canonical:
         raise ValueError("not in the deterministic encoding")
     return value
 

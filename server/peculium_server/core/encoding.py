@@ -49,19 +49,33 @@ def _plain(value: cbor.Value) -> cbor.Value:
     return value
 
 
+def _only(type_: type) -> Callable[[Any], Any]:
+    """Take a value of exactly this type: what the decoder gives for a hostile entry may be any."""
+
+    def unpack(value: Any) -> Any:
+        if type(value) is not type_:
+            raise TypeError(f"{type_.__name__} expected, not {type(value).__name__}")
+        return value
+
+    return unpack
+
+
+_int, _str, _bytes, _bool, _list, _dict = map(_only, (int, str, bytes, bool, list, dict))
+
+
 def _pack_labels(labels: Labels) -> cbor.Value:
     return dict(labels)
 
 
-def _unpack_labels(labels: dict[str, str]) -> Labels:
-    return tuple(sorted(labels.items()))
+def _unpack_labels(labels: Any) -> Labels:
+    return tuple(sorted((_str(key), _str(value)) for key, value in _dict(labels).items()))
 
 
 def _pack_usage(usage: Usage) -> cbor.Value:
     return _pack(_USAGE, usage)
 
 
-def _unpack_usage(packed: dict[int, Any]) -> Usage:
+def _unpack_usage(packed: Any) -> Usage:
     return Usage(**_unpack(_USAGE, packed))
 
 
@@ -69,41 +83,47 @@ def _pack_children(children: tuple[Child, ...]) -> cbor.Value:
     return [_pack(_CHILD, child) for child in children]
 
 
-def _unpack_children(packed: list[dict[int, Any]]) -> tuple[Child, ...]:
-    return tuple(Child(**_unpack(_CHILD, child)) for child in packed)
+def _unpack_children(packed: Any) -> tuple[Child, ...]:
+    return tuple(Child(**_unpack(_CHILD, child)) for child in _list(packed))
 
 
 def _pack_rotations(rotations: tuple[Rotation, ...]) -> cbor.Value:
     return [[rotation.hold_id, rotation.next_token_id] for rotation in rotations]
 
 
-def _unpack_rotations(packed: list[list[bytes]]) -> tuple[Rotation, ...]:
-    return tuple(Rotation(hold_id=hold_id, next_token_id=token) for hold_id, token in packed)
+def _unpack_rotations(packed: Any) -> tuple[Rotation, ...]:
+    return tuple(
+        Rotation(hold_id=_bytes(hold_id), next_token_id=_bytes(token))
+        for hold_id, token in map(_list, _list(packed))
+    )
 
 
-def _same(key: int, name: str) -> _Field:
-    return _Field(key, name, _plain, _plain)
+def _same(key: int, name: str, unpack: Callable[[Any], Any]) -> _Field:
+    return _Field(key, name, _plain, unpack)
 
 
 _LABELS = _Field(2, "labels", _pack_labels, _unpack_labels)
-_AMOUNT = _same(3, "amount")
-_NEXT = _same(5, "next_token_id")
-_HOLD = _same(6, "hold_id")
-_NEXT_HOLD = _same(10, "next_hold_token_id")
-_REFERENCE = _same(11, "reference")
+_AMOUNT = _same(3, "amount", _int)
+_TTL = _same(4, "ttl_us", _int)
+_NEXT = _same(5, "next_token_id", _bytes)
+_HOLD = _same(6, "hold_id", _bytes)
+_ACTUAL = _same(8, "actual", _int)
+_NEXT_HOLD = _same(10, "next_hold_token_id", _bytes)
+_REFERENCE = _same(11, "reference", _str)
 _USAGE_FIELD = _Field(12, "usage", _pack_usage, _unpack_usage)
-_NAME = _same(15, "name")
-_TOKEN = _same(17, "token_id")
-_HOLDER = _same(18, "holder")
-_LEASE = _same(19, "lease_us")
-_REASON = _same(26, "reason")
+_NAME = _same(15, "name", _str)
+_TOKEN = _same(17, "token_id", _bytes)
+_HOLDER = _same(18, "holder", _str)
+_LEASE = _same(19, "lease_us", _int)
+_DESCENDANT = _same(24, "descendant_id", _bytes)
+_REASON = _same(26, "reason", _str)
 
 _USAGE = (
-    _same(1, "provider"),
-    _same(2, "model"),
-    _same(3, "input_tokens"),
-    _same(4, "output_tokens"),
-    _same(5, "cached_tokens"),
+    _same(1, "provider", _str),
+    _same(2, "model", _str),
+    _same(3, "input_tokens", _int),
+    _same(4, "output_tokens", _int),
+    _same(5, "cached_tokens", _int),
 )
 _CHILD = (
     _LABELS,
@@ -112,27 +132,27 @@ _CHILD = (
     _TOKEN,
     _HOLDER,
     _LEASE,
-    _same(20, "lease_latest_us"),
-    _same(21, "overrun_factor"),
-    _same(22, "budget_id"),
+    _same(20, "lease_latest_us", _int),
+    _same(21, "overrun_factor", _int),
+    _same(22, "budget_id", _bytes),
 )
 FIELDS: dict[Kind, tuple[_Field, ...]] = {
-    Kind.GRANT: (_LABELS, _AMOUNT, _NAME, _same(16, "unit"), _TOKEN, _HOLDER),
+    Kind.GRANT: (_LABELS, _AMOUNT, _NAME, _same(16, "unit", _str), _TOKEN, _HOLDER),
     Kind.TOP_UP: (_LABELS, _AMOUNT),
     Kind.WITHDRAW: (_LABELS, _AMOUNT),
-    Kind.RESERVE: (_LABELS, _AMOUNT, _same(4, "ttl_us"), _NEXT, _HOLD, _same(7, "hold_token_id")),
+    Kind.RESERVE: (_LABELS, _AMOUNT, _TTL, _NEXT, _HOLD, _same(7, "hold_token_id", _bytes)),
     Kind.SETTLE: (
         _LABELS,
         _HOLD,
-        _same(8, "actual"),
-        _same(9, "keep_open"),
+        _ACTUAL,
+        _same(9, "keep_open", _bool),
         _NEXT_HOLD,
         _REFERENCE,
         _USAGE_FIELD,
-        _same(13, "estimated"),
+        _same(13, "estimated", _bool),
     ),
     Kind.RELEASE: (_LABELS, _HOLD),
-    Kind.EXTEND: (_LABELS, _same(4, "ttl_us"), _HOLD, _NEXT_HOLD),
+    Kind.EXTEND: (_LABELS, _TTL, _HOLD, _NEXT_HOLD),
     Kind.SPEND: (_LABELS, _AMOUNT, _NEXT, _REFERENCE, _USAGE_FIELD),
     Kind.DELEGATE: (_LABELS, _NEXT, _Field(14, "children", _pack_children, _unpack_children)),
     Kind.ACCEPT: (_LABELS, _NEXT),
@@ -142,11 +162,11 @@ FIELDS: dict[Kind, tuple[_Field, ...]] = {
         _HOLDER,
         _Field(23, "holds", _pack_rotations, _unpack_rotations),
     ),
-    Kind.FUND: (_LABELS, _AMOUNT, _NEXT, _LEASE, _same(24, "descendant_id")),
+    Kind.FUND: (_LABELS, _AMOUNT, _NEXT, _LEASE, _DESCENDANT),
     Kind.RENEW: (_LABELS, _NEXT, _LEASE),
-    Kind.RETURN: (_LABELS, _AMOUNT, _NEXT, _same(25, "cascade")),
-    Kind.REVOKE: (_LABELS, _NEXT, _same(24, "descendant_id")),
-    Kind.RESOLVE: (_LABELS, _NEXT, _HOLD, _same(8, "actual"), _REASON),
+    Kind.RETURN: (_LABELS, _AMOUNT, _NEXT, _same(25, "cascade", _bool)),
+    Kind.REVOKE: (_LABELS, _NEXT, _DESCENDANT),
+    Kind.RESOLVE: (_LABELS, _NEXT, _HOLD, _ACTUAL, _REASON),
     Kind.FREEZE: (_LABELS, _REASON),
     Kind.UNFREEZE: (_LABELS, _REASON),
     Kind.LAPSE: (_LABELS, _HOLD),
@@ -169,7 +189,10 @@ def _pack(fields: Sequence[_Field], source: object) -> dict[cbor.Key, cbor.Value
     return packed
 
 
-def _unpack(fields: Sequence[_Field], packed: dict[int, Any]) -> dict[str, Any]:
+def _unpack(fields: Sequence[_Field], packed: Any) -> dict[str, Any]:
+    unknown = _dict(packed).keys() - {field.key for field in fields}
+    if unknown:
+        raise TypeError(f"there is no field {min(map(str, unknown))}")
     return {name: unpack(packed[key]) for key, name, _, unpack in fields if key in packed}
 
 
@@ -216,10 +239,6 @@ def decode_request(
         authority = ByRole()
     else:
         raise ValueError("a request names its authority")
-    fields = FIELDS[kind]
-    unknown = packed.keys() - {field.key for field in fields}
-    if unknown:
-        raise ValueError(f"a {kind.name} has no field {min(map(str, unknown))}")
     try:
         return OPERATIONS[kind](
             operation_id=operation_id,
@@ -227,9 +246,9 @@ def decode_request(
             budget_id=budget_id,
             authority=authority,
             trace_id=trace_id,
-            **_unpack(fields, packed),  # type: ignore[arg-type]
+            **_unpack(FIELDS[kind], packed),
         )
-    except (TypeError, AttributeError) as error:
+    except TypeError as error:
         raise ValueError(f"not a {kind.name}: {error}") from error
 
 
@@ -289,7 +308,7 @@ def decode_effect(data: bytes, budget_id: bytes) -> Effect:
             holds=tuple(_unpack_hold(one, budget_id) for one in packed.get(14, ())),
             holds_truncated=packed.get(15, False),
         )
-    except (AttributeError, TypeError, KeyError) as error:
+    except (AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"not an effect: {error}") from error
 
 

@@ -24,6 +24,7 @@ from peculium_server.core.operations import (
 )
 from peculium_server.core.refusals import id_text
 from peculium_server.core.rules import decide
+from peculium_server.core.shape import check_shape
 from peculium_server.core.state import GENESIS, Accepted, Budget, Entry, Hold, Tree
 
 _K = TypeVar("_K")
@@ -57,6 +58,10 @@ class _Broken(Exception):
         self.rule = rule
         self.detail = detail
         self.entry = entry
+
+
+_SHARED = ("root_id", "position", "parts", "kind", "at", "principal", "trace_id", "amount")
+"""What all parts of an operation say alike, beside its id."""
 
 
 class Verifier:
@@ -144,8 +149,8 @@ class Verifier:
 
     def _operation(self, parts: list[Entry]) -> None:
         first = parts[0]
-        if any(part.parts != len(parts) for part in parts):
-            raise _Broken("parts", "the parts disagree on how many they are", first)
+        for part in parts:
+            self._check_header(first, part)
         if first.position <= self._position:
             raise _Broken("position", f"{first.position} is not after {self._position}", first)
         self._position = first.position
@@ -158,10 +163,17 @@ class Verifier:
             raise _Broken("request", str(error), first) from error
         self._decide_again(operation, parts)
 
+    def _check_header(self, first: Entry, part: Entry) -> None:
+        """What all parts of an operation say alike."""
+        for name in _SHARED:
+            if getattr(part, name) != getattr(first, name):
+                raise _Broken("parts", f"the parts disagree on {name}", part)
+        if (part.request is None) is (part is first):
+            raise _Broken("request", "part 0, and it alone, says what was asked", part)
+
     def _check_hashes(self, parts: list[Entry]) -> None:
         first = parts[0]
-        if first.request is None:
-            raise _Broken("request", "part 0 does not say what was asked", first)
+        assert first.request is not None
         digest = operation_digest(
             kind=first.kind,
             root_id=first.root_id,
@@ -185,15 +197,16 @@ class Verifier:
             )
             if part.seq != seq + 1:
                 raise _Broken("seq", f"{seq + 1} was expected", part)
-            if part.digest and part.digest != digest:
+            if part.digest != digest:
                 raise _Broken("digest", "the digest is not that of the operation's parts", part)
-            if part.hash != entry_hash(head, digest, part.part):
+            told = part.previous_hash or head
+            if told != head or part.hash != entry_hash(head, digest, part.part):
                 raise _Broken("chain", "the hash is not that of the entry and the one before", part)
             heads[part.budget_id] = part.seq, part.hash
 
     def _asked(self, first: Entry) -> Operation:
         assert first.request is not None
-        return decode_request(
+        operation = decode_request(
             kind=first.kind,
             root_id=first.root_id,
             budget_id=first.budget_id,
@@ -202,6 +215,10 @@ class Verifier:
             consumed=first.consumed,
             request=first.request,
         )
+        malformed = check_shape(operation)
+        if malformed is not None:
+            raise ValueError(malformed.message)
+        return operation
 
     def _decide_again(self, operation: Operation, parts: list[Entry]) -> None:
         first = parts[0]
@@ -269,12 +286,18 @@ class _WholeTree(Tree):
         elif isinstance(operation, Return | Revoke | Expire):
             top = operation.descendant_id if isinstance(operation, Revoke) else operation.budget_id
             visible = {part.budget_id for part in parts}
-            self.pending[top] = sum(
-                budget.money.available
+            hidden = [
+                budget
                 for budget in self.below(top)
-                if budget.budget_id not in visible
+                if budget.money.available and budget.budget_id not in visible
+            ]
+            self.pending[top] = sum(budget.money.available for budget in hidden)
+            open_children = (
+                budget.budget_id
+                for budget in hidden
+                if budget.parent_id == top and not budget.closed
             )
-            self.open_child[top] = None
+            self.open_child[top] = next(open_children, None)
             self._visible = visible
 
     def below(self, budget_id: bytes) -> Iterator[Budget]:
