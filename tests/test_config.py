@@ -9,7 +9,6 @@ from peculium_server.config import (
     CLIENT_SETTINGS,
     SERVER_SETTINGS,
     Address,
-    ClientConfig,
     Config,
     ConfigInvalid,
     redacted_database,
@@ -39,7 +38,6 @@ def test_nothing_has_to_be_configured() -> None:
 
 def test_every_setting_has_a_field_and_every_field_a_setting() -> None:
     assert {setting.name for setting in SERVER_SETTINGS} == set(Config.__dataclass_fields__)
-    assert {setting.name for setting in CLIENT_SETTINGS} == set(ClientConfig.__dataclass_fields__)
 
 
 def test_every_default_can_be_written_as_a_value() -> None:
@@ -152,12 +150,6 @@ def test_a_connection_string_that_is_none_is_not_printed_either(url: str) -> Non
     [problem] = problems(database_url=url)
     assert problem.startswith("PECULIUM_DATABASE_URL")
     assert SECRET not in problem
-
-
-def test_a_key_is_never_printed() -> None:
-    config = ClientConfig.load({"api_key": SECRET}, {})
-    assert config.api_key == SECRET
-    assert SECRET not in repr(config)
 
 
 def test_the_data_directory_of_an_ordinary_user_is_in_their_home(

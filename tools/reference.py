@@ -156,7 +156,7 @@ def configuration_page() -> str:
         "`peculium migrate` takes `database_url` and `data_dir` of these.",
         *_settings(SERVER_SETTINGS),
         "",
-        "## The command line",
+        "## The client and the command line",
         *_settings(CLIENT_SETTINGS),
         "",
     ]

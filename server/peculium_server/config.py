@@ -1,6 +1,7 @@
-"""The server's and the command line's settings: read once, checked all at once, printed redacted.
+"""The server's settings: read once, checked all at once, printed redacted.
 
-This is the one reader of the environment. A flag beats the environment variable of the same setting.
+This is the server's one reader of the environment. A flag beats the environment variable of the same
+setting.
 """
 
 from __future__ import annotations
@@ -226,12 +227,19 @@ SERVER_SETTINGS: Final = (
 CLIENT_SETTINGS: Final = (
     Setting(
         "target",
-        "The server that the command line speaks to, as host:port.",
+        "The server to call, as host:port.",
         f"127.0.0.1:{PORT_DEFAULT}",
         _text,
     ),
-    Setting("api_key", "The key that the command line calls with.", "", _text, secret=True),
+    Setting(
+        "api_key",
+        "The key that names the caller; it is sent in clear text to this machine only.",
+        "",
+        _text,
+        secret=True,
+    ),
 )
+"""Those of the SDK, and so of the command line, which reads them through it."""
 
 _KNOWN_VARIABLES: Final = frozenset(
     setting.variable for setting in (*SERVER_SETTINGS, *CLIENT_SETTINGS)
@@ -294,32 +302,6 @@ class Config:
 
     def __repr__(self) -> str:
         return f"Config({', '.join(f'{name}={text!r}' for name, text in self.told().items())})"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientConfig:
-    """How the command line reaches a server."""
-
-    target: str
-    api_key: str | None
-
-    @classmethod
-    def load(
-        cls, flags: Mapping[str, str | None], environment: Mapping[str, str] | None = None
-    ) -> Self:
-        """Read the settings from flags, by name, and from the environment.
-
-        Raises:
-            ConfigInvalid: Some cannot be used; names every problem.
-        """
-        environment = os.environ if environment is None else environment
-        values, problems = _read(CLIENT_SETTINGS, flags, environment)
-        if problems:
-            raise ConfigInvalid(problems)
-        return cls(**values)
-
-    def __repr__(self) -> str:
-        return f"ClientConfig(target={self.target!r})"
 
 
 def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-
 import click
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from peculium_server.cli import serving
+from peculium_server.cli import ledger, serving
 from peculium_server.cli.problems import explain
+from peculium_server.demo.command import demo
 
 app = typer.Typer(
     name="peculium",
@@ -35,10 +34,16 @@ app = typer.Typer(
 )
 app.command()(serving.serve)
 app.command()(serving.migrate)
+app.command()(ledger.grant)
+app.command()(ledger.topup)
+budget = typer.Typer(no_args_is_help=True, help="Look at one budget.")
+budget.command("show")(ledger.budget_show)
+app.add_typer(budget, name="budget")
+app.command()(ledger.tree)
+app.command()(ledger.entries)
+app.command()(ledger.verify)
 
-_demo = getattr(importlib.import_module("peculium_server.demo"), "app_command", None)
-if _demo is not None:
-    app.command("demo")(_demo)
+app.command()(demo)
 
 
 def run() -> int:

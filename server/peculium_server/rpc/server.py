@@ -30,6 +30,10 @@ from peculium_server.rpc.reading import Reader
 from peculium_server.store.store import Store
 
 _METADATA_BYTES_MAX: Final = 16 * 1024
+_KEEPALIVE_MS: Final = 30_000
+_KEEPALIVE_TIMEOUT_MS: Final = 10_000
+_PING_INTERVAL_MS_MIN: Final = 10_000
+"""A client that asks more often than this whether the server is there is sent away."""
 _WHOLE_SERVER: Final = ""
 """The name under which the health service speaks of all services at once."""
 
@@ -68,6 +72,10 @@ class Server:
                 ("grpc.max_metadata_size", _METADATA_BYTES_MAX),
                 # Two servers on one address would each get some of the calls.
                 ("grpc.so_reuseport", 0),
+                # A peer that is gone without a word is noticed, and clients may ask likewise.
+                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+                ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS_MIN),
             ],
         )
         operator, reader = Operator(ledger), Reader(store)

@@ -1,0 +1,261 @@
+"""What the command line prints: tables for people, one JSON object per line for machines."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peculium import BudgetInfo, BudgetState, EntryInfo, Receipt, Verification
+from peculium.values import Balances
+from peculium_server.cli.amounts import show_amount
+
+_STATE_STYLES: Final = {
+    BudgetState.FROZEN: "cyan",
+    BudgetState.EXPIRED: "yellow",
+    BudgetState.CLOSED: "dim",
+}
+_BALANCE_NAMES: Final = tuple(Balances.__dataclass_fields__)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """Print one JSON object on a line of its own."""
+    Console(soft_wrap=True, highlight=False).out(json.dumps(value, ensure_ascii=False))
+
+
+def print_line(text: str) -> None:
+    """Print a sentence, as it is."""
+    Console(soft_wrap=True, highlight=False).print(Text(text))
+
+
+def budget_json(budget: BudgetInfo) -> dict[str, Any]:
+    """A budget for machines: amounts are integers of the unit."""
+    return {
+        "path": budget.path,
+        "root_id": id_text(budget.ref.root_id),
+        "budget_id": id_text(budget.ref.budget_id),
+        "parent_id": None if budget.parent_id is None else id_text(budget.parent_id),
+        "unit": budget.unit,
+        "custody": budget.custody.name.lower(),
+        "holder": budget.holder,
+        "state": budget.state.name.lower(),
+        **_balances_json(budget.balances),
+        "disputed": budget.disputed,
+        "holds_live": budget.holds_live,
+        "overrun_factor": budget.overrun_factor,
+        "lease_expires_at": _time(budget.lease_expires_at),
+        "lease_latest_at": _time(budget.lease_latest_at),
+        "labels": dict(budget.labels),
+        "entries": budget.seq,
+        "created_at": _time(budget.created_at),
+    }
+
+
+def print_budget(budget: BudgetInfo) -> None:
+    """Print all that is known of one budget."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _budget_facts(budget):
+        table.add_row(name, Text(value))
+    Console().print(table)
+
+
+def _budget_facts(budget: BudgetInfo) -> Iterator[tuple[str, str]]:
+    yield "budget", budget.path
+    yield "id", f"{id_text(budget.ref.root_id)}/{id_text(budget.ref.budget_id)}"
+    yield "state", budget.state.name.lower()
+    yield "held by", _held_by(budget)
+    for name in _BALANCE_NAMES:
+        yield name, show_amount(getattr(budget.balances, name), budget.unit)
+    if budget.disputed:
+        yield "disputed", show_amount(budget.disputed, budget.unit)
+    yield "live holds", str(budget.holds_live)
+    if budget.overrun_factor is not None:
+        yield "overrun factor", str(budget.overrun_factor)
+    if budget.lease_expires_at is not None:
+        yield "lease until", str(_time(budget.lease_expires_at))
+        yield "renewable until", str(_time(budget.lease_latest_at))
+    if budget.labels:
+        yield "labels", ", ".join(f"{key}={value}" for key, value in budget.labels.items())
+    yield "entries", str(budget.seq)
+    yield "made", str(_time(budget.created_at))
+
+
+def print_tree(budgets: Sequence[BudgetInfo]) -> None:
+    """Print budgets as a tree, with where their money is."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("budget", overflow="fold")
+    table.add_column("state")
+    amounts = ("granted", "available", "held", "delegated", "spent")
+    rare = [
+        name
+        for name in ("forfeited", "overrun", "advanced")
+        if any(getattr(budget.balances, name) for budget in budgets)
+    ]
+    for name in (*amounts, *rare):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("held by", overflow="fold")
+    for depth, budget in _in_depth(budgets):
+        style = _STATE_STYLES.get(budget.state, "")
+        table.add_row(
+            Text("  " * depth + budget.name),
+            Text(budget.state.name.lower()),
+            *(
+                show_amount(getattr(budget.balances, name), budget.unit)
+                for name in (*amounts, *rare)
+            ),
+            Text(_held_by(budget)),
+            style=style,
+        )
+    _wide_console().print(table)
+
+
+def _in_depth(budgets: Sequence[BudgetInfo]) -> Iterator[tuple[int, BudgetInfo]]:
+    """Each budget with its depth below the tops: parents before children, siblings by name."""
+    listed = {budget.ref.budget_id for budget in budgets}
+    children: dict[bytes | None, list[BudgetInfo]] = {}
+    for budget in budgets:
+        above = budget.parent_id if budget.parent_id in listed else None
+        children.setdefault(above, []).append(budget)
+    pending = [(0, budget) for budget in _by_name(children.get(None, []))]
+    while pending:
+        depth, budget = pending.pop()
+        yield depth, budget
+        below = _by_name(children.get(budget.ref.budget_id, []))
+        pending += [(depth + 1, child) for child in below]
+
+
+def _by_name(budgets: list[BudgetInfo]) -> list[BudgetInfo]:
+    """The last one first: the caller takes from the end."""
+    return sorted(budgets, key=lambda budget: budget.name, reverse=True)
+
+
+def entry_json(entry: EntryInfo) -> dict[str, Any]:
+    """An entry for machines; what is bytes is hexadecimal."""
+    return {
+        "root_id": id_text(entry.root_id),
+        "budget_id": id_text(entry.budget_id),
+        "seq": entry.seq,
+        "lane": entry.lane,
+        "position": entry.position,
+        "part": entry.part,
+        "parts": entry.parts,
+        "operation_id": entry.operation_id,
+        "kind": entry.kind,
+        "at": _time(entry.at),
+        "actor": entry.actor,
+        "amount": entry.amount,
+        "balances": _balances_json(entry.balances),
+        "changes": _balances_json(entry.changes),
+        "trace_id": entry.trace_id,
+        "consumed": None if entry.consumed is None else entry.consumed.hex(),
+        "request": entry.request.hex(),
+        "effect": entry.effect.hex(),
+        "digest": entry.digest.hex(),
+        "previous_hash": entry.previous_hash.hex(),
+        "hash": entry.hash.hex(),
+    }
+
+
+def print_entries(entries: Iterable[EntryInfo], unit: str, paths: Mapping[bytes, str]) -> None:
+    """Print entries, each with what it changed and what it left available."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("at", "budget", "seq", "kind", "actor"):
+        table.add_column(name, overflow="fold")
+    for name in ("amount", "available", "held", "spent"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("operation", no_wrap=True)
+    for entry in entries:
+        table.add_row(
+            _time(entry.at),
+            Text(paths.get(entry.budget_id, id_text(entry.budget_id))),
+            str(entry.seq),
+            entry.kind.lower(),
+            Text(entry.actor),
+            show_amount(entry.amount, unit),
+            show_amount(entry.balances.available, unit),
+            show_amount(entry.balances.held, unit),
+            show_amount(entry.balances.spent, unit),
+            entry.operation_id,
+        )
+    _wide_console().print(table)
+
+
+def receipt_json(receipt: Receipt) -> dict[str, Any]:
+    """What an operation did, for machines."""
+    return {
+        "operation_id": receipt.operation_id,
+        "budget_id": id_text(receipt.budget_id),
+        "at": _time(receipt.at),
+        "replayed": receipt.replayed,
+        "state": receipt.state.name.lower(),
+        **_balances_json(receipt.balances),
+    }
+
+
+def verification_json(verification: Verification) -> dict[str, Any]:
+    """A verdict for machines."""
+    return {
+        "verified": verification.verified,
+        "entries": verification.entries,
+        "trees": verification.trees,
+        "findings": [
+            {
+                "root_id": id_text(finding.root_id),
+                "budget_id": None if finding.budget_id is None else id_text(finding.budget_id),
+                "seq": finding.seq,
+                "rule": finding.rule,
+                "detail": finding.detail,
+            }
+            for finding in verification.findings
+        ],
+    }
+
+
+def print_verification(verification: Verification) -> None:
+    """Print a verdict."""
+    counted = f"{verification.entries:,} entries of {verification.trees:,} trees"
+    if verification.verified:
+        print_line(f"verified: {counted}; every hash, every decision and every balance holds")
+        return
+    print_line(f"NOT verified: {counted}; the first finding of each tree:")
+    for finding in verification.findings:
+        where = id_text(finding.root_id)
+        if finding.budget_id is not None:
+            where += f"/{id_text(finding.budget_id)}"
+        at = f" entry {finding.seq}" if finding.seq else ""
+        print_line(f"  {where}{at}: {finding.rule}: {finding.detail}")
+
+
+def id_text(value: bytes) -> str:
+    """An id as people write it."""
+    return str(uuid.UUID(bytes=value))
+
+
+def _held_by(budget: BudgetInfo) -> str:
+    custody = "token" if budget.custody.name == "TOKEN" else "principal"
+    return f"{custody} {budget.holder}" if budget.holder else custody
+
+
+def _balances_json(balances: Balances) -> dict[str, int]:
+    return {name: getattr(balances, name) for name in _BALANCE_NAMES}
+
+
+def _time(at: datetime | None) -> str | None:
+    return None if at is None else at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _wide_console() -> Console:
+    """A terminal's own width; a pipe's reader has room for whole lines."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_PIPE_COLUMNS)
+
+
+_PIPE_COLUMNS: Final = 240
