@@ -9,6 +9,7 @@ from peculium_server.config import (
     CLIENT_SETTINGS,
     SERVER_SETTINGS,
     Address,
+    ClientConfig,
     Config,
     ConfigInvalid,
     redacted_database,
@@ -150,6 +151,12 @@ def test_a_connection_string_that_is_none_is_not_printed_either(url: str) -> Non
     [problem] = problems(database_url=url)
     assert problem.startswith("PECULIUM_DATABASE_URL")
     assert SECRET not in problem
+
+
+def test_a_key_is_never_printed() -> None:
+    config = ClientConfig.load({"target": "ledger.example:7415"}, {"PECULIUM_API_KEY": SECRET})
+    assert (config.target, config.api_key) == ("ledger.example:7415", SECRET)
+    assert SECRET not in repr(config)
 
 
 def test_the_data_directory_of_an_ordinary_user_is_in_their_home(
