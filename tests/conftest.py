@@ -6,7 +6,7 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["tests.postgres"]
+pytest_plugins = ["tests.postgres", "tests.server"]
 
 # A machine that runs the product may have it configured; a test configures what it needs itself.
 for name in [name for name in os.environ if name.startswith("PECULIUM_")]:

@@ -70,8 +70,8 @@ async def _serve(config: Config, tell: Tell) -> None:
                 f" as the principal {DEV_PRINCIPAL!r}"
             )
         probe = asyncio.create_task(_tell_health(server, store))
-        tell(f"listening on {address}")
         _announce(config, str(address))
+        tell(f"listening on {address}")
         await stop.wait()
         stop.clear()
         tell(f"stopping; what was accepted is finished, for at most {config.drain_seconds} s")

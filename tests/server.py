@@ -1,0 +1,106 @@
+"""Fixtures: real server processes, each on a port of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+START_SECONDS_MAX = 30
+STOP_SECONDS_MAX = 30
+_READY = "listening on "
+
+
+class ServerFailed(Exception):
+    """A server process did not start; carries what it said."""
+
+
+@dataclass
+class RunningServer:
+    """A `peculium serve` of one's own."""
+
+    process: subprocess.Popen[str]
+    said: list[str] = field(default_factory=list)
+    """Everything that it has written to its error stream, by line."""
+    address: str = ""
+    """Where it listens, as host:port."""
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Tell it to stop, wait until it has, and return its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(STOP_SECONDS_MAX)
+
+    def kill(self) -> None:
+        """End it without giving it a chance to do anything about it."""
+        self.process.kill()
+        self.process.wait(STOP_SECONDS_MAX)
+
+
+StartServer = Callable[..., RunningServer]
+
+
+@pytest.fixture
+def start_server(tmp_path: Path) -> Iterator[StartServer]:
+    """Starts a server with the given flags, and waits until calls are served.
+
+    Raises ServerFailed if it ends instead. What still runs at the end of the test is killed.
+    """
+    with contextlib.ExitStack() as started:
+
+        def start(*flags: str, listen: str = "127.0.0.1:0", **variables: str) -> RunningServer:
+            ready_file = tmp_path / f"ready-{secrets.token_hex(4)}.json"
+            process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "peculium_server", "serve"),
+                    *("--listen", listen, "--ready-file", str(ready_file), *flags),
+                ],
+                env={**os.environ, **variables},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            started.enter_context(process)
+            server = RunningServer(process)
+            started.callback(process.kill)
+            _wait_until_ready(server)
+            server.address = json.loads(ready_file.read_text())["listening"]
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def running_server(start_server: StartServer, database: str) -> RunningServer:
+    """A server in dev mode on a database of its own: whoever calls is `dev`, and may do everything."""
+    return start_server("--database-url", database)
+
+
+def _wait_until_ready(server: RunningServer) -> None:
+    """Read what the server says until it says that it listens, and keep the rest."""
+    ready = threading.Event()
+    stderr = server.process.stderr
+    assert stderr is not None
+
+    def read() -> None:
+        for line in stderr:
+            server.said.append(line.rstrip("\n"))
+            if line.startswith(_READY):
+                ready.set()
+        ready.set()
+
+    threading.Thread(target=read, daemon=True).start()
+    listened = ready.wait(START_SECONDS_MAX)
+    if not listened or not any(line.startswith(_READY) for line in server.said):
+        server.process.kill()
+        code = server.process.wait(STOP_SECONDS_MAX)
+        raise ServerFailed(f"exit code {code}:\n" + "\n".join(server.said))
