@@ -34,6 +34,8 @@ class RunningServer:
     """Everything that it has written to its error stream, by line."""
     address: str = ""
     """Where it listens, as host:port."""
+    reader: threading.Thread | None = None
+    """Reads what it says."""
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Tell it to stop, wait until it has, and return its exit code."""
@@ -45,20 +47,33 @@ class RunningServer:
         self.process.kill()
         self.process.wait(STOP_SECONDS_MAX)
 
+    def end(self) -> None:
+        """End it if it still runs, and read the rest of what it has said."""
+        self.kill()
+        if self.reader is not None:
+            self.reader.join(STOP_SECONDS_MAX)
+
 
 StartServer = Callable[..., RunningServer]
 
 
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[StartServer]:
-    """Starts a server with the given flags, and waits until calls are served.
+    """Starts servers for one test; see `starting`."""
+    with starting(tmp_path) as start:
+        yield start
 
-    Raises ServerFailed if it ends instead. What still runs at the end of the test is killed.
+
+@contextlib.contextmanager
+def starting(directory: Path) -> Iterator[StartServer]:
+    """What starts a server with the given flags, and waits until calls are served.
+
+    It raises ServerFailed if the server ends instead. What still runs at the end is killed.
     """
     with contextlib.ExitStack() as started:
 
         def start(*flags: str, listen: str = "127.0.0.1:0", **variables: str) -> RunningServer:
-            ready_file = tmp_path / f"ready-{secrets.token_hex(4)}.json"
+            ready_file = directory / f"ready-{secrets.token_hex(4)}.json"
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "peculium_server", "serve"),
@@ -71,7 +86,7 @@ def start_server(tmp_path: Path) -> Iterator[StartServer]:
             )
             started.enter_context(process)
             server = RunningServer(process)
-            started.callback(process.kill)
+            started.callback(server.end)
             _wait_until_ready(server)
             server.address = json.loads(ready_file.read_text())["listening"]
             return server
@@ -98,7 +113,8 @@ def _wait_until_ready(server: RunningServer) -> None:
                 ready.set()
         ready.set()
 
-    threading.Thread(target=read, daemon=True).start()
+    server.reader = threading.Thread(target=read, daemon=True)
+    server.reader.start()
     listened = ready.wait(START_SECONDS_MAX)
     if not listened or not any(line.startswith(_READY) for line in server.said):
         server.process.kill()
