@@ -38,9 +38,11 @@ class RunningServer:
     """Reads what it says."""
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
-        """Tell it to stop, wait until it has, and return its exit code."""
+        """Tell it to stop, wait until it has, read what it said, and return its exit code."""
         self.process.send_signal(number)
-        return self.process.wait(STOP_SECONDS_MAX)
+        code = self.process.wait(STOP_SECONDS_MAX)
+        self._read_rest()
+        return code
 
     def kill(self) -> None:
         """End it without giving it a chance to do anything about it."""
@@ -50,6 +52,9 @@ class RunningServer:
     def end(self) -> None:
         """End it if it still runs, and read the rest of what it has said."""
         self.kill()
+        self._read_rest()
+
+    def _read_rest(self) -> None:
         if self.reader is not None:
             self.reader.join(STOP_SECONDS_MAX)
 
