@@ -16,7 +16,7 @@ import pytest
 from peculium_server.demo.channel import Channel, PeerEnded
 from peculium_server.demo.messages import Bill, BillPlease, Listening
 from peculium_server.demo.prices import MODEL, PRICES, actual
-from peculium_server.demo.provider import HOST, ProviderClient, ProviderRefused
+from peculium_server.demo.provider import HOST, ProviderClient, ProviderGone, ProviderRefused
 from peculium_server.demo.trace import TOKENS_MAX
 
 
@@ -112,7 +112,7 @@ async def test_the_provider_ends_with_whoever_started_it() -> None:
     async with provider() as (channel, port):
         client = await ProviderClient.connect(port)
         await channel.close()
-        with pytest.raises(ConnectionError):
+        with pytest.raises(ProviderGone):
             await _call_for_ever(client)
         client.close()
         with pytest.raises(PeerEnded):

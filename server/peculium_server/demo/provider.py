@@ -32,6 +32,10 @@ class ProviderRefused(Exception):
     """The provider did not serve the call, and does not bill it."""
 
 
+class ProviderGone(ConnectionError):
+    """The provider went away in the middle of a call."""
+
+
 class Completion(NamedTuple):
     """What the provider answered."""
 
@@ -118,7 +122,7 @@ class ProviderClient:
 
         Raises:
             ProviderRefused: It was not served, and is not billed.
-            ConnectionError: The provider went away; whether it served the call is not known.
+            ProviderGone: Whether it served the call is not known.
         """
         request = {
             "model": model,
@@ -126,12 +130,12 @@ class ProviderClient:
             "max_tokens": max_tokens,
             "would_write": would_write,
         }
-        self._writer.write(json.dumps(request).encode() + b"\n")
-        await self._writer.drain()
-        line = await self._reader.readline()
-        if not line:
-            raise ConnectionResetError("the provider hung up")
-        answer = json.loads(line)
+        try:
+            self._writer.write(json.dumps(request).encode() + b"\n")
+            await self._writer.drain()
+            answer = json.loads(await self._reader.readuntil(b"\n"))
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            raise ProviderGone("the provider hung up") from error
         if "error" in answer:
             raise ProviderRefused(answer["error"])
         usage = answer["usage"]

@@ -30,6 +30,8 @@ from peculium_server.demo.trace import Request
 
 OUTAGE_SECONDS_MAX: Final = 120.0
 """How long a ledger may be away in the middle of a run before the agents give up."""
+FIRST_ANSWER_SECONDS_MAX: Final = 5.0
+"""How long to wait for a ledger that has not answered at all so far."""
 
 _REQUESTS_PER_MESSAGE: Final = 1_000
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -187,7 +189,9 @@ class _Run:
         plan = self._plan
         name = f"demo-{secrets.token_hex(4)}"
         self._say(f"granting {progress.dollars(plan.granted)} to {name}")
-        grant = await client.admin.grant(name, unit=USD_NANOS, amount=plan.granted)
+        grant = await client.admin.grant(
+            name, unit=USD_NANOS, amount=plan.granted, timeout=FIRST_ANSWER_SECONDS_MAX
+        )
         coordinator = Coordinator(await client.accept(grant.capability), plan.granted, workers)
         async with progress.shown(self._console, plan.granted, lambda: coordinator.tally):
             await coordinator.run()
