@@ -1,20 +1,23 @@
-"""Write the pages of `docs/reference` that are told from the code: refusals and settings.
+"""Write the pages of `docs/reference` that are told from the code: refusals, settings, command line.
 
 Without an argument it writes them; with `verify` it says which of them are out of date.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import typer
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from grpc_tools import protoc
 
+from peculium_server.cli.main import app
 from peculium_server.config import CLIENT_SETTINGS, SERVER_SETTINGS, Setting
 from peculium_server.core.refusals import RULES, Refusal
 from peculium_server.rpc.status import CODES
@@ -40,6 +43,7 @@ def pages() -> dict[Path, str]:
     return {
         folder / "refusals.md": refusals_page(),
         folder / "configuration.md": configuration_page(),
+        folder / "cli.md": cli_page(),
     }
 
 
@@ -201,6 +205,55 @@ def _settings(settings: tuple[Setting, ...]) -> Iterator[str]:
         yield setting.meaning
         yield ""
         yield f"Flag: `{setting.flag}`. Default: {default}."
+
+
+def cli_page() -> str:
+    """The page of all verbs, in the order of the command line's own help."""
+    lines = [
+        "# The command line",
+        "",
+        "`peculium` runs servers, and speaks to them for operators and auditors. Where a budget is asked",
+        "for, its path does (`acme/research`), or its ids (`ROOT/BUDGET`, as `--json` prints them).",
+        "With `--json` there is one JSON object per line, whose amounts are integers of the tree's unit.",
+        "",
+        "| exit code | |",
+        "|---|---|",
+        "| 0 | done |",
+        "| 1 | refused by the ledger, or not verified |",
+        "| 2 | wrong usage: arguments, settings, credentials |",
+        "| 3 | no answer: a server or a database cannot be reached, or not be relied upon |",
+        "",
+        "<!-- Written by tools/reference.py from server/peculium_server/cli. -->",
+    ]
+    for words, command in _verbs(typer.main.get_command(app), ()):
+        lines += ["", f"## peculium {' '.join(words)}", "", *_help(command)]
+        rows = list(_parameters(command))
+        if rows:
+            lines += ["", "| | |", "|---|---|", *rows]
+    return "\n".join([*lines, ""])
+
+
+def _verbs(command: Any, words: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not hasattr(command, "commands"):
+        yield words, command
+        return
+    for name, below in command.commands.items():
+        yield from _verbs(below, (*words, name))
+
+
+def _help(command: Any) -> Iterator[str]:
+    """What a verb says of itself; its examples are the indented lines."""
+    for line in inspect.cleandoc(command.help or "").split("\n"):
+        example = line.strip().startswith("peculium ")
+        yield f"    {line.strip()}" if example else line
+
+
+def _parameters(command: Any) -> Iterator[str]:
+    for parameter in command.params:
+        said = getattr(parameter, "help", None) or ""
+        argument = parameter.param_type_name == "argument"
+        name = (parameter.name or "").upper() if argument else ", ".join(parameter.opts)
+        yield f"| `{name}` | {said} |"
 
 
 def main() -> int:

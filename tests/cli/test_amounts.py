@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import click
 import pytest
+import typer
 from hypothesis import given, strategies as st
 
 from peculium import USD_NANOS
@@ -53,7 +53,7 @@ def test_a_whole_number_is_of_the_trees_unit(text: str, amount: int) -> None:
     ],
 )
 def test_what_is_no_amount_is_told_why(text: str, unit: str | None, said: str) -> None:
-    with pytest.raises(click.BadParameter, match=said):
+    with pytest.raises(typer.BadParameter, match=said):
         parse_amount(text, unit)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-import click
+import typer
 
 from peculium import USD_NANOS, usd
 from peculium.errors import Malformed
@@ -26,21 +26,21 @@ def parse_amount(text: str, unit: str | None) -> tuple[int, str]:
         unit: The tree's unit; None if the amount may say it.
 
     Raises:
-        click.BadParameter: It is no amount, or not one of that unit.
+        typer.BadParameter: It is no amount, or not one of that unit.
     """
     written = text.strip()
     dollars = _USD.fullmatch(written)
     if dollars is not None:
         if unit not in (None, USD_NANOS):
-            raise click.BadParameter(f"{text!r} is in dollars, and the tree counts {unit}")
+            raise typer.BadParameter(f"{text!r} is in dollars, and the tree counts {unit}")
         try:
             return usd((dollars[1] or dollars[2]).replace(",", "").replace("_", "")), USD_NANOS
         except Malformed as error:
-            raise click.BadParameter(error.message) from error
+            raise typer.BadParameter(error.message) from error
     if _WHOLE.fullmatch(written) is None:
-        raise click.BadParameter(f"{text!r} is no amount: write a whole number, or 12.50usd")
+        raise typer.BadParameter(f"{text!r} is no amount: write a whole number, or 12.50usd")
     if unit is None:
-        raise click.BadParameter(
+        raise typer.BadParameter(
             f"{text!r} of what? Write dollars as 12.50usd, or name a --unit such as tokens"
         )
     return int(written.replace(",", "").replace("_", "")), unit

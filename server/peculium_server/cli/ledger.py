@@ -6,12 +6,11 @@ import itertools
 import uuid
 from typing import Annotated, Final
 
-import click
 import typer
 from rich.console import Console
 
 import peculium
-from peculium import BudgetRef, Client
+from peculium import BudgetRef, Client, LedgerUnavailable
 from peculium_server.cli.amounts import parse_amount, show_amount
 from peculium_server.cli.output import (
     budget_json,
@@ -242,7 +241,7 @@ def verify(
         for last in client.audit.verify(None if of is None else _reference(of)):
             status.update(f"verifying: {last.entries:,} entries of {last.trees:,} trees")
     if last is None or last.verified is None:
-        raise click.ClickException("the server ended the verification without a verdict")
+        raise LedgerUnavailable("the server ended the verification without a verdict")
     if json:
         print_json(verification_json(last))
     else:
@@ -270,7 +269,7 @@ def _labels(given: list[str] | None) -> dict[str, str]:
     for text in given or ():
         key, equals, value = text.partition("=")
         if not key or not equals:
-            raise click.BadParameter(f"{text!r} is no label: write key=value")
+            raise typer.BadParameter(f"{text!r} is no label: write key=value")
         labels[key] = value
     return labels
 

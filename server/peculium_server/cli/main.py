@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import click
 import typer
 from rich.console import Console
 from rich.text import Text
@@ -11,8 +10,16 @@ from peculium_server.cli import ledger, serving
 from peculium_server.cli.problems import explain
 from peculium_server.demo.command import demo
 
+
+def _end(result: object, **_: object) -> None:
+    """End with the exit code that a verb has returned, if it has."""
+    if isinstance(result, int):
+        raise typer.Exit(result)
+
+
 app = typer.Typer(
     name="peculium",
+    result_callback=_end,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -20,12 +27,11 @@ app = typer.Typer(
     help="""
     A hard, delegable, auditable spending limit for fleets of LLM agents.
 
-    Start a server on this machine, make a root budget of 100 dollars for the principal `svc`, and look
-    at it:
+    Start a server on this machine, grant 100 dollars to the principal `dev`, and look at them:
 
         peculium serve
 
-        peculium grant acme 100usd --holder svc
+        peculium grant acme 100usd --holder dev
 
         peculium tree acme
 
@@ -47,14 +53,15 @@ app.command()(demo)
 
 
 def run() -> int:
-    """Run the command line on the process's arguments, and return the exit code."""
+    """Run the command line on the process's arguments.
+
+    What is wrong with the arguments themselves typer tells, and ends the process.
+
+    Returns:
+        The exit code that goes with what was explained.
+    """
     try:
-        result = app(standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        return 130
+        app()
     except Exception as error:
         problem = explain(error)
         if problem is None:
@@ -63,4 +70,4 @@ def run() -> int:
         for line in problem.lines:
             console.print(Text(line), soft_wrap=True)
         return problem.exit_code
-    return result if isinstance(result, int) else 0
+    return 0
