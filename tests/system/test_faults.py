@@ -1,0 +1,164 @@
+"""Servers and databases that die and drain under load: nothing acknowledged is lost or done twice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+
+from peculium.v1 import ledger_service_pb2 as ledger
+from peculium_server.embedded import EmbeddedPostgres
+from peculium_server.store import migrate
+from tests.server import StartServer
+from tests.system.load import check, under_load
+from tests.system.wire import (
+    HOLDER,
+    AioWire,
+    Told,
+    Wire,
+    grant_of,
+    header,
+    id_text,
+    told,
+)
+
+STOP_SECONDS_MAX = 30
+BUSY_CALLS = 500
+
+
+@pytest.mark.timeout(180)
+async def test_agents_survive_a_server_that_is_killed_and_nothing_is_lost_or_done_twice(
+    start_server: StartServer, database: str
+) -> None:
+    server = start_server("--database-url", database)
+    address = server.address
+    async with under_load(address) as load:
+        for _ in range(3):
+            await load.progress(100)
+            server.kill()
+            server = await asyncio.to_thread(
+                start_server, "--database-url", database, listen=address
+            )
+        await load.progress(100)
+    await check(address, load)
+
+
+@pytest.mark.timeout(180)
+async def test_agents_do_not_notice_that_their_server_is_replaced(
+    start_server: StartServer, database: str
+) -> None:
+    server = start_server("--database-url", database)
+    address = server.address
+    async with under_load(address) as load:
+        await load.progress(100)
+        assert await asyncio.to_thread(server.stop) == 0
+        await asyncio.to_thread(start_server, "--database-url", database, listen=address)
+        await load.progress(100)
+    await check(address, load)
+
+
+class Impolite:
+    """Spends without the SDK, which would try again, until there is no answer."""
+
+    def __init__(self, root_id: bytes) -> None:
+        self._root_id = root_id
+        self.answered: set[str] = set()
+        self.failures: list[Told] = []
+        self.busy = asyncio.Event()
+        """Set when much was answered."""
+
+    async def spend(self, connection: AioWire) -> None:
+        while True:
+            request = ledger.SpendRequest(
+                header=header(self._root_id, self._root_id, HOLDER), amount=1
+            )
+            try:
+                await connection.ledger.Spend(request, timeout=STOP_SECONDS_MAX)
+            except grpc.aio.AioRpcError as error:
+                self.failures.append(told(error))
+                return
+            self.answered.add(id_text(request.header.operation_id))
+            if len(self.answered) == BUSY_CALLS:
+                self.busy.set()
+
+
+@pytest.mark.timeout(120)
+async def test_a_server_that_drains_answers_everything_that_it_has_done(
+    start_server: StartServer, database: str
+) -> None:
+    server = start_server("--database-url", database)
+    grant = grant_of("acme", 10**9, holder="dev")
+    with Wire(server.address) as wire:
+        wire.admin.Grant(grant)
+    impolite = Impolite(grant.header.root_id)
+    async with contextlib.AsyncExitStack() as open_, asyncio.TaskGroup() as working:
+        for _ in range(8):
+            connection = await open_.enter_async_context(AioWire(server.address))
+            for _ in range(8):
+                working.create_task(impolite.spend(connection))
+        await impolite.busy.wait()
+        assert await asyncio.to_thread(server.stop) == 0
+
+    assert {failure.code for failure in impolite.failures} == {grpc.StatusCode.UNAVAILABLE}
+    assert {failure.reason for failure in impolite.failures} <= {"", "DRAINING"}
+    with Wire(start_server("--database-url", database).address) as wire:
+        entries = wire.entries(grant.header.root_id)
+        recorded = {id_text(entry.operation_id) for entry in entries}
+        assert recorded == impolite.answered | {id_text(grant.header.operation_id)}
+        assert wire.verified()
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Path]:
+    """A data directory for a PostgreSQL of the test's own, which every user may enter."""
+    path = Path(tempfile.mkdtemp(prefix="peculium-system-"))
+    path.chmod(0o755)
+    yield path / "data"
+    for process in psutil.process_iter(["name", "cwd"]):
+        if process.info["name"] == "postgres" and str(process.info["cwd"]).startswith(str(path)):
+            process.kill()
+    shutil.rmtree(path)
+
+
+@pytest.mark.timeout(180)
+async def test_a_server_recovers_by_itself_from_a_database_that_was_stopped_at_once(
+    start_server: StartServer, own_postgres: Path
+) -> None:
+    postgres = EmbeddedPostgres.start(own_postgres)
+    migrate.upgrade(postgres.dsn)
+    server = start_server("--database-url", postgres.dsn)
+    async with under_load(server.address) as load, AioWire(server.address) as outsider:
+        for _ in range(2):
+            await load.progress(100)
+            await asyncio.to_thread(_stop_at_once, postgres)
+            refused = await _outcome(outsider)
+            assert refused == Told(grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE", {})
+            postgres = await asyncio.to_thread(EmbeddedPostgres.start, own_postgres)
+        await load.progress(100)
+    await check(server.address, load)
+    assert server.process.poll() is None
+    postgres.stop()
+
+
+def _stop_at_once(postgres: EmbeddedPostgres) -> None:
+    """What pg_ctl calls an immediate stop: no goodbye, and the next start recovers."""
+    os.kill(postgres.pid, signal.SIGQUIT)
+    psutil.Process(postgres.pid).wait(STOP_SECONDS_MAX)
+
+
+async def _outcome(connection: AioWire) -> Told | None:
+    """How a new grant ends just now."""
+    try:
+        await connection.admin.Grant(grant_of("unlucky", 1, holder="dev"), timeout=STOP_SECONDS_MAX)
+    except grpc.aio.AioRpcError as error:
+        return told(error)
+    return None
