@@ -28,14 +28,14 @@ def lane(writer: MemoryWriter) -> Lane:
 
 async def granted(lane: Lane, amount: int = 100) -> Grant:
     root = grant(amount)
-    answer = await lane.submit([request(root, actor=ADMIN)], None)
+    answer = await lane.submit([request(root, actor=ADMIN)], {}, None)
     assert isinstance(answer, Answered)
     return root
 
 
 async def test_an_operation_alone_is_committed_at_once(lane: Lane, writer: MemoryWriter) -> None:
     root = await granted(lane)
-    answer = await lane.submit([request(spend(root))], None)
+    answer = await lane.submit([request(spend(root))], {}, None)
     assert isinstance(answer, Answered)
     [outcome] = answer.results
     assert isinstance(outcome, Outcome)
@@ -49,9 +49,9 @@ async def test_what_came_during_a_commit_shares_the_next_one(
     root = await granted(lane)
     writer.gate.clear()
     writer.begun.clear()
-    first = lane.submit([request(spend(root))], None)
+    first = lane.submit([request(spend(root))], {}, None)
     await writer.begun.wait()
-    others = [lane.submit([request(spend(root))], None) for _ in range(50)]
+    others = [lane.submit([request(spend(root))], {}, None) for _ in range(50)]
     writer.gate.set()
     await asyncio.gather(first, *others)
     assert writer.transactions == [1, 1, 50]
@@ -61,7 +61,9 @@ async def test_requests_are_decided_in_the_order_of_their_coming(
     lane: Lane, writer: MemoryWriter
 ) -> None:
     root = await granted(lane, 3)
-    answers = await asyncio.gather(*(lane.submit([request(spend(root))], None) for _ in range(5)))
+    answers = await asyncio.gather(
+        *(lane.submit([request(spend(root))], {}, None) for _ in range(5))
+    )
     results = [answer.results[0] for answer in answers if isinstance(answer, Answered)]
     assert [isinstance(result, Outcome) for result in results] == [True] * 3 + [False] * 2
 
@@ -72,7 +74,7 @@ async def test_a_refusal_touches_nothing_else_in_its_commit(
     root = await granted(lane, 10)
     amounts = [4, 100, 6]
     answers = await asyncio.gather(
-        *(lane.submit([request(spend(root, amount))], None) for amount in amounts)
+        *(lane.submit([request(spend(root, amount))], {}, None) for amount in amounts)
     )
     kept, refused, last = (a.results[0] for a in answers if isinstance(a, Answered))
     assert isinstance(kept, Outcome)
@@ -87,7 +89,9 @@ async def test_every_answer_tells_a_position_at_which_its_operation_is_committed
     lane: Lane, writer: MemoryWriter
 ) -> None:
     root = await granted(lane)
-    answers = await asyncio.gather(*(lane.submit([request(spend(root))], None) for _ in range(4)))
+    answers = await asyncio.gather(
+        *(lane.submit([request(spend(root))], {}, None) for _ in range(4))
+    )
     assert {answer.position for answer in answers if isinstance(answer, Answered)} == {5}
     assert writer.position == 5
 
@@ -97,7 +101,8 @@ async def test_a_commit_takes_no_more_operations_than_its_bound(
 ) -> None:
     root = await granted(lane, QUEUE)
     futures = [
-        lane.submit([request(spend(root), index) for index in range(100)], None) for _ in range(5)
+        lane.submit([request(spend(root), index) for index in range(100)], {}, None)
+        for _ in range(5)
     ]
     await asyncio.gather(*futures)
     assert writer.transactions == [1, 200, 200, 100]
@@ -110,18 +115,18 @@ async def test_a_full_queue_answers_at_once_that_it_is_full(
     root = await granted(lane)
     writer.gate.clear()
     writer.begun.clear()
-    in_progress = lane.submit([request(spend(root))], None)
+    in_progress = lane.submit([request(spend(root))], {}, None)
     await writer.begun.wait()
     batch = [request(spend(root), index) for index in range(250)]
-    waiting = [lane.submit(batch, None) for _ in range(QUEUE // 250)]
-    answer = await lane.submit([request(spend(root))], None)
+    waiting = [lane.submit(batch, {}, None) for _ in range(QUEUE // 250)]
+    answer = await lane.submit([request(spend(root))], {}, None)
     assert isinstance(answer, Unanswered)
     assert answer.reason is Unavailability.QUEUE_FULL
     assert answer.facts == {"lane": "0", "queued": str(QUEUE)}
     assert answer.retry_delay_ms > 0
     writer.gate.set()
     await asyncio.gather(in_progress, *waiting)
-    after = await lane.submit([request(spend(root))], None)
+    after = await lane.submit([request(spend(root))], {}, None)
     assert isinstance(after, Answered)
 
 
@@ -129,10 +134,10 @@ async def test_what_its_caller_has_left_is_never_decided(lane: Lane, writer: Mem
     root = await granted(lane)
     writer.gate.clear()
     writer.begun.clear()
-    first = lane.submit([request(spend(root))], None)
+    first = lane.submit([request(spend(root))], {}, None)
     await writer.begun.wait()
-    left = lane.submit([request(spend(root))], None)
-    kept = lane.submit([request(spend(root))], None)
+    left = lane.submit([request(spend(root))], {}, None)
+    kept = lane.submit([request(spend(root))], {}, None)
     left.cancel()
     writer.gate.set()
     await asyncio.gather(first, kept)
@@ -145,7 +150,7 @@ async def test_a_caller_who_leaves_while_rows_are_loaded_is_not_decided_either(
     root = await granted(lane)
     writer.gate.clear()
     writer.begun.clear()
-    left = lane.submit([request(spend(root))], None)
+    left = lane.submit([request(spend(root))], {}, None)
     await writer.begun.wait()
     left.cancel()
     writer.gate.set()
@@ -156,8 +161,8 @@ async def test_a_caller_who_leaves_while_rows_are_loaded_is_not_decided_either(
 async def test_what_is_late_is_dropped_and_told_so(lane: Lane, writer: MemoryWriter) -> None:
     root = await granted(lane)
     now = asyncio.get_running_loop().time()
-    late = lane.submit([request(spend(root))], now - 1)
-    in_time = lane.submit([request(spend(root))], now + 60)
+    late = lane.submit([request(spend(root))], {}, now - 1)
+    in_time = lane.submit([request(spend(root))], {}, now + 60)
     with pytest.raises(DeadlinePassed):
         await late
     assert isinstance(await in_time, Answered)
@@ -167,7 +172,7 @@ async def test_what_is_late_is_dropped_and_told_so(lane: Lane, writer: MemoryWri
 async def test_a_repeated_transaction_is_decided_anew(lane: Lane, writer: MemoryWriter) -> None:
     root = await granted(lane, 1)
     writer.conflicts = 3
-    answer = await lane.submit([request(spend(root))], None)
+    answer = await lane.submit([request(spend(root))], {}, None)
     assert isinstance(answer, Answered)
     [outcome] = answer.results
     assert isinstance(outcome, Outcome)
@@ -192,11 +197,13 @@ async def test_without_the_store_every_caller_of_the_commit_is_told_why(
 ) -> None:
     root = await granted(lane)
     writer.failures = [failure]
-    answers = await asyncio.gather(*(lane.submit([request(spend(root))], None) for _ in range(3)))
+    answers = await asyncio.gather(
+        *(lane.submit([request(spend(root))], {}, None) for _ in range(3))
+    )
     for answer in answers:
         assert isinstance(answer, Unanswered)
         assert (answer.reason, answer.facts) == (reason, facts)
-    assert isinstance(await lane.submit([request(spend(root))], None), Answered)
+    assert isinstance(await lane.submit([request(spend(root))], {}, None), Answered)
 
 
 @pytest.mark.parametrize("failure", [LedgerCorrupt("rows"), ZeroDivisionError("a bug")])
@@ -207,7 +214,7 @@ async def test_a_failure_befalls_only_the_request_that_causes_it(
     # All three together, then the first alone succeeds, the second fails, the third succeeds.
     writer.failures = [failure, None, failure, None]
     answers = await asyncio.gather(
-        *(lane.submit([request(spend(root))], None) for _ in range(3)), return_exceptions=True
+        *(lane.submit([request(spend(root))], {}, None) for _ in range(3)), return_exceptions=True
     )
     assert isinstance(answers[0], Answered)
     assert answers[1] is failure
@@ -221,8 +228,8 @@ async def test_a_lane_goes_on_after_a_request_has_failed_alone(
     root = await granted(lane)
     writer.failures = [ZeroDivisionError("a bug")]
     with pytest.raises(ZeroDivisionError):
-        await lane.submit([request(spend(root))], None)
-    assert isinstance(await lane.submit([request(spend(root))], None), Answered)
+        await lane.submit([request(spend(root))], {}, None)
+    assert isinstance(await lane.submit([request(spend(root))], {}, None), Answered)
 
 
 async def test_the_store_is_given_until_the_last_of_the_callers_has_gone(
@@ -231,10 +238,10 @@ async def test_the_store_is_given_until_the_last_of_the_callers_has_gone(
     root = await granted(lane)
     now = asyncio.get_running_loop().time()
     await asyncio.gather(
-        *(lane.submit([request(spend(root))], now + seconds) for seconds in (10, 30, 20))
+        *(lane.submit([request(spend(root))], {}, now + seconds) for seconds in (10, 30, 20))
     )
     await asyncio.gather(
-        *(lane.submit([request(spend(root))], deadline) for deadline in (now + 10, None))
+        *(lane.submit([request(spend(root))], {}, deadline) for deadline in (now + 10, {}, None))
     )
     assert writer.deadlines == [None, now + 30, None]
 
@@ -243,7 +250,7 @@ async def test_a_chain_is_decided_as_a_whole(lane: Lane, writer: MemoryWriter) -
     root = await granted(lane, 10)
     operations = [reserve(root, amount, ByHolder()) for amount in (5, 6, 5)]
     answer = await lane.submit(
-        [request(operation, index) for index, operation in enumerate(operations)], None
+        [request(operation, index) for index, operation in enumerate(operations)], {}, None
     )
     assert isinstance(answer, Answered)
     assert [type(result) for result in answer.results] == [Outcome, Refused, Outcome]

@@ -35,12 +35,17 @@ class Request:
     index: int
 
 
-_Key = tuple[int, bytes, bytes, bytes | None]
-"""The index of an operation, and whose token it left: root, budget and, if it is a hold's, the hold."""
+Left = dict[tuple[int, bytes, bytes, bytes | None], bytes]
+"""Tokens that operations left, by the index of the operation and whose token it is: root, budget and, if
+it is a hold's, the hold."""
 
 
 def decide_group(
-    trees: dict[bytes, Tree], group: Sequence[Request], now: int, position: int
+    trees: dict[bytes, Tree],
+    group: Sequence[Request],
+    now: int,
+    position: int,
+    left: Left | None = None,
 ) -> tuple[list[Outcome | Refused], list[Accepted]]:
     """Decide the operations of one request in order; each sees what the earlier ones did.
 
@@ -49,13 +54,15 @@ def decide_group(
         group: The operations of one request, or those of them that belong to one lane.
         now: The database's clock, read after the trees.
         position: Operations committed in the lane before these.
+        left: What earlier operations of the same request have left, if they were committed before;
+            extended by what these leave.
 
     Returns:
         An answer for each operation, and everything to save.
     """
     answers: list[Outcome | Refused] = []
     accepted: list[Accepted] = []
-    left: dict[_Key, bytes] = {}
+    left = {} if left is None else left
     for request in group:
         operation = _resolve_chain(request, left)
         if isinstance(operation, Refused):
@@ -93,7 +100,7 @@ def _apply(trees: dict[bytes, Tree], accepted: Accepted) -> None:
             tree.names[None, operation.name] = operation.root_id
 
 
-def _resolve_chain(request: Request, left: dict[_Key, bytes]) -> Operation | Refused:
+def _resolve_chain(request: Request, left: Left) -> Operation | Refused:
     """Name the token that `after` stands for: what the earlier operation left for this budget or hold."""
     operation = request.operation
     if not isinstance(operation.authority, After):
@@ -123,7 +130,7 @@ def _subject(operation: Operation) -> tuple[bytes, bytes, bytes | None]:
     return operation.root_id, operation.budget_id, hold_id
 
 
-def _leave(index: int, operation: Operation, outcome: Outcome, left: dict[_Key, bytes]) -> None:
+def _leave(index: int, operation: Operation, outcome: Outcome, left: Left) -> None:
     """What an accepted operation has produced takes the place of the token that it presented.
 
     What it ended stays: refused, dry-run and ending operations leave the token that they presented,

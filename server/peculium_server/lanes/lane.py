@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
-from peculium_server.core.batch import Request, decide_group
+from peculium_server.core.batch import Left, Request, decide_group
 from peculium_server.core.footprint import Footprint
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
@@ -54,25 +54,30 @@ class Writer(Protocol):
 class Answered:
     """What became of a group: an answer for each of its operations, and the lane's position."""
 
-    __slots__ = ("position", "results")
+    __slots__ = ("left", "position", "results")
 
-    def __init__(self, results: Sequence[Outcome | Refused], position: int) -> None:
+    def __init__(self, results: Sequence[Outcome | Refused], left: Left, position: int) -> None:
         self.results = results
+        self.left = left
+        """The tokens that these and earlier operations of the request left for later ones."""
         self.position = position
 
 
 class _Group:
     """The operations of one request that belong to this lane, and the caller who waits for them."""
 
-    __slots__ = ("answered", "deadline", "requests", "results", "rows")
+    __slots__ = ("answered", "before", "deadline", "left", "requests", "results", "rows")
 
     def __init__(
         self,
         requests: Sequence[Request],
+        before: Left,
         deadline: float | None,
         answered: asyncio.Future[Answered | Unanswered],
     ) -> None:
         self.requests = requests
+        self.before = before
+        self.left = before
         self.deadline = deadline
         self.answered = answered
         self.rows = rows(request.operation for request in requests)
@@ -108,7 +113,7 @@ class Lane:
         self._task: asyncio.Task[None] | None = None
 
     def submit(
-        self, requests: Sequence[Request], deadline: float | None
+        self, requests: Sequence[Request], before: Left, deadline: float | None
     ) -> asyncio.Future[Answered | Unanswered]:
         """Queue the operations of one request, to be decided together and in order.
 
@@ -116,6 +121,7 @@ class Lane:
 
         Args:
             requests: Well-formed; all their roots belong to this lane.
+            before: The tokens that earlier operations of the same client request have left.
             deadline: On the event loop's clock; past it nothing is begun.
 
         Returns:
@@ -124,7 +130,7 @@ class Lane:
         """
         loop = asyncio.get_running_loop()
         answered: asyncio.Future[Answered | Unanswered] = loop.create_future()
-        group = _Group(requests, deadline, answered)
+        group = _Group(requests, before, deadline, answered)
         if self._waiting and self._waiting_rows + group.rows > self._queue_rows_max:
             facts = {"lane": str(self.number), "queued": str(self._waiting_rows)}
             group.answer(Unanswered(Unavailability.QUEUE_FULL, facts, QUEUE_FULL_RETRY_MS))
@@ -183,7 +189,7 @@ class Lane:
         else:
             for group in groups:
                 if group.results is not None:
-                    group.answer(Answered(group.results, position))
+                    group.answer(Answered(group.results, group.left, position))
 
     async def _isolate(self, groups: Sequence[_Group], error: Exception) -> None:
         """Let a failure that is nobody's in particular befall only the group that causes it."""
@@ -212,8 +218,9 @@ class Lane:
                 if group.abandoned(time()):
                     continue
                 position = loaded.position + len(saved)
+                group.left = dict(group.before)
                 group.results, accepted = decide_group(
-                    loaded.trees, group.requests, loaded.now, position
+                    loaded.trees, group.requests, loaded.now, position, group.left
                 )
                 saved += accepted
             return saved

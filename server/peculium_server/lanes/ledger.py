@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
-from peculium_server.core.batch import Request
+from peculium_server.core.batch import Left, Request
 from peculium_server.core.operations import After, ByToken
-from peculium_server.core.refusals import Refusal, Refused
+from peculium_server.core.refusals import Refused
 from peculium_server.core.shape import check_shape
 from peculium_server.lanes.answers import Answer, Position, Unanswered, Unavailability
 from peculium_server.lanes.lane import Answered, Lane, Writer
@@ -67,15 +67,31 @@ class Ledger:
             return [Answer(draining, None)] * len(requests)
         admitted, refused = _admit(requests)
         by_lane = self._split(admitted)
-        # Not one after the other: who cancels has to take all of them back.
-        answered = await asyncio.gather(
-            *(self._lanes[number].submit(group, deadline) for number, group in by_lane.items())
-        )
+        execute = [self._execute_in(lane, group, deadline) for lane, group in by_lane.items()]
+        # Several at once: who cancels has to take all of them back. One alone needs no task.
+        answered = [await execute[0]] if len(execute) == 1 else await asyncio.gather(*execute)
         answers = {index: Answer(refusal, None) for index, refusal in refused.items()}
-        for (number, group), answer in zip(by_lane.items(), answered, strict=True):
-            told = self._tell(number, group, answer)
-            answers |= {request.index: each for request, each in zip(group, told, strict=True)}
+        for group, results in zip(by_lane.values(), answered, strict=True):
+            answers |= {
+                request.index: result for request, result in zip(group, results, strict=True)
+            }
         return [answers[request.index] for request in requests]
+
+    async def _execute_in(
+        self, number: int, requests: Sequence[Request], deadline: float | None
+    ) -> list[Answer]:
+        """Decide and save the operations of one lane, in as few transactions as their rows allow."""
+        answers: list[Answer] = []
+        left: Left = {}
+        for part in _parts(requests):
+            answered = await self._lanes[number].submit(part, left, deadline)
+            answers += self._tell(number, part, answered)
+            if isinstance(answered, Unanswered):
+                # What follows may be chained to what has no answer.
+                rest = len(requests) - len(answers)
+                return answers + [Answer(answered, None)] * rest
+            left = answered.left
+        return answers
 
     async def drain(self) -> None:
         """Take nothing more, and wait until everything that was taken is committed and answered."""
@@ -100,11 +116,6 @@ class Ledger:
 
 def _admit(requests: Sequence[Request]) -> tuple[Sequence[Request], dict[int, Refused]]:
     """Sort out what no state of the ledger could accept, so that it costs no transaction."""
-    size = rows(request.operation for request in requests)
-    if size > GROUP_ROWS_MAX:
-        facts = {"field": "operations", "limit": str(GROUP_ROWS_MAX), "size": str(size)}
-        too_large = Refused(Refusal.TOO_LARGE, facts)
-        return (), {request.index: too_large for request in requests}
     refused: dict[int, Refused] = {}
     untouched: dict[int, ByToken | After] = {}
     admitted: list[Request] = []
@@ -128,3 +139,17 @@ def _past_refused(request: Request, untouched: dict[int, ByToken | After]) -> Re
         return request
     operation = replace(request.operation, authority=untouched[authority.index])
     return replace(request, operation=operation)
+
+
+def _parts(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
+    """Cut the operations of one lane, in their order, into what one transaction may write each."""
+    part: list[Request] = []
+    size = 0
+    for request in requests:
+        own = rows([request.operation])
+        if part and size + own > GROUP_ROWS_MAX:
+            yield part
+            part, size = [], 0
+        part.append(request)
+        size += own
+    yield part
