@@ -241,7 +241,7 @@ async def test_the_store_is_given_until_the_last_of_the_callers_has_gone(
         *(lane.submit([request(spend(root))], {}, now + seconds) for seconds in (10, 30, 20))
     )
     await asyncio.gather(
-        *(lane.submit([request(spend(root))], {}, deadline) for deadline in (now + 10, {}, None))
+        *(lane.submit([request(spend(root))], {}, deadline) for deadline in (now + 10, None))
     )
     assert writer.deadlines == [None, now + 30, None]
 
