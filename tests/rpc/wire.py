@@ -74,6 +74,36 @@ async def serving(
             await server.stop(0)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """One running server on a real database, and a connection to it."""
+
+    store: Store
+    channel: grpc.aio.Channel
+
+
+@contextlib.asynccontextmanager
+async def storing(database: str, identities: Identities | None = None) -> AsyncIterator[Stored]:
+    """Serve the ledger of a database on a port of this machine."""
+    store = await Store.open(database)
+    ledger = Ledger(store, queue_rows_max=10_000)
+    server = Server(
+        ledger,
+        store,
+        identities or Identities.dev(),
+        message_bytes_max=MESSAGE_BYTES_MAX,
+        call_seconds_max=30,
+    )
+    try:
+        port = await server.start("127.0.0.1:0")
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            yield Stored(store, channel)
+    finally:
+        await server.stop(0)
+        await ledger.drain()
+        await store.close()
+
+
 def info_of(error: grpc.aio.AioRpcError) -> ErrorInfo:
     """The ErrorInfo that a failed call carries."""
     for key, value in error.trailing_metadata() or ():

@@ -1,0 +1,234 @@
+"""A real server process: how it starts, what it says, and how it stops."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import os
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import grpc
+import psycopg
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import peculium
+from peculium.errors import BudgetExhausted, PermissionDenied, Unauthenticated, Unavailable
+from tests.server import RunningServer, ServerFailed, StartServer
+
+
+def said(server: RunningServer) -> str:
+    return "\n".join(server.said)
+
+
+def keys_file(folder: Path, **roles: str) -> Path:
+    """Keys for principals, each of whose key is its name."""
+    file = folder / "keys.toml"
+    file.write_text(
+        "".join(
+            f'[[keys]]\nprincipal = "{name}"\nrole = "{role}"\n'
+            f'sha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n'
+            for name, role in roles.items()
+        )
+    )
+    return file
+
+
+def test_money_is_granted_reserved_settled_and_verified(running_server: RunningServer) -> None:
+    with peculium.connect(running_server.address) as client:
+        client.admin.grant("acme", unit="calls", amount=100, holder="dev")
+        budget = client.open("acme")
+        with budget.reserve(60) as hold:
+            hold.settle(25)
+        with pytest.raises(BudgetExhausted) as caught:
+            budget.reserve(80)
+        assert (caught.value.available, caught.value.requested) == (75, 80)
+        assert client.audit.budget("acme").balances.spent == 25
+        *_, verdict = client.audit.verify()
+        assert verdict.verified
+        assert verdict.entries == 3
+
+
+def test_a_server_without_keys_says_loudly_that_everybody_may_do_everything(
+    running_server: RunningServer,
+) -> None:
+    [warning] = [line for line in running_server.said if "WARNING" in line]
+    assert "'dev'" in warning
+    assert running_server.address in warning
+
+
+def test_a_server_without_keys_refuses_to_be_reached_from_elsewhere(
+    start_server: StartServer, database: str
+) -> None:
+    with pytest.raises(ServerFailed, match="only a loopback address") as caught:
+        start_server("--database-url", database, listen="192.0.2.1:0")
+    assert "exit code 2" in str(caught.value)
+
+
+def test_a_server_with_keys_knows_its_callers(
+    start_server: StartServer, database: str, tmp_path: Path
+) -> None:
+    file = keys_file(tmp_path, root="admin", gateway="agent", controller="auditor")
+    server = start_server("--database-url", database, "--keys-file", str(file))
+    assert "WARNING" not in said(server)
+    with peculium.connect(server.address, api_key="root") as admin:
+        admin.admin.grant("acme", unit="calls", amount=100, holder="gateway")
+    with peculium.connect(server.address, api_key="gateway") as agent:
+        agent.open("acme").spend(5)
+        with pytest.raises(PermissionDenied):
+            agent.audit.budget("acme")
+    with peculium.connect(server.address, api_key="controller") as auditor:
+        recorded = [(entry.kind, entry.actor) for entry in auditor.audit.entries("acme")]
+        assert recorded == [("GRANT", "root"), ("SPEND", "gateway")]
+        with pytest.raises(PermissionDenied):
+            auditor.admin.grant("other", unit="calls", amount=1, holder="gateway")
+    with (
+        peculium.connect(server.address, api_key="nobody") as nobody,
+        pytest.raises(Unauthenticated),
+    ):
+        nobody.open("acme")
+
+
+def test_a_key_file_that_is_none_is_told_with_every_problem(
+    start_server: StartServer, database: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text('[[keys]]\nprincipal = "system"\nrole = "king"\n')
+    with pytest.raises(ServerFailed) as caught:
+        start_server("--database-url", database, "--keys-file", str(file))
+    for problem in ("exit code 2", "'system' is reserved", "role must be", "sha256 must be"):
+        assert problem in str(caught.value)
+
+
+def test_a_database_that_is_not_at_the_newest_schema_is_refused(
+    start_server: StartServer, empty_database: str
+) -> None:
+    with pytest.raises(ServerFailed, match="peculium migrate"):
+        start_server("--database-url", empty_database)
+
+
+def test_a_database_that_could_forget_is_refused_unless_that_is_wanted(
+    start_server: StartServer, database: str
+) -> None:
+    with psycopg.connect(database, autocommit=True) as connection:
+        name = connection.info.dbname
+        connection.execute(f'ALTER DATABASE "{name}" SET synchronous_commit = off')
+    with pytest.raises(ServerFailed, match="synchronous_commit is off"):
+        start_server("--database-url", database)
+    server = start_server("--database-url", database, "--unsafe-settings")
+    assert any(line.startswith("WARNING: a database that may forget") for line in server.said)
+
+
+def test_a_database_that_is_not_there_is_told_so(start_server: StartServer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with pytest.raises(ServerFailed, match="exit code 3"):
+        start_server("--database-url", f"postgresql://nobody@127.0.0.1:{port}/none")
+
+
+def test_an_address_that_is_taken_is_told_so(start_server: StartServer, database: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerFailed, match=f"cannot listen on 127.0.0.1:{port}"):
+            start_server("--database-url", database, listen=f"127.0.0.1:{port}")
+
+
+def test_settings_are_printed_without_the_password(
+    start_server: StartServer, database: str
+) -> None:
+    server = start_server("--database-url", f"{database}&password=correct-horse")
+    assert "drain_seconds = 30" in said(server)
+    assert "correct-horse" not in said(server)
+
+
+def test_a_misspelt_variable_is_pointed_out(start_server: StartServer, database: str) -> None:
+    server = start_server("--database-url", database, PECULIUM_KEY_FILE="keys.toml")
+    assert "WARNING: PECULIUM_KEY_FILE is not a setting" in server.said
+
+
+def test_without_a_database_a_server_keeps_one_of_its_own(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    # Where an ordinary user can enter, for the server's database does not run as root.
+    data_dir = tmp_path / "ledger"
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o711)
+    first = start_server("--data-dir", str(data_dir))
+    assert "no database is configured" in said(first)
+    with peculium.connect(first.address) as client:
+        client.admin.grant("acme", unit="calls", amount=100, holder="dev")
+    assert first.stop() == 0
+    assert not (data_dir / "cluster" / "postmaster.pid").exists()
+    second = start_server("--data-dir", str(data_dir))
+    with peculium.connect(second.address) as client:
+        assert client.audit.budget("acme").balances.granted == 100
+    assert second.stop() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_told_to_stop_loses_nothing_that_it_answered(
+    start_server: StartServer, database: str, number: signal.Signals
+) -> None:
+    first = start_server("--database-url", database)
+    answered: list[str] = []
+    under_way = threading.Semaphore(0)
+
+    def spend(index: int) -> int:
+        """Spend until the server is gone, and count what it said yes to."""
+        count = 0
+        with peculium.connect(first.address, timeout=2) as client:
+            budget = client.open(f"root-{index}")
+            under_way.release()
+            try:
+                while True:
+                    answered.append(budget.spend(1).operation_id)
+                    count += 1
+                    under_way.release()
+            except Unavailable:
+                return count
+
+    with peculium.connect(first.address) as client:
+        for index in range(4):
+            client.admin.grant(f"root-{index}", unit="calls", amount=10**6, holder="dev")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        spending = [pool.submit(spend, index) for index in range(4)]
+        for _ in range(100):
+            under_way.acquire()
+        assert first.stop(number) == 0
+        counts = [each.result() for each in spending]
+    second = start_server("--database-url", database)
+    with peculium.connect(second.address) as client:
+        recorded = {
+            entry.operation_id
+            for index in range(4)
+            for entry in client.audit.entries(f"root-{index}")
+            if entry.kind == "SPEND"
+        }
+        *_, verdict = client.audit.verify()
+    assert sum(counts) >= 90
+    assert set(answered) <= recorded
+    assert verdict.verified
+    assert first.said[-1] == "stopped"
+
+
+def test_a_server_is_healthy_while_its_database_answers(
+    start_server: StartServer, database: str
+) -> None:
+    server = start_server("--database-url", database)
+    with grpc.insecure_channel(server.address) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service="peculium.v1.LedgerService"), timeout=30
+        )
+        for answer in watch:
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                break
+        server.process.send_signal(signal.SIGTERM)
+        for answer in watch:
+            if answer.status == health_pb2.HealthCheckResponse.NOT_SERVING:
+                break
+        watch.cancel()
+    assert server.process.wait(30) == 0
