@@ -13,6 +13,14 @@ goes to the log only.
 
 from __future__ import annotations
 
+import logging
+import re
+
+import psycopg
+from psycopg import errors
+
+_logger = logging.getLogger(__name__)
+
 
 class StoreError(Exception):
     """The ledger's database could not be used as asked."""
@@ -59,3 +67,62 @@ class SettingsUnsafe(StoreError):
 
 class LedgerCorrupt(StoreError):
     """Rows contradict each other: tampering, a partial restore, or a bug. Nothing was done."""
+
+
+_CONTENTION = frozenset({"40001", "40P01", "55P03"})
+"""Serialization failure, deadlock, and a lock that was not had in time."""
+
+_UNIQUE_VIOLATION = "23505"
+_OUR_TABLES = re.compile(r"(ledger|lanes|roots|budgets|holds|entries)(_\d+)?")
+"""The tables and their partitions: a violation is reported of the partition."""
+
+_UNAVAILABLE = {
+    "08": "the connection broke",
+    "28": "it refuses these credentials",
+    "3D": "it does not exist",
+    "53": "it is out of resources: disk, memory or connections",
+    "57": "it was shut down or ended the session, or a statement took too long",
+    "58": "its system failed",
+    # A standby refuses SERIALIZABLE and writes.
+    "0A": "it is a standby",
+    "25": "it is read-only, or ended the session",
+}
+"""By SQLSTATE class."""
+
+_CORRUPT = frozenset({"22003", "22012", "23502", "23514", "XX001", "XX002"})
+"""A check that failed, those by division included, and pages or indexes that Postgres found broken."""
+
+
+def is_contention(error: psycopg.Error) -> bool:
+    """Say whether another transaction was in the way, so that repeating this one may help."""
+    if error.sqlstate == _UNIQUE_VIOLATION:
+        return _OUR_TABLES.fullmatch(error.diag.table_name or "") is not None
+    return error.sqlstate in _CONTENTION
+
+
+def is_lost(error: psycopg.Error) -> bool:
+    """Say whether the connection is gone with the error, and with it the answer."""
+    if error.sqlstate is None:
+        return isinstance(error, psycopg.OperationalError)
+    return error.sqlstate[:2] in {"08", "57"} and not isinstance(error, errors.QueryCanceled)
+
+
+def translate(error: psycopg.Error, *, outcome_unknown: bool = False) -> StoreError:
+    """The store's error for a driver's. The driver's own text goes to the log."""
+    _logger.warning(
+        "database error %s: %s (%s)",
+        error.sqlstate or "without a code",
+        error.diag.message_primary or error,
+        error.diag.constraint_name or type(error).__name__,
+    )
+    state = error.sqlstate
+    if state is None:
+        problem = "the connection broke, or there is none to a primary"
+        return StoreUnavailable(problem, outcome_unknown=outcome_unknown)
+    if state in _CORRUPT:
+        named = error.diag.constraint_name or error.diag.table_name or "a row was not as expected"
+        return LedgerCorrupt(f"the database refused a change (SQLSTATE {state}): {named}")
+    if state[:2] in _UNAVAILABLE:
+        problem = f"the database cannot be used: {_UNAVAILABLE[state[:2]]} (SQLSTATE {state})"
+        return StoreUnavailable(problem, outcome_unknown=outcome_unknown)
+    return StoreError(f"the database refused a statement (SQLSTATE {state})")

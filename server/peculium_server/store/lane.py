@@ -1,12 +1,62 @@
-"""The one way to change the ledger: a transaction on a lane that loads, decides and saves."""
+"""The one way to change the ledger: a transaction on a lane that loads, decides and saves.
+
+A transaction is two flights. The first asks for the lane's advisory lock, begins, loads all rows
+that the footprints name, and last reads the clock; the second saves, commits and unlocks. What the
+second needs to be true of the rows it checks itself, since the commit travels with it.
+
+The advisory lock only keeps writers of one lane from aborting each other. It is had in turn, for a
+transaction each, so that several servers share a lane fairly; one that does not get it in time goes
+without. Serializable isolation is what keeps the ledger right.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
+
+import psycopg
+from psycopg.pq import ConnStatus, TransactionStatus
 
 from peculium_server.core.footprint import Footprint
 from peculium_server.core.state import Accepted, Tree
+from peculium_server.store.connect import connect_writer, is_postgres
+from peculium_server.store.errors import (
+    StoreContended,
+    StoreUnavailable,
+    is_contention,
+    is_lost,
+    translate,
+)
+from peculium_server.store.load import Ancestors, Loading
+from peculium_server.store.save import changes
+from peculium_server.store.statements import of_lane
+from peculium_server.store.wire import Connection, Flown, Result, Statement, Step, encode_int8
+
+ATTEMPTS_MAX = 12
+"""Of one transaction, before it is given up as contended."""
+
+IN_DOUBT_SECONDS_MAX = 10.0
+"""How long a writer tries to find out what became of a commit, where no deadline says it."""
+
+_BACKOFF_SECONDS_FIRST = 0.002
+_BACKOFF_SECONDS_MAX = 0.25
+
+_LOCK_KEYS = 0x7065636C << 32
+"""Tells the lanes' advisory locks from those of others in the same database."""
+
+_LOCK = Statement(b"lock", b"SELECT pg_advisory_lock($1)", (("key", encode_int8),))
+_UNLOCK = Statement(b"unlock", b"SELECT pg_advisory_unlock($1)", (("key", encode_int8),))
+_BEGIN = Step(Statement(b"begin", b"BEGIN ISOLATION LEVEL SERIALIZABLE"))
+_COMMIT = Step(Statement(b"commit", b"COMMIT"))
+_ROLLBACK = Step(Statement(b"rollback", b"ROLLBACK"))
+_REPLAN = Step(Statement(b"replan", b"DISCARD PLANS"))
+
+_REPLAN_FIRST = 64
+"""Plans are made once, and made again when the lane has grown by this, and to twice its size: for a
+nearly empty table the planner takes any index for as good as the right one."""
 
 
 class Loaded(NamedTuple):
@@ -20,8 +70,32 @@ class Loaded(NamedTuple):
     """Operations committed in the lane so far."""
 
 
+@dataclass
+class _Run:
+    """A batch on its way into the ledger."""
+
+    footprints: Mapping[bytes, Footprint]
+    decide: Callable[[Loaded], Sequence[Accepted]]
+    in_doubt: bool = False
+    """A commit was sent, and its answer is missing."""
+
+
 class LaneWriter:
     """Commits to one lane, a batch at a time; a second `run` waits for the first."""
+
+    def __init__(self, dsn: str, incarnation: bytes, lane: int) -> None:
+        self._dsn = dsn
+        self._incarnation = incarnation
+        self._lane = lane
+        self._statements = of_lane(lane)
+        self._ancestors = Ancestors()
+        self._turn = asyncio.Lock()
+        self._connection: Connection | None = None
+        self._postgres = self._locked = False
+        self._position = self._replan_at = 0
+        key = {"key": _LOCK_KEYS | lane}
+        self._lock = Step(_LOCK, key)
+        self._unlock = Step(_UNLOCK, key)
 
     async def run(
         self,
@@ -46,4 +120,139 @@ class LaneWriter:
             StoreContended: Aborted in favour of other writers too often; nothing was saved.
             LedgerCorrupt: Rows contradict each other; nothing was saved.
         """
-        raise NotImplementedError
+        run = _Run(footprints, decide)
+        try:
+            async with asyncio.timeout_at(deadline), self._turn:
+                return await self._persist(run)
+        except TimeoutError:
+            raise StoreUnavailable(
+                "the database did not answer in time", outcome_unknown=run.in_doubt
+            ) from None
+
+    async def close(self) -> None:
+        """Close the connection, after the run that uses it."""
+        async with self._turn:
+            if self._connection is not None:
+                await self._connection.close()
+                self._connection = None
+
+    async def _persist(self, run: _Run) -> int:
+        """Repeat the transaction as often as that can help."""
+        clock = asyncio.get_running_loop().time
+        give_up_at = clock() + IN_DOUBT_SECONDS_MAX
+        contended = lost = 0
+        while True:
+            fresh = self._connection is None
+            try:
+                return await self._transact(run)
+            except psycopg.Error as error:
+                if is_contention(error):
+                    contended += 1
+                    if contended == ATTEMPTS_MAX and not run.in_doubt:
+                        raise StoreContended(contended) from error
+                elif is_lost(error):
+                    lost += 1
+                    # A connection may have been dead for long, so another one is tried. A commit in
+                    # doubt is worth more patience.
+                    if not run.in_doubt and (fresh or lost > 1):
+                        raise translate(error) from error
+                else:
+                    raise translate(error, outcome_unknown=run.in_doubt) from error
+                if run.in_doubt and clock() > give_up_at:
+                    raise translate(error, outcome_unknown=True) from error
+            if contended or run.in_doubt:
+                await asyncio.sleep(_backoff(contended + lost))
+
+    async def _transact(self, run: _Run) -> int:
+        """The transaction, once.
+
+        Raises:
+            psycopg.Error: It failed. `run.in_doubt` says whether it may be committed all the same.
+        """
+        connection = await self._connected()
+        try:
+            await self._plan_again(connection)
+            loading = await self._load(connection, run)
+            self._position = loading.position
+            accepted = run.decide(Loaded(loading.trees, loading.now, loading.position))
+            if not accepted and not run.in_doubt:
+                await self._end(connection, [_COMMIT])
+                return loading.position
+            # In doubt, the position is written even if nothing else is: an earlier commit that is
+            # still on its way is then either waited for or defeated, and never overtaken.
+            steps, position = changes(self._statements, accepted, loading.holds, loading.position)
+            doubted, run.in_doubt = run.in_doubt, True
+            try:
+                await self._end(connection, [*steps, _COMMIT])
+            except psycopg.Error as error:
+                run.in_doubt = doubted or is_lost(error)
+                raise
+        except BaseException:
+            await self._abandon(connection)
+            raise
+        run.in_doubt = False
+        return position
+
+    async def _load(self, connection: Connection, run: _Run) -> Loading:
+        """Take the lane if it can be had, begin, and load everything."""
+        loading = Loading(run.footprints, self._statements, self._ancestors)
+        *lock, first = await connection.fly(*self._locking(), [_BEGIN, *loading.first()])
+        for flown in lock:
+            self._locked = not isinstance(flown, psycopg.Error)
+            if isinstance(flown, psycopg.Error) and not is_contention(flown):
+                raise flown
+        loading.take(_results(first)[1:])
+        more = loading.second()
+        if more:
+            (second,) = await connection.fly(more)
+            loading.take(_results(second))
+        loading.finish()
+        return loading
+
+    async def _end(self, connection: Connection, steps: Sequence[Step]) -> None:
+        """Send the last statements of the transaction, and give the lane to the next."""
+        flown, *unlock = await connection.fly(steps, *self._unlocking())
+        self._locked = self._locked and isinstance(unlock[0], psycopg.Error)
+        _results(flown)
+
+    async def _abandon(self, connection: Connection) -> None:
+        """Leave a transaction that failed, or the connection if it cannot be left."""
+        if connection.pgconn.status == ConnStatus.OK:
+            idle = connection.pgconn.transaction_status == TransactionStatus.IDLE
+            try:
+                await connection.fly([] if idle else [_ROLLBACK], *self._unlocking())
+            except psycopg.Error:
+                connection.pgconn.finish()
+        self._locked = False
+        if connection.pgconn.status != ConnStatus.OK:
+            self._connection = None
+
+    def _locking(self) -> list[list[Step]]:
+        return [[self._lock]] if self._postgres else []
+
+    def _unlocking(self) -> list[list[Step]]:
+        return [[self._unlock]] if self._locked else []
+
+    async def _connected(self) -> Connection:
+        if self._connection is None:
+            self._connection = await connect_writer(self._dsn, self._incarnation)
+            self._postgres = is_postgres(self._connection)
+            self._replan_at = 0
+        return self._connection
+
+    async def _plan_again(self, connection: Connection) -> None:
+        if self._postgres and self._position >= self._replan_at:
+            _results((await connection.fly([_REPLAN]))[0])
+            self._replan_at = 2 * self._position + _REPLAN_FIRST
+
+
+def _results(flown: Flown) -> list[Result]:
+    if isinstance(flown, psycopg.Error):
+        raise flown
+    return flown
+
+
+def _backoff(attempt: int) -> float:
+    """Seconds to wait before another attempt: longer each time, and never two writers' the same."""
+    longest = min(_BACKOFF_SECONDS_MAX, _BACKOFF_SECONDS_FIRST * (1 << attempt))
+    return longest * (0.5 + secrets.randbelow(1024) / 2048)

@@ -6,15 +6,42 @@ Reads are short transactions of their own; each sees whole operations only. List
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
-from typing import Generic, NamedTuple, Self, TypeVar
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from itertools import groupby
+from typing import Any, Generic, NamedTuple, Self, TypeVar
+from uuid import UUID
 
+import psycopg
+from psycopg import AsyncRawCursor
+from psycopg_pool import AsyncConnectionPool
+
+from peculium_server.core.limits import BALANCE_MAX, DEPTH_MAX
 from peculium_server.core.state import Budget, Entry, Hold
+from peculium_server.store.connect import conninfo, is_postgres
+from peculium_server.store.errors import (
+    LedgerCorrupt,
+    SchemaOutdated,
+    SettingsUnsafe,
+    translate,
+)
 from peculium_server.store.lane import LaneWriter
+from peculium_server.store.migrate import current, head
+from peculium_server.store.reads import STATEMENTS
+from peculium_server.store.schema import lane_of
+from peculium_server.store.statements import LEDGER
+from peculium_server.store.wire import Connection, Step
 
 Row = TypeVar("Row")
 Key = TypeVar("Key")
+
+_NIL = bytes(16)
+"""Less than every id."""
+
+_POOL_WAIT_SECONDS = 5.0
+_STREAM_ROWS = 1_000
+"""Rows that are fetched at once, so that memory stays bounded."""
 
 
 class Found(NamedTuple):
@@ -41,34 +68,56 @@ class Page(NamedTuple, Generic[Row, Key]):
 
 
 class Snapshot:
-    """The ledger at one instant, however long it is read."""
+    """The ledger at one instant, however long it is read. One list at a time."""
 
-    now: int
-    """The database's clock when the snapshot was taken."""
+    def __init__(self, connection: Connection, now: int, lanes: int) -> None:
+        self.now = now
+        """The database's clock when the snapshot was taken. Microseconds since the Unix epoch."""
+        self._connection = connection
+        self._lanes = lanes
 
     def roots(self) -> AsyncIterator[bytes]:
         """The ids of all roots that any entry, budget or hold belongs to."""
-        raise NotImplementedError
+        return self._stream("all_roots", ())
 
     def entries_in_order(self, root_id: bytes) -> AsyncIterator[Entry]:
-        """All entries of a tree by position and part."""
-        raise NotImplementedError
+        """All entries of a tree by position and part. Their previous hash is left empty."""
+        return self._of_tree("all_entries", root_id)
 
     def budgets_of(self, root_id: bytes) -> AsyncIterator[Budget]:
-        """All budgets of a tree by id."""
-        raise NotImplementedError
+        """All budgets of a tree, in no order."""
+        return self._of_tree("all_budgets", root_id)
 
     def holds_of(self, root_id: bytes) -> AsyncIterator[Hold]:
-        """All holds of a tree by id, ended ones included."""
-        raise NotImplementedError
+        """All holds of a tree, ended ones included, in no order."""
+        return self._of_tree("all_holds", root_id)
+
+    def _of_tree(self, name: str, root_id: bytes) -> AsyncIterator[Any]:
+        return self._stream(name, (lane_of(root_id, self._lanes), UUID(bytes=root_id)))
+
+    async def _stream(self, name: str, parameters: tuple[Any, ...]) -> AsyncIterator[Any]:
+        statement = STATEMENTS[name]
+        cursor = AsyncRawCursor(self._connection)
+        try:
+            async for row in cursor.stream(
+                statement.sql, parameters, binary=True, size=_STREAM_ROWS
+            ):
+                yield statement.row(row)
+        except psycopg.Error as error:
+            raise translate(error) from error
 
 
 class Store:
     """An open ledger."""
 
-    incarnation: bytes
-    """16 bytes, made with the ledger: a restored copy keeps them, another ledger has others."""
-    lanes: int
+    def __init__(
+        self, dsn: str, pool: AsyncConnectionPool[Connection], incarnation: bytes, lanes: int
+    ) -> None:
+        self.incarnation = incarnation
+        """16 bytes, made with the ledger: a restored copy keeps them, another ledger has others."""
+        self.lanes = lanes
+        self._pool = pool
+        self._writers = [LaneWriter(dsn, incarnation, lane) for lane in range(lanes)]
 
     @classmethod
     async def open(
@@ -81,47 +130,98 @@ class Store:
             SchemaOutdated: It is not at this version's schema.
             SettingsUnsafe: It could lose what it has committed.
         """
-        raise NotImplementedError
+        found = await asyncio.to_thread(current, dsn)
+        if found != head():
+            raise SchemaOutdated(found, head())
+        pool = AsyncConnectionPool(
+            conninfo(dsn),
+            connection_class=Connection,
+            kwargs={"autocommit": True},
+            min_size=1,
+            max_size=pool_size,
+            timeout=_POOL_WAIT_SECONDS,
+            check=AsyncConnectionPool.check_connection,
+            open=False,
+        )
+        await pool.open()
+        try:
+            async with _reading(pool) as connection:
+                if not unsafe_settings_allowed:
+                    await _check_settings(connection)
+                (ledger,) = await connection.fetch(Step(LEDGER))
+        except BaseException:
+            await pool.close()
+            raise
+        return cls(dsn, pool, ledger.incarnation, ledger.lanes)
 
     async def close(self) -> None:
         """Close all connections, those of the writers too."""
-        raise NotImplementedError
+        for writer in self._writers:
+            await writer.close()
+        await self._pool.close()
 
     def lane_of(self, root_id: bytes) -> int:
         """The lane that a root's operations are committed in."""
-        raise NotImplementedError
+        return lane_of(root_id, self.lanes)
 
     def writer(self, lane: int) -> LaneWriter:
         """The writer of a lane; the same one each time."""
-        raise NotImplementedError
+        return self._writers[lane]
 
     async def standing(self, lane: int) -> Standing:
         """The clock, and the position that the lane has by now; also tells whether there is an answer."""
-        raise NotImplementedError
+        found = await self._fetch("standing", lane=lane)
+        if not found:
+            raise LedgerCorrupt(f"lane {lane} has no position")
+        return Standing(*found[0])
 
     async def find(self, path: str) -> Found | None:
         """The budget that a path of names, separated by slashes, leads to."""
-        raise NotImplementedError
+        top, *names = path.split("/")
+        if len(names) >= DEPTH_MAX:
+            return None
+        async with _reading(self._pool) as connection:
+            found = await connection.fetch(Step(STATEMENTS["root_named"], {"name": top}))
+            if not found:
+                return None
+            root_id = budget_id = found[0]
+            for name in names:
+                key = {
+                    "lane": self.lane_of(root_id),
+                    "root_id": root_id,
+                    "budget_id": budget_id,
+                    "name": name,
+                }
+                found = await connection.fetch(Step(STATEMENTS["child_named"], key))
+                if not found:
+                    return None
+                budget_id = found[0]
+        return Found(root_id, budget_id)
 
     async def budget(self, root_id: bytes, budget_id: bytes) -> tuple[Budget, ...]:
         """A budget and its ancestors, upwards; empty if there is none."""
-        raise NotImplementedError
+        return tuple(await self._fetch("ancestry", **self._key(root_id, budget_id)))
 
     async def list_roots(self, *, limit: int, after: str | None = None) -> Page[Budget, str]:
         """Roots by name."""
-        raise NotImplementedError
+        found = await self._fetch("list_roots", after=after or "", limit=limit + 1)
+        return _page(found, limit, lambda budget: budget.name)
 
     async def list_children(
         self, root_id: bytes, budget_id: bytes, *, limit: int, after: str | None = None
     ) -> Page[Budget, str]:
         """A budget's direct children by name, closed ones included."""
-        raise NotImplementedError
+        key = self._key(root_id, budget_id)
+        found = await self._fetch("list_children", **key, after=after or "", limit=limit + 1)
+        return _page(found, limit, lambda budget: budget.name)
 
     async def list_subtree(
         self, root_id: bytes, budget_id: bytes, *, limit: int, after: bytes | None = None
     ) -> Page[Budget, bytes]:
         """Everything below a budget, at any depth, by id; closed budgets included."""
-        raise NotImplementedError
+        key = self._key(root_id, budget_id)
+        found = await self._fetch("list_subtree", **key, after=after or _NIL, limit=limit + 1)
+        return _page(found, limit, lambda budget: budget.budget_id)
 
     async def list_holds(
         self,
@@ -133,7 +233,10 @@ class Store:
         after: bytes | None = None,
     ) -> Page[Hold, bytes]:
         """A budget's holds by id: those that can still be settled, or with `ended` all."""
-        raise NotImplementedError
+        name = "list_all_holds" if ended else "list_open_holds"
+        key = self._key(root_id, budget_id)
+        found = await self._fetch(name, **key, after=after or _NIL, limit=limit + 1)
+        return _page(found, limit, lambda hold: hold.hold_id)
 
     async def list_entries(
         self,
@@ -145,14 +248,88 @@ class Store:
         descending: bool = False,
     ) -> Page[Entry, int]:
         """A budget's entries by seq."""
-        raise NotImplementedError
+        name = "list_entries_descending" if descending else "list_entries"
+        if after is None:
+            after = BALANCE_MAX if descending else 0
+        key = self._key(root_id, budget_id)
+        found = await self._fetch(name, **key, after=after, limit=limit + 1)
+        return _page(found, limit, lambda entry: entry.seq)
 
     async def list_tree_entries(
         self, root_id: bytes, *, limit: int, after: int | None = None, descending: bool = False
     ) -> Page[Entry, int]:
-        """A tree's entries by position; a page has at most `limit` operations, each of them whole."""
-        raise NotImplementedError
+        """A tree's entries by position; a page has at most `limit` operations, each of them whole.
 
-    def snapshot(self) -> AbstractAsyncContextManager[Snapshot]:
+        Positions are a lane's, so those of a tree have gaps. They are read in windows that grow until
+        the page is full, each as cheap as it is wide.
+        """
+        lane = self.lane_of(root_id)
+        end = (await self.standing(lane)).position
+        operations: list[list[Entry]] = []
+        edge = after if after is not None else (end + 1 if descending else 0)
+        width = limit * 4
+        while len(operations) <= limit and (edge > 1 if descending else edge < end):
+            low, high = (edge - 1 - width, edge - 1) if descending else (edge, edge + width)
+            found = await self._fetch(
+                "tree_entries", lane=lane, root_id=root_id, after=max(low, 0), until=high
+            )
+            by_position = [
+                list(parts) for _, parts in groupby(found, key=lambda entry: entry.position)
+            ]
+            operations += reversed(by_position) if descending else by_position
+            edge = max(low, 0) + 1 if descending else high
+            width *= 4
+        page = operations[:limit]
+        more = len(operations) > limit
+        return Page(
+            tuple(entry for parts in page for entry in parts),
+            page[-1][0].position if more else None,
+        )
+
+    @contextlib.asynccontextmanager
+    async def snapshot(self) -> AsyncIterator[Snapshot]:
         """The ledger at one instant, for verification."""
-        raise NotImplementedError
+        async with _reading(self._pool) as connection:
+            await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            try:
+                ((now, _),) = await connection.fetch(Step(STATEMENTS["standing"], {"lane": 0}))
+                yield Snapshot(connection, now, self.lanes)
+            finally:
+                if not connection.closed:
+                    await connection.execute("ROLLBACK")
+
+    def _key(self, root_id: bytes, budget_id: bytes) -> dict[str, Any]:
+        return {"lane": self.lane_of(root_id), "root_id": root_id, "budget_id": budget_id}
+
+    async def _fetch(self, name: str, **values: Any) -> list[Any]:
+        async with _reading(self._pool) as connection:
+            return await connection.fetch(Step(STATEMENTS[name], values))
+
+
+@contextlib.asynccontextmanager
+async def _reading(pool: AsyncConnectionPool[Connection]) -> AsyncIterator[Connection]:
+    """A connection for a read; what fails in it is told as the store's error."""
+    try:
+        async with pool.connection() as connection:
+            yield connection
+    except psycopg.Error as error:
+        raise translate(error) from error
+
+
+def _page(found: list[Row], limit: int, key: Callable[[Row], Key]) -> Page[Row, Key]:
+    """A page of what was asked for with one row more, which tells whether there is another page."""
+    rows = tuple(found[:limit])
+    return Page(rows, key(rows[-1]) if len(found) > limit else None)
+
+
+async def _check_settings(connection: Connection) -> None:
+    """Refuse settings with which a crash could lose or tear what was committed."""
+    if not is_postgres(connection):
+        return
+    cursor = await connection.execute(
+        "SELECT name, setting FROM pg_settings WHERE setting = 'off'"
+        " AND name IN ('fsync', 'full_page_writes', 'synchronous_commit')"
+    )
+    unsafe: dict[str, str] = dict(await cursor.fetchall())
+    if unsafe:
+        raise SettingsUnsafe(unsafe)

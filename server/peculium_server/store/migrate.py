@@ -1,0 +1,71 @@
+"""Bringing a database to this version's schema. A step of its own: serving never migrates."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+from collections.abc import Iterator
+
+import psycopg
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, create_engine
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import NullPool
+
+from peculium_server.store.connect import conninfo
+from peculium_server.store.errors import translate
+
+
+def upgrade(dsn: str) -> None:
+    """Run all revisions that the database lacks, as one transaction.
+
+    Raises:
+        StoreError: The database cannot be used or migrated; it is as it was.
+    """
+    with _connected(dsn) as connection:
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def current(dsn: str) -> str | None:
+    """The revision that the database is at; None if it has no schema.
+
+    Raises:
+        StoreError: The database cannot be used.
+    """
+    with _connected(dsn) as connection:
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+def head() -> str:
+    """The revision that this version was written for."""
+    (revision,) = ScriptDirectory.from_config(_config()).get_heads()
+    return revision
+
+
+def _config() -> Config:
+    config = Config()
+    location = str(importlib.resources.files("peculium_migrations"))
+    config.set_main_option("script_location", location.replace("%", "%%"))
+    return config
+
+
+@contextlib.contextmanager
+def _connected(dsn: str) -> Iterator[Connection]:
+    def connect() -> psycopg.Connection:
+        return psycopg.connect(conninfo(dsn))
+
+    engine = create_engine("postgresql+psycopg://", creator=connect, poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except DBAPIError as error:
+        if isinstance(error.orig, psycopg.Error):
+            raise translate(error.orig) from error
+        raise
+    finally:
+        engine.dispose()

@@ -1,0 +1,226 @@
+"""The statements that read outside of a lane's transaction, each a short one of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    Executable,
+    FromClause,
+    SmallInteger,
+    Text,
+    TextClause,
+    Uuid,
+    and_,
+    any_,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    union,
+)
+
+from peculium_server.core.state import GENESIS, Entry
+from peculium_server.store import rows
+from peculium_server.store.schema import (
+    OPEN_HOLD,
+    budgets,
+    entries,
+    holds,
+    lanes,
+    roots,
+    seq_group,
+)
+from peculium_server.store.statements import CLOCK, compiled
+from peculium_server.store.wire import Statement
+
+_LANE = bindparam("lane", type_=SmallInteger)
+_ROOT = bindparam("root_id", type_=Uuid(as_uuid=False))
+_BUDGET = bindparam("budget_id", type_=Uuid(as_uuid=False))
+_AFTER_ID = bindparam("after", type_=Uuid(as_uuid=False))
+_AFTER_NAME = bindparam("after", type_=Text())
+_AFTER = bindparam("after", type_=BigInteger)
+_UNTIL = bindparam("until", type_=BigInteger)
+_LIMIT = bindparam("limit", type_=BigInteger)
+
+
+def _columns(table: FromClause, names: Sequence[str]) -> list[ColumnElement[Any]]:
+    return [table.c[name] for name in names]
+
+
+def _in_tree(table: FromClause) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    return table.c.lane == _LANE, table.c.root_id == _ROOT
+
+
+def _standing() -> Executable:
+    return select(CLOCK, lanes.c.position).where(lanes.c.lane == _LANE)
+
+
+def _root_named() -> Executable:
+    return select(roots.c.root_id).where(roots.c.name == bindparam("name", type_=Text()))
+
+
+def _child_named() -> Executable:
+    return select(budgets.c.budget_id).where(
+        *_in_tree(budgets),
+        budgets.c.parent_id == _BUDGET,
+        budgets.c.name == bindparam("name", type_=Text()),
+    )
+
+
+def _ancestry() -> Executable:
+    """A budget and its ancestors, as one statement sees them: never half an operation."""
+    named = budgets.alias("named")
+    line = func.array_append(named.c.ancestors, named.c.budget_id)
+    return (
+        select(*_columns(budgets, rows.BUDGET_COLUMNS))
+        .select_from(named)
+        .join(budgets, and_(*_in_tree(budgets), budgets.c.budget_id == any_(line)))
+        .where(*_in_tree(named), named.c.budget_id == _BUDGET)
+        .order_by(func.cardinality(budgets.c.ancestors).desc())
+    )
+
+
+def _list_roots() -> Executable:
+    return (
+        select(*_columns(budgets, rows.BUDGET_COLUMNS))
+        .select_from(roots)
+        .join(
+            budgets,
+            (budgets.c.lane == roots.c.lane)
+            & (budgets.c.root_id == roots.c.root_id)
+            & (budgets.c.budget_id == roots.c.root_id),
+        )
+        .where(roots.c.name > _AFTER_NAME)
+        .order_by(roots.c.name)
+        .limit(_LIMIT)
+    )
+
+
+def _list_children() -> Executable:
+    return (
+        select(*_columns(budgets, rows.BUDGET_COLUMNS))
+        .where(*_in_tree(budgets), budgets.c.parent_id == _BUDGET, budgets.c.name > _AFTER_NAME)
+        .order_by(budgets.c.name)
+        .limit(_LIMIT)
+    )
+
+
+def _list_subtree() -> Executable:
+    return (
+        select(*_columns(budgets, rows.BUDGET_COLUMNS))
+        .where(
+            *_in_tree(budgets),
+            any_(budgets.c.ancestors) == _BUDGET,
+            budgets.c.budget_id > _AFTER_ID,
+        )
+        .order_by(budgets.c.budget_id)
+        .limit(_LIMIT)
+    )
+
+
+def _list_holds(*conditions: ColumnElement[bool] | TextClause) -> Executable:
+    return (
+        select(*_columns(holds, rows.HOLD_COLUMNS))
+        .where(
+            *_in_tree(holds),
+            holds.c.budget_id == _BUDGET,
+            holds.c.hold_id > _AFTER_ID,
+            *conditions,
+        )
+        .order_by(holds.c.hold_id)
+        .limit(_LIMIT)
+    )
+
+
+def _entry_columns() -> list[ColumnElement[Any]]:
+    """An entry's own columns, and the hash of the one before it of its budget."""
+    before = entries.alias("before")
+    seq_before = entries.c.seq - literal_column("1")
+    previous = (
+        select(before.c.hash)
+        .where(
+            before.c.lane == entries.c.lane,
+            before.c.root_id == entries.c.root_id,
+            before.c.budget_id == entries.c.budget_id,
+            seq_group(before.c.seq) == seq_group(seq_before),
+            before.c.seq == seq_before,
+        )
+        .scalar_subquery()
+    )
+    return [*_columns(entries, rows.ENTRY_COLUMNS), previous]
+
+
+def _list_entries(*, descending: bool) -> Executable:
+    """A budget's entries by seq, group for group, as the index has them."""
+    seq, group = entries.c.seq, seq_group(entries.c.seq)
+    of_budget = select(*_entry_columns()).where(*_in_tree(entries), entries.c.budget_id == _BUDGET)
+    if descending:
+        before = of_budget.where(group <= seq_group(_AFTER), seq < _AFTER)
+        return before.order_by(group.desc(), seq.desc()).limit(_LIMIT)
+    behind = of_budget.where(group >= seq_group(_AFTER), seq > _AFTER)
+    return behind.order_by(group, seq).limit(_LIMIT)
+
+
+def _tree_entries() -> Executable:
+    """A tree's entries between two positions of its lane."""
+    return (
+        select(*_entry_columns())
+        .where(*_in_tree(entries), entries.c.position > _AFTER, entries.c.position <= _UNTIL)
+        .order_by(entries.c.position, entries.c.part)
+    )
+
+
+def _all_roots() -> Executable:
+    return union(*(select(table.c.root_id) for table in (entries, budgets, holds)))
+
+
+def _all_entries() -> Executable:
+    return (
+        select(*_columns(entries, rows.ENTRY_COLUMNS))
+        .where(*_in_tree(entries))
+        .order_by(entries.c.position, entries.c.part)
+    )
+
+
+def _all_budgets() -> Executable:
+    return select(*_columns(budgets, rows.BUDGET_COLUMNS)).where(*_in_tree(budgets))
+
+
+def _all_holds() -> Executable:
+    return select(*_columns(holds, rows.HOLD_COLUMNS)).where(*_in_tree(holds))
+
+
+def _to_entry(row: Sequence[Any]) -> Entry:
+    return rows.to_entry(row, previous_hash=row[-1] or GENESIS)
+
+
+def _first(row: Sequence[Any]) -> Any:
+    return row[0]
+
+
+RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
+    "standing": (_standing(), tuple),
+    "root_named": (_root_named(), _first),
+    "child_named": (_child_named(), _first),
+    "ancestry": (_ancestry(), rows.to_budget),
+    "list_roots": (_list_roots(), rows.to_budget),
+    "list_children": (_list_children(), rows.to_budget),
+    "list_subtree": (_list_subtree(), rows.to_budget),
+    "list_open_holds": (_list_holds(OPEN_HOLD), rows.to_hold),
+    "list_all_holds": (_list_holds(), rows.to_hold),
+    "list_entries": (_list_entries(descending=False), _to_entry),
+    "list_entries_descending": (_list_entries(descending=True), _to_entry),
+    "tree_entries": (_tree_entries(), _to_entry),
+    "all_roots": (_all_roots(), _first),
+    "all_entries": (_all_entries(), rows.to_entry_as_found),
+    "all_budgets": (_all_budgets(), rows.to_budget),
+    "all_holds": (_all_holds(), rows.to_hold),
+}
+
+STATEMENTS: dict[str, Statement] = {
+    name: compiled(name, executable, row) for name, (executable, row) in RECIPES.items()
+}

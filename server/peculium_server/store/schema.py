@@ -1,0 +1,339 @@
+"""The tables, as the newest migration leaves them. `docs/reference/schema.md` explains them.
+
+Every key begins with the lane, then the root: a lane is a partition, written by one writer at a
+time, and a tree lies within one lane. Nothing here needs a trigger, a sequence, a stored procedure
+or a foreign key. Columns are in order of their alignment, the widest first, because millions of
+entries would otherwise carry padding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    ColumnElement,
+    Index,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    SmallInteger,
+    Table,
+    Text,
+    TextClause,
+    UniqueConstraint,
+    Uuid,
+    column,
+    literal_column,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
+
+from peculium_server.core.limits import BALANCE_MAX, DEPTH_MAX, OVERRUN_FACTOR_MAX
+from peculium_server.core.state import Balances, Custody, HoldState
+
+LANES = 16
+"""Lanes of a new ledger; how many an existing one has is fixed in its `ledger` row."""
+
+ENCODING_VERSION = 1
+"""Of the requests, effects and hashes in `entries`."""
+
+SEQ_GROUP_BITS = 6
+"""A budget's entries are indexed in groups of this many bits of their seq.
+
+All entries of a group have the same key, which a B-tree stores once: a tenth of the bytes.
+"""
+
+_LANE_DOMAIN = b"peculium.lane.v1\x00"
+
+
+def lane_of(root_id: bytes, lanes: int) -> int:
+    """The lane of a root: SHA-256 over a domain and the id, its first 8 bytes modulo the lanes."""
+    return int.from_bytes(hashlib.sha256(_LANE_DOMAIN + root_id).digest()[:8]) % lanes
+
+
+metadata = MetaData(
+    naming_convention={
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "pk": "pk_%(table_name)s",
+        "uq": "uq_%(table_name)s_%(constraint_name)s",
+    }
+)
+
+_ID = Uuid(as_uuid=False)
+_NAME = Text(collation="C").with_variant(Text(), "cockroachdb")
+"""Compared by its bytes: an upgrade of the system's locales must not reorder a unique index."""
+_TIME = TIMESTAMP(timezone=True)
+_BY_LANE = "LIST (lane)"
+
+
+SPARSE = ("delegated", "forfeited", "overrun", "advanced")
+"""Balances that are zero in nearly every entry, which therefore says NULL: that takes no room."""
+
+
+def _money(sparse: Collection[str] = ()) -> list[Column[int]]:
+    return [Column(name, BigInteger, nullable=name in sparse) for name in Balances._fields]
+
+
+# Subtracted one after another: the sum of a side could pass 2^63.
+_BALANCED = text("granted - available - held - delegated - spent - forfeited + overrun = 0")
+_SPARSE_BALANCED = text(
+    "granted - available - held - coalesce(delegated, 0) - spent - coalesce(forfeited, 0)"
+    " + coalesce(overrun, 0) = 0"
+)
+_SIGNED = text(" AND ".join(f"{name} BETWEEN 0 AND {BALANCE_MAX}" for name in Balances._fields))
+_ADVANCED = text("advanced <= granted")
+_OVERRUN = text("overrun = 0 OR budget_id = root_id")
+
+
+def _digest(column: str) -> TextClause:
+    return text(f"octet_length({column}) = 32")
+
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("created_at", _TIME, nullable=False, server_default=text("clock_timestamp()")),
+    Column("singleton", Boolean, nullable=False),
+    Column("lanes", SmallInteger, nullable=False),
+    Column("encoding_version", SmallInteger, nullable=False),
+    Column("incarnation", _ID, nullable=False, server_default=text("gen_random_uuid()")),
+    PrimaryKeyConstraint("singleton"),
+    CheckConstraint(text("singleton"), name="singleton"),
+    CheckConstraint(text("lanes > 0"), name="lanes"),
+)
+
+lanes = Table(
+    "lanes",
+    metadata,
+    Column("position", BigInteger, nullable=False),
+    Column("lane", SmallInteger, autoincrement=False, nullable=False),
+    PrimaryKeyConstraint("lane"),
+    CheckConstraint(text("position >= 0"), name="position"),
+    postgresql_partition_by=_BY_LANE,
+)
+
+roots = Table(
+    "roots",
+    metadata,
+    Column("lane", SmallInteger, nullable=False),
+    Column("root_id", _ID, nullable=False),
+    Column("name", _NAME, nullable=False),
+    PrimaryKeyConstraint("name"),
+)
+
+budgets = Table(
+    "budgets",
+    metadata,
+    *_money(),
+    Column("disputed", BigInteger, nullable=False),
+    Column("disputes", BigInteger, nullable=False),
+    Column("holds_live", BigInteger, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("created_at", _TIME, nullable=False),
+    Column("last_at", _TIME, nullable=False),
+    Column("lease_until", _TIME),
+    Column("lease_latest", _TIME),
+    Column("lane", SmallInteger, nullable=False),
+    Column("custody", SmallInteger, nullable=False),
+    Column("overrun_factor", SmallInteger),
+    Column("closed", Boolean, nullable=False),
+    Column("frozen", Boolean, nullable=False),
+    Column("root_id", _ID, nullable=False),
+    Column("budget_id", _ID, nullable=False),
+    Column("parent_id", _ID),
+    Column("token", LargeBinary),
+    Column("head", LargeBinary, nullable=False),
+    Column("holder", Text),
+    Column("ancestors", ARRAY(_ID), nullable=False),
+    Column("name", _NAME, nullable=False),
+    Column("unit", Text, nullable=False),
+    Column("labels", JSONB, nullable=False),
+    PrimaryKeyConstraint("lane", "root_id", "budget_id"),
+    UniqueConstraint("lane", "root_id", "parent_id", "name", name="name"),
+    CheckConstraint(_BALANCED, name="balanced"),
+    CheckConstraint(_SIGNED, name="signed"),
+    CheckConstraint(_ADVANCED, name="advanced"),
+    CheckConstraint(_OVERRUN, name="overrun"),
+    CheckConstraint(
+        text(
+            f"disputed BETWEEN 0 AND {BALANCE_MAX} AND disputes >= 0 AND holds_live >= 0"
+            " AND version >= 0 AND seq >= 1"
+        ),
+        name="counters",
+    ),
+    CheckConstraint(text("holds_live > 0 OR held = 0"), name="held"),
+    CheckConstraint(text("disputes > 0 OR disputed = 0"), name="disputed"),
+    CheckConstraint(
+        text(
+            # Nobody's token and nobody by name: only what was returned in full is held by nobody.
+            f"CASE custody WHEN {Custody.TOKEN:d} THEN token IS NOT NULL OR closed"
+            f" WHEN {Custody.PRINCIPAL:d} THEN token IS NULL AND holder IS NOT NULL"
+            " ELSE false END"
+        ),
+        name="custody",
+    ),
+    CheckConstraint(
+        text(
+            "CASE WHEN parent_id IS NULL"
+            " THEN budget_id = root_id AND cardinality(ancestors) = 0"
+            " ELSE budget_id <> root_id AND parent_id = ancestors[1]"
+            f" AND cardinality(ancestors) < {DEPTH_MAX}"
+            " AND ancestors[cardinality(ancestors)] = root_id END"
+        ),
+        name="ancestors",
+    ),
+    CheckConstraint(
+        text(
+            "CASE WHEN parent_id IS NULL THEN overrun_factor IS NULL"
+            f" ELSE overrun_factor IS NOT NULL AND overrun_factor BETWEEN 0 AND {OVERRUN_FACTOR_MAX}"
+            " END"
+        ),
+        name="overrun_factor",
+    ),
+    CheckConstraint(
+        text("(lease_until IS NULL) = (lease_latest IS NULL) AND created_at <= last_at"),
+        name="times",
+    ),
+    CheckConstraint(_digest("token"), name="token"),
+    CheckConstraint(_digest("head"), name="head"),
+    CheckConstraint(text("jsonb_typeof(labels) = 'object'"), name="labels"),
+    Index(
+        "ix_budgets_due",
+        "lane",
+        "lease_until",
+        postgresql_where=text("lease_until IS NOT NULL AND NOT closed"),
+    ),
+    postgresql_partition_by=_BY_LANE,
+)
+"""Updates stay within a page where they can (HOT): no index has a column that operations change."""
+
+OPEN_HOLD = text(f"state IN ({HoldState.LIVE:d}, {HoldState.LAPSED:d})")
+LIVE_HOLD = text(f"state = {HoldState.LIVE:d}")
+
+holds = Table(
+    "holds",
+    metadata,
+    Column("amount", BigInteger, nullable=False),
+    Column("remaining", BigInteger, nullable=False),
+    Column("booked", BigInteger, nullable=False),
+    Column("disputed", BigInteger, nullable=False),
+    Column("created_at", _TIME, nullable=False),
+    Column("expires_at", _TIME, nullable=False),
+    Column("lane", SmallInteger, nullable=False),
+    Column("state", SmallInteger, nullable=False),
+    Column("root_id", _ID, nullable=False),
+    Column("budget_id", _ID, nullable=False),
+    Column("hold_id", _ID, nullable=False),
+    Column("token", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("lane", "root_id", "hold_id"),
+    CheckConstraint(text(f"state BETWEEN {min(HoldState):d} AND {max(HoldState):d}"), name="state"),
+    CheckConstraint(
+        text(
+            "amount > 0 AND remaining >= 0 AND booked >= 0"
+            f" AND disputed BETWEEN 0 AND {BALANCE_MAX} AND remaining <= amount"
+        ),
+        name="amounts",
+    ),
+    CheckConstraint(
+        text(
+            f"(remaining = 0 OR state IN ({HoldState.LIVE:d}, {HoldState.LAPSED:d}))"
+            f" AND (disputed > 0) = (state = {HoldState.DISPUTED:d})"
+        ),
+        name="ended",
+    ),
+    CheckConstraint(_digest("token"), name="token"),
+    Index(
+        "uq_holds_token",
+        "lane",
+        "root_id",
+        "budget_id",
+        "token",
+        unique=True,
+        postgresql_where=OPEN_HOLD,
+    ),
+    Index("ix_holds_due", "lane", "expires_at", postgresql_where=LIVE_HOLD),
+    postgresql_partition_by=_BY_LANE,
+)
+
+
+def seq_group(seq: ColumnElement[int]) -> ColumnElement[int]:
+    """The group of a seq in the index of a budget's entries."""
+    return seq.bitwise_rshift(literal_column(str(SEQ_GROUP_BITS)))
+
+
+entries = Table(
+    "entries",
+    metadata,
+    Column("position", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("at", _TIME, nullable=False),
+    Column("amount", BigInteger, nullable=False),
+    *_money(SPARSE),
+    Column("lane", SmallInteger, nullable=False),
+    Column("part", SmallInteger, nullable=False),
+    Column("parts", SmallInteger, nullable=False),
+    Column("kind", SmallInteger, nullable=False),
+    Column("root_id", _ID, nullable=False),
+    Column("budget_id", _ID, nullable=False),
+    Column("operation_id", _ID, nullable=False),
+    Column("trace_id", LargeBinary),
+    Column("consumed", LargeBinary),
+    Column("hash", LargeBinary, nullable=False),
+    Column("digest", LargeBinary),
+    Column("principal", Text, nullable=False),
+    Column("effect", LargeBinary, nullable=False),
+    Column("request", LargeBinary),
+    PrimaryKeyConstraint("lane", "root_id", "operation_id", "part"),
+    CheckConstraint(_SPARSE_BALANCED, name="balanced"),
+    CheckConstraint(_SIGNED, name="signed"),
+    CheckConstraint(_ADVANCED, name="advanced"),
+    CheckConstraint(_OVERRUN, name="overrun"),
+    CheckConstraint(
+        text("position >= 1 AND seq >= 1 AND amount >= 0 AND kind >= 1"), name="counters"
+    ),
+    CheckConstraint(
+        text(
+            "0 <= part AND part < parts"
+            " AND (part = 0) = (request IS NOT NULL) AND (parts > 1) = (digest IS NOT NULL)"
+        ),
+        name="parts",
+    ),
+    CheckConstraint(
+        text(
+            "octet_length(hash) = 32 AND octet_length(coalesce(consumed, hash)) = 32"
+            " AND octet_length(coalesce(digest, hash)) = 32"
+        ),
+        name="digests",
+    ),
+    Index(
+        "uq_entries_consumed",
+        "lane",
+        "root_id",
+        "budget_id",
+        "consumed",
+        unique=True,
+        postgresql_where=text("consumed IS NOT NULL"),
+    ),
+    Index(
+        "ix_entries_budget",
+        "lane",
+        "root_id",
+        "budget_id",
+        seq_group(column("seq", BigInteger)),
+    ),
+    # Entries lie on disk in order of their position, so that a summary of each few pages finds them.
+    Index(
+        "ix_entries_position",
+        "position",
+        postgresql_using="brin",
+        postgresql_with={"pages_per_range": 16, "autosummarize": True},
+    ).ddl_if(dialect="postgresql"),
+    Index("ix_entries_position", "lane", "position").ddl_if(dialect="cockroachdb"),
+    postgresql_partition_by=_BY_LANE,
+)
