@@ -20,6 +20,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -36,10 +37,14 @@ from peculium._waiting import Waiting
 from peculium.errors import (
     BudgetExhausted,
     CapabilityMoved,
+    CapabilityUnknown,
     DeadlineExceeded,
+    HoldEnded,
+    HoldUnknown,
     LedgerUnavailable,
     OutcomeUnknown,
     PeculiumError,
+    TokenConsumed,
 )
 from peculium.v1 import ledger_service_pb2 as ledger, types_pb2
 
@@ -52,6 +57,9 @@ _TOKEN_CONSUMED = types_pb2.REFUSAL_REASON_TOKEN_CONSUMED
 _LOST = Failure("the answer was not one to what was asked")
 _TOO_LATE = Failure("the time was over before the operation could be sent", not_done=True)
 _TIMEOUT_LEAST_SECONDS = 0.001
+
+_NOTHING_THERE = (CapabilityUnknown, HoldUnknown, HoldEnded)
+"""What releasing a hold answers that was never made, or has ended."""
 
 _log = logging.getLogger("peculium")
 
@@ -153,6 +161,9 @@ class Batch:
     """How long the attempt may take, in seconds."""
 
 
+_Answered = tuple[Ticket, ledger.OperationResult]
+
+
 class Coalescer:
     """The state of all lines of one client."""
 
@@ -172,6 +183,7 @@ class Coalescer:
         self._ready: deque[Line] = deque()
         self._later: list[tuple[float, int, Line]] = []
         self._sleepers: list[tuple[float, int, Ticket]] = []
+        self._sweeps: list[tuple[float, int, Ticket]] = []
         self._order = itertools.count()
         self._waiting: Waiting[Ticket] = Waiting()
         self._pursued = 0
@@ -199,8 +211,8 @@ class Coalescer:
             deadline: Until when the caller waits.
             wait_until: Until when a reserve waits for this process's own holds, if it has to.
         """
-        give_up_at = max(now, deadline) + self._finish_seconds
-        ticket = Ticket(line, operation, future, deadline, give_up_at, wait_until)
+        ticket = Ticket(line, operation, future, deadline, math.inf, wait_until)
+        self._pursue_until(ticket, max(now, deadline) + self._finish_seconds)
         line.queue.append(ticket)
         self._pursued += 1
         self._list(line)
@@ -210,7 +222,7 @@ class Coalescer:
         """Attach a new caller to an operation whose outcome was unknown."""
         ticket.future = future
         ticket.deadline = deadline
-        ticket.give_up_at = deadline + self._finish_seconds
+        self._pursue_until(ticket, deadline + self._finish_seconds)
         if ticket.place is Place.DONE:
             self._wake(ticket)
             return
@@ -242,7 +254,7 @@ class Coalescer:
     @property
     def idle(self) -> bool:
         """Whether nothing is on its way or to be sent."""
-        return self._pursued == 0
+        return self._pursued == 0 and not self._sweeps
 
     @property
     def unresolved(self) -> int:
@@ -272,7 +284,7 @@ class Coalescer:
 
     def wake_at(self) -> float | None:
         """When there may be something to do although nothing else happens before."""
-        times = [heap[0][0] for heap in (self._later, self._sleepers) if heap]
+        times = [heap[0][0] for heap in (self._later, self._sleepers, self._sweeps) if heap]
         return min(times, default=None)
 
     def completed(self, batch: Batch, response: ledger.BatchResponse, now: float) -> None:
@@ -314,11 +326,15 @@ class Coalescer:
             if ticket.place is Place.WAITING and ticket.wait_until <= now:
                 self._waiting.remove(_budget_id(ticket), ticket)
                 self._resolve(ticket, now, error=ticket.error)
+        while self._sweeps and self._sweeps[0][0] <= now:
+            ticket = heapq.heappop(self._sweeps)[2]
+            if ticket.operation is not None:
+                self._release(ticket.line.name, ticket.operation, now)
 
     def _board(self, line: Line, draft: _Draft, now: float) -> None:
         """Take from a line what may go now."""
         if line.parked and line.queue:
-            self._unpark(line, max(ticket.give_up_at for ticket in line.queue))
+            self._unpark(line, line.queue[-1].give_up_at)
         previous: int | None = None
         while line.queue and not draft.full:
             ticket = line.queue[0]
@@ -350,6 +366,10 @@ class Coalescer:
         ticket.line.flying += 1
         self._wake(ticket)
 
+    def _pursue_until(self, ticket: Ticket, time: float) -> None:
+        """Nobody may use the line of what has to happen again, so it is not left to that."""
+        ticket.give_up_at = time if ticket.droppable else math.inf
+
     def _list(self, line: Line, *, first: bool = False) -> None:
         """Note that a line has something that can go."""
         if line.listed or not line.queue or (line.linear and line.flying):
@@ -375,50 +395,47 @@ class Coalescer:
 
     # --- answers ---
 
-    def _apply_chain(
-        self, line: Line, answered: list[tuple[Ticket, ledger.OperationResult]], now: float
-    ) -> None:
+    def _apply_chain(self, line: Line, answered: list[_Answered], now: float) -> None:
         """Follow the token through a chain's answers, as far as they tell where it is."""
         tickets = [ticket for ticket, _ in answered]
-        for index, (ticket, result) in enumerate(answered):
-            match result.WhichOneof("result"):
-                case "outcome":
-                    self._accepted(ticket, result.outcome, now)
-                case "refused":
-                    consumer = _consumer(result.refused)
-                    winner = line.refused.pop(consumer, None) if consumer else None
-                    if winner is not None:
-                        self._adopt(winner, tickets[index:], now)
-                        return
-                    later = _position(consumer, tickets, index)
-                    if later is not None:
-                        self._skip(tickets[index:later], tickets[later:], now)
-                        return
-                    if index and result.refused.reason == _CAPABILITY_UNKNOWN:
-                        # It says nothing of this one: the one before left no token to go on with.
-                        self._hurry(tickets[index:])
-                        return
-                    self._refused(ticket, result.refused, now)
-                case "unavailable":
-                    self._fail(line, tickets[index:], unavailable(result.unavailable), now)
-                    return
-                case _:
-                    self._fail(line, tickets[index:], _LOST, now)
-                    return
+        skipped: list[Ticket] = []
+        winners: list[Ticket] = []
+        failure: Failure | None = None
+        told = 0
+        for ticket, result in answered:
+            case = result.WhichOneof("result")
+            consumer = _consumer(result.refused) if case == "refused" else None
+            if case == "outcome":
+                self._accepted(ticket, result.outcome, now)
+            elif case != "refused":
+                failure = unavailable(result.unavailable) if case == "unavailable" else _LOST
+                break
+            elif consumer in line.refused:
+                winners = [self._adopted(line.refused.pop(consumer), now)]
+                break
+            elif _comes(consumer, tickets[told + 1 :]):
+                # One behind it consumed the token in an attempt whose answer was lost, so this one
+                # was refused then. Why is lost, too: it is asked anew, after the others.
+                skipped.append(ticket)
+            elif told and result.refused.reason == _CAPABILITY_UNKNOWN:
+                # It says nothing of this one: the one before left no token to go on with.
+                break
+            else:
+                self._refused(ticket, result.refused, now)
+            told += 1
+        rest = _in_doubt(answered[told:])
+        self._hurry([ticket for ticket in skipped if self._anew(ticket, now)])
+        if failure is None:
+            self._hurry(winners + rest)
+        else:
+            self._fail(line, rest, failure, now)
 
-    def _adopt(self, winner: Ticket, others: list[Ticket], now: float) -> None:
-        """A delayed duplicate of a refused operation has won: find out its outcome, then go on."""
+    def _adopted(self, winner: Ticket, now: float) -> Ticket:
+        """A delayed duplicate of a refused operation has won: its outcome is to be found out."""
         winner.error = None
         winner.give_up_at = now + self._finish_seconds
         self._pursued += 1
-        self._hurry([winner, *others])
-
-    def _skip(self, refused: list[Ticket], rest: list[Ticket], now: float) -> None:
-        """The first of `rest` consumed the token, in an attempt whose answer was lost.
-
-        So those before it were refused then. Why is lost, too: they are asked anew, behind.
-        """
-        self._hurry(rest + [ticket for ticket in refused if self._anew(ticket, now)])
+        return winner
 
     def _apply(self, ticket: Ticket, result: ledger.OperationResult, now: float) -> None:
         match result.WhichOneof("result"):
@@ -459,12 +476,23 @@ class Coalescer:
             self._disappoint(self._waiting.tried(_budget_id(ticket)), now)
         if isinstance(error, BudgetExhausted) and self._waits(ticket, error, now):
             return
-        if line.linear and ticket.maybe_done and operation is not None:
-            if message.reason == _TOKEN_CONSUMED:
-                line.refused.clear()
-            else:
-                line.refused[operation.operation_id] = ticket
+        if ticket.maybe_done and operation is not None:
+            self._beware(ticket, operation, error, now)
         self._resolve(ticket, now, error=error)
+
+    def _beware(
+        self, ticket: Ticket, operation: Operation, error: PeculiumError, now: float
+    ) -> None:
+        """A duplicate of a refused operation may still be on its way, and win later."""
+        line = ticket.line
+        if isinstance(error, TokenConsumed):
+            line.refused.clear()
+        elif line.linear:
+            line.refused[operation.operation_id] = ticket
+        if operation.kind == "reserve":
+            # No attempt is decided after its time is over, so what it may reserve is there by then.
+            due = now + self._policy.attempt_seconds
+            heapq.heappush(self._sweeps, (due, next(self._order), ticket))
 
     def _waits(self, ticket: Ticket, error: BudgetExhausted, now: float) -> bool:
         """Let a reserve wait if this process's own holds could make it fit in time."""
@@ -564,7 +592,7 @@ class Coalescer:
 
     def _leave(self, ticket: Ticket, now: float) -> PeculiumError:
         """Go on without a caller; what is to be said to it."""
-        ticket.give_up_at = now + self._finish_seconds
+        self._pursue_until(ticket, now + self._finish_seconds)
         if ticket.place is Place.WAITING:
             self._waiting.remove(_budget_id(ticket), ticket)
             self._finish(ticket)
@@ -601,7 +629,7 @@ class Coalescer:
             self._wake(ticket)
         elif outcome is not None:
             self._undo(ticket, now)
-        elif ticket.future is None:
+        elif ticket.future is None and not isinstance(error, _NOTHING_THERE):
             _log.warning("what was to be done in the background was not: %s", error)
 
     def _wake(self, ticket: Ticket) -> None:
@@ -618,18 +646,20 @@ class Coalescer:
         operation, outcome, line = ticket.operation, ticket.outcome, ticket.line
         if operation is None or outcome is None or outcome.dry_run:
             return
-        deadline = now + self._finish_seconds
         if operation.kind == "reserve":
-            hold = HoldTarget(operation.root_id, operation.budget_id, operation.hold_id)
-            own_line = Line(line.name, linear=True, secret=operation.hold_secret)
-            undoing = requests.release(hold, Asked())
-            self.submit(own_line, undoing, None, now=now, deadline=deadline)
+            self._release(line.name, operation, now)
         elif operation.kind == "delegate" and not (line.linear and line.secret is None):
             target = Target(operation.root_id, operation.budget_id, by_token=line.linear)
             for child in operation.children:
                 if child.secret is not None:
                     undoing = requests.revoke(target, Asked(), descendant_id=child.budget_id)
-                    self.submit(line, undoing, None, now=now, deadline=deadline)
+                    self.submit(line, undoing, None, now=now, deadline=now)
+
+    def _release(self, name: str, reserve: Operation, now: float) -> None:
+        """Give back the hold of a reserve whose caller is gone."""
+        hold = HoldTarget(reserve.root_id, reserve.budget_id, reserve.hold_id)
+        line = Line(name, linear=True, secret=reserve.hold_secret)
+        self.submit(line, requests.release(hold, Asked()), None, now=now, deadline=now)
 
 
 class _Draft:
@@ -675,15 +705,20 @@ def _consumer(message: types_pb2.Refused) -> bytes | None:
     return id_bytes(message.metadata.get("consumed_by", ""))
 
 
-def _position(operation_id: bytes | None, tickets: list[Ticket], after: int) -> int | None:
-    """Where the operation is among the tickets behind a place."""
-    if operation_id is None:
-        return None
-    for index in range(after + 1, len(tickets)):
-        operation = tickets[index].operation
-        if operation is not None and operation.operation_id == operation_id:
-            return index
-    return None
+def _comes(operation_id: bytes | None, tickets: list[Ticket]) -> bool:
+    """Whether the operation is among the tickets."""
+    return operation_id is not None and any(
+        ticket.operation is not None and ticket.operation.operation_id == operation_id
+        for ticket in tickets
+    )
+
+
+def _in_doubt(answered: list[_Answered]) -> list[Ticket]:
+    """The tickets; those that were accepted have to be asked once more, in their order."""
+    for ticket, result in answered:
+        if result.HasField("outcome"):
+            ticket.maybe_done = True
+    return [ticket for ticket, _ in answered]
 
 
 def _budget_id(ticket: Ticket) -> bytes:

@@ -39,6 +39,7 @@ from peculium_server.rpc.requests import decode, decode_authority, decode_batche
 
 PRINCIPAL = "dev"
 INCARNATION = bytes(range(16))
+NO_ANSWER = Answer(Unanswered(Unavailability.DATABASE_UNAVAILABLE, {}, 10), None)
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -126,6 +127,23 @@ class Ledger:
                 for message in messages
             ]
 
+    def answer(
+        self, request: wire.BatchRequest, unanswered: Callable[[int], bool] | None = None
+    ) -> wire.BatchResponse:
+        """Decide a batch; some of it, by index, gets no answer all the same."""
+        decoded = [decode_batched(operation) for operation in request.operations]
+        answers = self.decide(decoded, Actor(self.principal, Role.AGENT))
+        response = wire.BatchResponse()
+        for index, answer in enumerate(answers):
+            told = NO_ANSWER if unanswered is not None and unanswered(index) else answer
+            responses.write_answer(told, response.results.add())
+        return response
+
+    def grant(self, request: admin.GrantRequest) -> None:
+        """Make a root, without a connection."""
+        [answer] = self.decide([decode(request)], Actor(self.principal, Role.ADMIN))
+        assert isinstance(answer.result, Outcome), answer
+
     def _load(self, operation: Operation, trees: dict[bytes, Tree]) -> None:
         tree = self.trees.setdefault(operation.root_id, WholeTree(operation.root_id))
         trees[operation.root_id] = tree
@@ -208,16 +226,7 @@ class Services(
             fault = self.ledger.faults.popleft() if self.ledger.faults else None
         response = wire.BatchResponse()
         if fault is None or fault.done:
-            decoded = [decode_batched(operation) for operation in request.operations]
-            answers = self.ledger.decide(decoded, Actor(self.ledger.principal, Role.AGENT))
-        else:
-            no = Unanswered(Unavailability.DATABASE_UNAVAILABLE, {}, 10)
-            answers = [Answer(no, None) for _ in request.operations]
-        for index, answer in enumerate(answers):
-            if fault is not None and fault.unanswered is not None and fault.unanswered(index):
-                no = Unanswered(Unavailability.DATABASE_UNAVAILABLE, {}, 10)
-                answer = Answer(no, None)  # noqa: PLW2901 - the fault is what is answered
-            responses.write_answer(answer, response.results.add())
+            response = self.ledger.answer(request, fault.unanswered if fault else None)
         if fault is not None:
             fault.reached.set()
             if fault.until is not None:
