@@ -108,7 +108,9 @@ async def test_a_server_that_drains_answers_everything_that_it_has_done(
         await impolite.busy.wait()
         assert await asyncio.to_thread(server.stop) == 0
 
-    assert {failure.code for failure in impolite.failures} == {grpc.StatusCode.UNAVAILABLE}
+    # What the transport has not handed over by then, it cancels itself.
+    ends = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
+    assert {failure.code for failure in impolite.failures} <= ends
     assert {failure.reason for failure in impolite.failures} <= {"", "DRAINING"}
     with Wire(start_server("--database-url", database).address) as wire:
         entries = wire.entries(grant.header.root_id)
