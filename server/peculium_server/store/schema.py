@@ -1,9 +1,10 @@
 """The tables, as the newest migration leaves them. `docs/reference/schema.md` explains them.
 
-Every key begins with the lane, then the root: a lane is a partition, written by one writer at a
-time, and a tree lies within one lane. Nothing here needs a trigger, a sequence, a stored procedure
-or a foreign key. Columns are in order of their alignment, the widest first, because millions of
-entries would otherwise carry padding.
+Every key begins with the lane, then the root: a lane is written by one writer at a time, and a tree
+lies within one lane. The migrations partition each table whose key begins so by lane; that, and what
+else only PostgreSQL has, is not needed for anything to be right. Nothing needs a trigger, a sequence,
+a stored procedure or a foreign key. Columns are in order of their alignment, the widest first,
+because millions of entries would otherwise carry padding.
 """
 
 from __future__ import annotations
@@ -68,7 +69,6 @@ _ID = Uuid(as_uuid=False)
 _NAME = Text(collation="C").with_variant(Text(), "cockroachdb")
 """Compared by its bytes: an upgrade of the system's locales must not reorder a unique index."""
 _TIME = TIMESTAMP(timezone=True)
-_BY_LANE = "LIST (lane)"
 
 
 SPARSE = ("delegated", "forfeited", "overrun", "advanced")
@@ -114,7 +114,6 @@ lanes = Table(
     Column("lane", SmallInteger, autoincrement=False, nullable=False),
     PrimaryKeyConstraint("lane"),
     CheckConstraint(text("position >= 0"), name="position"),
-    postgresql_partition_by=_BY_LANE,
 )
 
 roots = Table(
@@ -209,7 +208,6 @@ budgets = Table(
         "lease_until",
         postgresql_where=text("lease_until IS NOT NULL AND NOT closed"),
     ),
-    postgresql_partition_by=_BY_LANE,
 )
 """Updates stay within a page where they can (HOT): no index has a column that operations change."""
 
@@ -258,7 +256,6 @@ holds = Table(
         postgresql_where=OPEN_HOLD,
     ),
     Index("ix_holds_due", "lane", "expires_at", postgresql_where=LIVE_HOLD),
-    postgresql_partition_by=_BY_LANE,
 )
 
 
@@ -335,5 +332,4 @@ entries = Table(
         postgresql_with={"pages_per_range": 16, "autosummarize": True},
     ).ddl_if(dialect="postgresql"),
     Index("ix_entries_position", "lane", "position").ddl_if(dialect="cockroachdb"),
-    postgresql_partition_by=_BY_LANE,
 )

@@ -94,7 +94,7 @@ def _unnested(**types: TypeEngine[Any]) -> FromClause:
 def _types(table: Table, names: Sequence[str]) -> dict[str, TypeEngine[Any]]:
     """The columns' types in an array that is unnested: there, arrays and documents are texts."""
     return {
-        name: Text() if isinstance(table.c[name].type, ARRAY | JSONB) else table.c[name].type
+        name: Text() if isinstance(table.c[name].type, ARRAY | JSONB | Text) else table.c[name].type
         for name in names
     }
 
