@@ -373,6 +373,7 @@ class Ledger:
             [entry for entry in self.journal if entry.root_id == root_id],
             self.trees[root_id].known_budgets(),
             self.trees[root_id].known_holds(),
+            root_id,
         )
 
     # -- Setting up ---------------------------------------------------------------------------------
@@ -607,10 +608,10 @@ def reread(entry: Entry) -> Entry:
 
 
 def verify(
-    entries: Sequence[Entry], budgets: Sequence[Budget], holds: Sequence[Hold]
+    entries: Sequence[Entry], budgets: Sequence[Budget], holds: Sequence[Hold], root_id: bytes
 ) -> Finding | None:
-    """What an auditor finds who is shown these."""
-    verifier = Verifier(entries[0].root_id)
+    """What an auditor of a root finds who is shown these."""
+    verifier = Verifier(root_id)
     for entry in entries:
         verifier.entry(entry)
     for budget in budgets:
