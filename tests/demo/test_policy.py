@@ -29,6 +29,7 @@ from peculium_server.demo.messages import (
     Returned,
     Tally,
 )
+from peculium_server.demo.shares import share
 from peculium_server.demo.treasury import Treasury
 from tests.client.ledger import serving
 
@@ -130,10 +131,12 @@ async def test_whoever_asks_is_funded_with_a_share_of_what_there_is_or_with_its_
     async with coordinating(client, root) as (_, one, other):
         await one.channel.send(Ask(ask=1, need=7))
         assert await next_of(Answer, one.channel) == Answer(ask=1, funded=True, unspent_max=GRANTED)
-        assert await one.idle() == SHARE + 100
-        await one.channel.send(Ask(ask=2, need=290))
+        funded = share(GRANTED - 2 * SHARE, 4, 7)
+        assert await one.idle() == SHARE + funded
+        rest = GRANTED - 2 * SHARE - funded
+        await one.channel.send(Ask(ask=2, need=rest))
         assert (await next_of(Answer, one.channel)).funded
-        assert await one.idle() == SHARE + 100 + 290
+        assert await one.idle() == SHARE + funded + rest
         await one.end()
         await other.end()
 
@@ -148,7 +151,7 @@ async def test_what_does_not_fit_waits_for_what_others_return(client: Client, ro
         await other.budget.give_back(await other.idle())
         await other.channel.send(Returned())
         assert await next_of(Answer, one.channel) == Answer(ask=1, funded=True, unspent_max=GRANTED)
-        assert await one.idle() == 700
+        assert await one.idle() == share(GRANTED, 4, 700)
         await one.end()
         await other.end()
 
@@ -193,6 +196,21 @@ async def test_a_worker_that_cannot_go_on_ends_the_run(client: Client, root: Bud
     assert (error.peer, str(error)) == ("worker-1", "worker-1: no answer")
 
 
+@pytest.mark.parametrize(
+    ("there", "parts", "need", "amount"),
+    [
+        (800, 4, 1, 200),  # An equal part,
+        (80, 4, 10, 60),  # but enough for a few requests,
+        (50, 4, 10, 50),  # if there is enough,
+        (10, 4, 10, 10),  # and never less than what is needed.
+    ],
+)
+def test_a_share_shrinks_with_what_there_is_but_lasts_for_a_few_requests(
+    there: int, parts: int, need: int, amount: int
+) -> None:
+    assert share(there, parts, need) == amount
+
+
 # --- a worker's treasury, with two agents; the test is the coordinator ---
 
 
@@ -210,17 +228,17 @@ async def available(budget: Budget) -> int:
     return (await budget.info()).balances.available
 
 
-async def test_an_agent_gets_a_part_of_what_is_idle_or_what_it_needs(root: Budget) -> None:
+async def test_an_agent_gets_a_share_of_what_is_idle(root: Budget) -> None:
     async with (
         treasury_of(root) as (treasury, budget, _),
-        treasury.slice_for("agent-1", 10) as first,
+        treasury.slice_for("agent-1", 2) as first,
         treasury.slice_for("agent-2", 40) as second,
     ):
         assert first is not None
         assert second is not None
-        assert await available(first) == 50
-        assert await available(second) == 40
-        assert await available(budget) == 10
+        assert await available(first) == share(100, 2, 2) == 50
+        assert await available(second) == share(50, 2, 40) == 50
+        assert await available(budget) == 0
 
 
 async def test_what_an_agent_leaves_is_there_for_the_next(root: Budget) -> None:
@@ -243,7 +261,7 @@ async def test_what_is_idle_goes_back_before_an_agent_waits(root: Budget) -> Non
         assert await available(root) == GRANTED
         await root.fund(budget.ref, 160)
         treasury.answered(Answer(ask=ask.ask, funded=True, unspent_max=GRANTED))
-        assert await waiting == 150
+        assert await waiting == 160
 
 
 async def test_money_that_another_agent_took_first_is_asked_for_again(root: Budget) -> None:

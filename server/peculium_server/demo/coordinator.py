@@ -26,10 +26,10 @@ from peculium_server.demo.messages import (
     Returned,
     Tally,
 )
+from peculium_server.demo.shares import share
 
-SHARES_PER_WORKER: Final = 2
-"""A worker is handed one of so many equal shares for each worker, so that what is handed out shrinks
-with what there is, and no worker sits on much when the money runs out."""
+PARTS_PER_WORKER: Final = 2
+"""Half of what there is goes to the workers at first; the other half is for whoever is faster."""
 
 
 NOTHING_YET: Final = Tally(calls=0, refused=0, spent=0, held=0)
@@ -63,7 +63,7 @@ class Coordinator:
         self._budget = budget
         self._granted = granted
         self._channels = channels
-        self._shares = SHARES_PER_WORKER * len(channels)
+        self._parts = PARTS_PER_WORKER * len(channels)
         self.workers: list[Attended] = []
         self._money_may_be_there = asyncio.Event()
 
@@ -108,7 +108,7 @@ class Coordinator:
         for channel in self._channels:
             match await channel.receive():
                 case Ready(token_id=token_id):
-                    amount = self._granted // self._shares
+                    amount = self._granted // self._parts
                     token = bytes.fromhex(token_id)
                     children.append(Child(channel.peer, amount, receiver=token))
                 case other:
@@ -155,7 +155,7 @@ class Coordinator:
         if need is None or need > available:
             return 0
         del worker.asks[ask]
-        amount = max(need, available // self._shares)
+        amount = share(available, self._parts, need)
         await self._budget.fund(worker.ref, amount)
         await self._answer(worker, ask, funded=True)
         return amount

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -145,7 +145,8 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the report for people."""
         console.print(self._tree())
-        console.print(self._checks())
+        for line in self._sentences():
+            console.print(line, soft_wrap=True, highlight=False)
 
     @property
     def _percent(self) -> str:
@@ -153,7 +154,7 @@ class Report:
         whole, rest = divmod(self.spent * 10_000 // self.plan.granted, 100)
         return f"{whole}.{rest:02}"
 
-    def _tree(self) -> RenderableType:
+    def _tree(self) -> Table:
         """Who has spent how much: the coordinator, its workers, their agents with all their slices."""
         table = Table(title="The tree", title_justify="left", title_style="bold", box=None)
         table.add_column("budget", no_wrap=True)
@@ -181,24 +182,19 @@ class Report:
                 own = [slice_ for slice_ in slices if slice_.name.startswith(f"{name}.")]
                 yield _row(stem + branch_of_agent + name, len(own), *told, own)
 
-    def _checks(self) -> RenderableType:
+    def _sentences(self) -> Iterator[Text]:
         plan = self.plan
-        lines = [
-            Text(),
-            Text(
-                f"{plan.requests:,} requests would cost {dollars(plan.cost)}. The cap was"
-                f" {dollars(plan.granted)}, of which {self._percent} % was spent."
-            ),
-            Text(
-                f"{plan.processes} processes with {plan.agents_per_process} agents each,"
-                f" {self.seconds:.1f} seconds for everything."
-            ),
-            Text(),
-        ]
+        yield Text(
+            f"\n{plan.requests:,} requests would cost {dollars(plan.cost)}. The cap was"
+            f" {dollars(plan.granted)}, of which {self._percent} % was spent."
+        )
+        yield Text(
+            f"{plan.processes} processes with {plan.agents_per_process} agents each,"
+            f" {self.seconds:.1f} seconds for everything.\n"
+        )
         for check in self.checks:
             sign, style = ("✓", "green") if check.holds else ("✗", "bold red")
-            lines.append(Text.assemble((f"{sign} ", style), check.statement))
-        return Group(*lines)
+            yield Text.assemble((f"{sign} ", style), check.statement)
 
 
 def _branches(items: Sequence[_T]) -> Iterator[tuple[str, str, _T]]:

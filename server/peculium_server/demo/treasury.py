@@ -16,6 +16,7 @@ from typing import Final
 from peculium.aio import Budget
 from peculium_server.demo.channel import Channel
 from peculium_server.demo.messages import Answer, Ask, Returned
+from peculium_server.demo.shares import share
 
 SLICE_LEASE_SECONDS: Final = 3_600.0
 
@@ -61,9 +62,7 @@ class Treasury:
             async with self._lock:
                 idle = await self._idle()
                 if idle >= need:
-                    # A part of what is idle, so that slices shrink with it, and little is left in
-                    # many places when the money runs out.
-                    amount = max(need, idle // self._agents)
+                    amount = share(idle, self._agents, need)
                     name = f"{agent}.{next(self._numbers)}"
                     child = self._budget.delegate_here(amount, name=name, lease=SLICE_LEASE_SECONDS)
                     return await stack.enter_async_context(child)
