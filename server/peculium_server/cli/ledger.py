@@ -45,6 +45,9 @@ Insecure = Annotated[
         help="Send the key in clear text to another machine: something else encrypts the connection.",
     ),
 ]
+Timeout = Annotated[
+    float, typer.Option("--timeout", min=0.1, help="Seconds to wait for each answer.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, for machines.")]
 Budget = Annotated[
     str,
@@ -77,6 +80,7 @@ def grant(
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
+    timeout: Timeout = 10,
     json: Json = False,
 ) -> None:
     """Make a root budget.
@@ -91,7 +95,7 @@ def grant(
     """
     value, counted = parse_amount(amount, unit)
     labels = _labels(label)
-    with _connect(target, api_key, allow_insecure) as client:
+    with _connect(target, api_key, allow_insecure, timeout) as client:
         made = client.admin.grant(
             name, unit=counted, amount=value, holder=holder, token=token, labels=labels
         )
@@ -115,13 +119,14 @@ def topup(
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
+    timeout: Timeout = 10,
     json: Json = False,
 ) -> None:
     """Put more into a root; repays its overrun first.
 
     peculium topup acme 25usd
     """
-    with _connect(target, api_key, allow_insecure) as client:
+    with _connect(target, api_key, allow_insecure, timeout) as client:
         found = client.audit.budget(_reference(budget))
         value, unit = parse_amount(amount, found.unit)
         receipt = client.admin.top_up(found.ref, value)
@@ -138,13 +143,14 @@ def budget_show(
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
+    timeout: Timeout = 10,
     json: Json = False,
 ) -> None:
     """Show one budget.
 
     peculium budget show acme/research/run-7
     """
-    with _connect(target, api_key, allow_insecure) as client:
+    with _connect(target, api_key, allow_insecure, timeout) as client:
         found = client.audit.budget(_reference(budget))
     if json:
         print_json(budget_json(found))
@@ -163,6 +169,7 @@ def tree(
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
+    timeout: Timeout = 10,
     json: Json = False,
 ) -> None:
     """Show a budget and everything below it, or all roots.
@@ -171,7 +178,7 @@ def tree(
 
     peculium tree acme
     """
-    with _connect(target, api_key, allow_insecure) as client:
+    with _connect(target, api_key, allow_insecure, timeout) as client:
         budgets = client.audit.budgets(None if top is None else _reference(top))
         if json:
             for found in budgets:
@@ -193,6 +200,7 @@ def entries(
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
+    timeout: Timeout = 10,
     json: Json = False,
 ) -> None:
     """Show what was recorded of a budget, the latest first.
@@ -201,7 +209,7 @@ def entries(
 
     peculium entries acme --tree --oldest-first --limit 0 --json > acme.jsonl
     """
-    with _connect(target, api_key, allow_insecure) as client:
+    with _connect(target, api_key, allow_insecure, timeout) as client:
         found = client.audit.budget(_reference(budget))
         listed = itertools.islice(
             client.audit.entries(found.ref, tree=whole_tree, descending=not oldest_first),
@@ -225,6 +233,7 @@ def verify(
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
+    timeout: Timeout = 10,
     json: Json = False,
 ) -> None:
     """Make every recorded decision again, from the entries alone, and compare. Fails if one differs.
@@ -235,7 +244,7 @@ def verify(
     """
     last = None
     with (
-        _connect(target, api_key, allow_insecure) as client,
+        _connect(target, api_key, allow_insecure, timeout) as client,
         Console(stderr=True).status("verifying") as status,
     ):
         for last in client.audit.verify(None if of is None else _reference(of)):
@@ -250,8 +259,10 @@ def verify(
         raise typer.Exit(REFUSED)
 
 
-def _connect(target: str | None, api_key: str | None, allow_insecure: bool) -> Client:
-    return peculium.connect(target, api_key=api_key, allow_insecure=allow_insecure)
+def _connect(
+    target: str | None, api_key: str | None, allow_insecure: bool, timeout: float
+) -> Client:
+    return peculium.connect(target, api_key=api_key, allow_insecure=allow_insecure, timeout=timeout)
 
 
 def _reference(text: str) -> str | BudgetRef:

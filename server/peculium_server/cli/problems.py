@@ -6,10 +6,6 @@ from typing import Final, NamedTuple
 
 from peculium.errors import Invalid, PeculiumError, Refused, Unavailable
 from peculium_server.config import ConfigInvalid
-from peculium_server.embedded import EmbeddedPostgresError
-from peculium_server.identity import KeysInvalid
-from peculium_server.rpc.server import CannotListen
-from peculium_server.store.errors import StoreError
 
 REFUSED: Final = 1
 """The ledger said no, or does not verify."""
@@ -25,36 +21,35 @@ class Problem(NamedTuple):
     lines: tuple[str, ...]
 
 
-_EXIT_CODES: Final[tuple[tuple[type[Exception], int], ...]] = (
-    (ConfigInvalid, USAGE),
-    (KeysInvalid, USAGE),
-    (EmbeddedPostgresError, NO_ANSWER),
-    (CannotListen, NO_ANSWER),
-    (StoreError, NO_ANSWER),
-    (Refused, REFUSED),
-    (Invalid, USAGE),
-    (Unavailable, NO_ANSWER),
-)
-
-
 def explain(error: Exception) -> Problem | None:
     """What is to be said about an error; None if it is a bug."""
-    for kind, exit_code in _EXIT_CODES:
-        if isinstance(error, kind):
-            return Problem(exit_code, _lines(error))
-    return None
-
-
-def _lines(error: Exception) -> tuple[str, ...]:
     match error:
         case ConfigInvalid():
-            return tuple(error.problems)
-        case KeysInvalid():
-            return tuple(f"{error.path}: {problem}" for problem in error.problems)
-        case PeculiumError():
-            return _told(error)
+            return Problem(USAGE, tuple(error.problems))
+        case Refused():
+            return Problem(REFUSED, _told(error))
+        case Invalid():
+            return Problem(USAGE, _told(error))
+        case Unavailable():
+            return Problem(NO_ANSWER, _told(error))
         case _:
-            return (str(error),)
+            return _of_server(error)
+
+
+def _of_server(error: Exception) -> Problem | None:
+    """What keeps a server from running; its modules take longer to import than a client's call."""
+    from peculium_server.embedded import EmbeddedPostgresError  # noqa: PLC0415 - see above
+    from peculium_server.identity import KeysInvalid  # noqa: PLC0415
+    from peculium_server.rpc.server import CannotListen  # noqa: PLC0415
+    from peculium_server.store.errors import StoreError  # noqa: PLC0415
+
+    match error:
+        case KeysInvalid():
+            return Problem(USAGE, tuple(f"{error.path}: {problem}" for problem in error.problems))
+        case EmbeddedPostgresError() | CannotListen() | StoreError():
+            return Problem(NO_ANSWER, (str(error),))
+        case _:
+            return None
 
 
 def _told(error: PeculiumError) -> tuple[str, ...]:

@@ -7,10 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peculium_server import app
 from peculium_server.config import SERVER_SETTINGS, Config, unknown_variables
-from peculium_server.embedded import EmbeddedPostgres
-from peculium_server.store import migrate as migrations
 
 _BY_NAME = {setting.name: setting for setting in SERVER_SETTINGS}
 
@@ -50,6 +47,9 @@ def serve(
 
         peculium serve --listen 0.0.0.0:7415 --keys-file keys.toml --database-url postgresql://…
     """
+    # Here, so that the verbs of clients do not wait for the server's modules.
+    from peculium_server import app  # noqa: PLC0415
+
     config = Config.load(
         {
             "listen": listen,
@@ -84,6 +84,10 @@ def migrate(
 
         peculium migrate --database-url postgresql://ledger@db.example/peculium
     """
+    # Here, for the same reason as above.
+    from peculium_server.embedded import EmbeddedPostgres  # noqa: PLC0415
+    from peculium_server.store import migrate as migrations  # noqa: PLC0415
+
     config = Config.load({"database_url": database_url, "data_dir": data_dir})
     if config.database_url is not None:
         migrations.upgrade(config.database_url)
