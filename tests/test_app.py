@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import uuid
 from pathlib import Path
 
 import grpc
@@ -16,7 +17,12 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import peculium
-from peculium.errors import BudgetExhausted, PermissionDenied, Unauthenticated, Unavailable
+from peculium.errors import BudgetExhausted, PermissionDenied, Unauthenticated
+from peculium.v1.admin_service_pb2_grpc import AdminServiceStub
+from peculium.v1.ledger_service_pb2_grpc import LedgerServiceStub
+from peculium_server.core.operations import ByHolder, Grant, Spend
+from tests.rpc.messages import message_of
+from tests.rpc.test_reads import HOLDER, granted, new_id
 from tests.server import RunningServer, ServerFailed, StartServer
 
 
@@ -174,45 +180,51 @@ def test_a_server_that_is_told_to_stop_loses_nothing_that_it_answered(
     start_server: StartServer, database: str, number: signal.Signals
 ) -> None:
     first = start_server("--database-url", database)
-    answered: list[str] = []
-    under_way = threading.Semaphore(0)
+    roots = [granted(f"root-{index}", amount=10**6) for index in range(4)]
+    answered: set[bytes] = set()
+    another = threading.Semaphore(0)
 
-    def spend(index: int) -> int:
-        """Spend until the server is gone, and count what it said yes to."""
-        count = 0
-        with peculium.connect(first.address, timeout=2) as client:
-            budget = client.open(f"root-{index}")
-            under_way.release()
-            try:
-                while True:
-                    answered.append(budget.spend(1).operation_id)
-                    count += 1
-                    under_way.release()
-            except Unavailable:
-                return count
+    def spend(root: Grant) -> None:
+        """Spend, one after the other, until the server is gone."""
+        with grpc.insecure_channel(first.address) as channel:
+            stub = LedgerServiceStub(channel)
+            while True:
+                operation = Spend(
+                    operation_id=new_id(),
+                    root_id=root.root_id,
+                    budget_id=root.root_id,
+                    authority=ByHolder(),
+                    amount=1,
+                )
+                try:
+                    response = stub.Spend(message_of(operation, HOLDER))
+                except grpc.RpcError:
+                    return
+                answered.add(response.outcome.operation_id)
+                another.release()
 
-    with peculium.connect(first.address) as client:
-        for index in range(4):
-            client.admin.grant(f"root-{index}", unit="calls", amount=10**6, holder="dev")
+    with grpc.insecure_channel(first.address) as channel:
+        for root in roots:
+            AdminServiceStub(channel).Grant(message_of(root, None))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        spending = [pool.submit(spend, index) for index in range(4)]
-        for _ in range(100):
-            under_way.acquire()
+        spending = [pool.submit(spend, root) for root in roots for _ in range(4)]
+        for _ in range(200):
+            another.acquire()
         assert first.stop(number) == 0
-        counts = [each.result() for each in spending]
+        for each in spending:
+            each.result()
+    assert first.said[-1] == "stopped"
     second = start_server("--database-url", database)
     with peculium.connect(second.address) as client:
         recorded = {
-            entry.operation_id
-            for index in range(4)
-            for entry in client.audit.entries(f"root-{index}")
-            if entry.kind == "SPEND"
+            uuid.UUID(entry.operation_id).bytes
+            for root in roots
+            for entry in client.audit.entries(root.name)
         }
         *_, verdict = client.audit.verify()
-    assert sum(counts) >= 90
-    assert set(answered) <= recorded
+    assert len(answered) >= 200
+    assert answered <= recorded
     assert verdict.verified
-    assert first.said[-1] == "stopped"
 
 
 def test_a_server_is_healthy_while_its_database_answers(
