@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, TypeVar
 
-from peculium_server.core.state import Balances, Budget, Entry, Hold
+from peculium_server.core.encoding import Part, entry_hash, operation_digest
+from peculium_server.core.state import GENESIS, Balances, Budget, Entry, Hold
 from peculium_server.core.verify import Finding
 from tests.core.ledger import Ledger, verify
 
@@ -87,3 +88,36 @@ def _alter_one(rows: list[_T], seed: int) -> None:
 def _chosen(seed: int, bound: int) -> int:
     """One of so many, spread by a multiplicative hash."""
     return (seed * 2_654_435_761 >> 7) % bound
+
+
+def rehashed(entries: Sequence[Entry]) -> list[Entry]:
+    """The journal with all digests and hashes computed anew: whoever does this knows the encoding."""
+    operations: dict[bytes, list[Entry]] = {}
+    for entry in entries:
+        operations.setdefault(entry.operation_id, []).append(entry)
+    heads: dict[bytes, bytes] = {}
+    forged = []
+    for parts in operations.values():
+        first = parts[0]
+        assert first.request is not None
+        digest = operation_digest(
+            kind=first.kind,
+            root_id=first.root_id,
+            operation_id=first.operation_id,
+            position=first.position,
+            at=first.at,
+            principal=first.principal,
+            trace_id=first.trace_id,
+            amount=first.amount,
+            request=first.request,
+            parts=[
+                Part(part.budget_id, part.seq, part.consumed, part.money, part.effect_bytes)
+                for part in parts
+            ],
+        )
+        for part in parts:
+            head = heads.get(part.budget_id, GENESIS)
+            chained = entry_hash(head, digest, part.part)
+            heads[part.budget_id] = chained
+            forged.append(part._replace(digest=digest, previous_hash=head, hash=chained))
+    return forged

@@ -93,6 +93,7 @@ class Verifier:
 
     def budget(self, row: Budget) -> None:
         """Compare the row of a budget with the fold of its entries."""
+        self._no_more_entries()
         if self.finding is not None:
             return
         self._rows_seen.add(row.budget_id)
@@ -105,6 +106,7 @@ class Verifier:
 
     def hold(self, row: Hold) -> None:
         """Compare the row of a hold with the fold of its entries."""
+        self._no_more_entries()
         if self.finding is not None:
             return
         self._holds_seen.add(row.hold_id)
@@ -114,9 +116,7 @@ class Verifier:
 
     def finish(self) -> Finding | None:
         """The first finding, or None: the tree is verified."""
-        if self.finding is None and self._parts:
-            last = self._parts[-1]
-            self._found(_Broken("parts", f"{last.parts - len(self._parts)} are missing"), last)
+        self._no_more_entries()
         if self.finding is None:
             for budget_id in self._tree.budgets.keys() - self._rows_seen:
                 self._wrong_row(budget_id, "the budget has entries and no row")
@@ -125,6 +125,11 @@ class Verifier:
                 assert hold is not None
                 self._wrong_row(hold.budget_id, f"hold {id_text(hold_id)} has no row")
         return self.finding
+
+    def _no_more_entries(self) -> None:
+        if self.finding is None and self._parts:
+            last = self._parts[-1]
+            self._found(_Broken("parts", f"{last.parts - len(self._parts)} are missing"), last)
 
     def _found(self, broken: _Broken, entry: Entry) -> None:
         self.finding = Finding(
@@ -228,7 +233,11 @@ class Verifier:
         elif isinstance(operation.authority, ByRole):
             actor = Actor(first.principal, Role.ADMIN)
         self._tree.look_as_before(operation, parts)
-        decision = decide(self._tree, operation, actor, first.at, first.position)
+        try:
+            decision = decide(self._tree, operation, actor, first.at, first.position)
+        except (ValueError, OverflowError) as error:
+            # A forged time or number that is beyond what dates, or the encoding, can say.
+            raise _Broken("decision", f"it cannot be decided again: {error}", first) from error
         if not isinstance(decision, Accepted):
             answer = getattr(decision, "reason", None)
             why = "is a replay" if answer is None else f"is refused: {answer.name}"
