@@ -33,7 +33,7 @@ from peculium._limits import OPERATIONS_MAX, REQUEST_BYTES_MAX
 from peculium._requests import Asked, HoldTarget, Operation, Target
 from peculium._retry import Failure, Policy, delay_before
 from peculium._translation import refusal, unavailable, with_context
-from peculium._waiting import Waiting
+from peculium._waiting import Pool, Waiting
 from peculium.errors import (
     BudgetExhausted,
     CapabilityMoved,
@@ -129,8 +129,10 @@ class Ticket:
     attempts: int = 0
     maybe_done: bool = False
     """An attempt's fate is unknown."""
+    pool: Pool[Ticket] | None = field(default=None, repr=False)
+    """Whose money it may wait for."""
     ends: int = 0
-    """How many holds of its budget had ended when it was sent."""
+    """How often holds had freed money when it was sent."""
     woken: bool = False
     """It was told that money came free, and has no answer since."""
     failure: Failure | None = None
@@ -324,7 +326,7 @@ class Coalescer:
             ticket = heapq.heappop(self._sleepers)[2]
             # It may have been woken, and wait once more: then it is on the heap again.
             if ticket.place is Place.WAITING and ticket.wait_until <= now:
-                self._waiting.remove(_budget_id(ticket), ticket)
+                _stop_waiting(ticket)
                 self._resolve(ticket, now, error=ticket.error)
         while self._sweeps and self._sweeps[0][0] <= now:
             ticket = heapq.heappop(self._sweeps)[2]
@@ -354,7 +356,9 @@ class Coalescer:
                     _authorise(ticket.operation.header, line, previous)
                 ticket.place = Place.FLYING
                 ticket.attempts += 1
-                ticket.ends = self._waiting.ends(ticket.operation.budget_id)
+                if ticket.wait_until > now:
+                    ticket.pool = self._waiting.pool(ticket.operation.budget_id)
+                    ticket.ends = ticket.pool.ends
                 line.flying += 1
                 previous = draft.add(ticket, ticket.operation)
 
@@ -464,16 +468,14 @@ class Coalescer:
                 waiter.place = Place.QUEUED
                 waiter.line.queue.append(waiter)
                 self._list(waiter.line)
-            else:
-                in_vain += self._waiting.tried(operation.budget_id)
+            elif waiter.pool is not None:
+                in_vain += self._waiting.tried(waiter.pool)
         self._disappoint(in_vain, now)
 
     def _refused(self, ticket: Ticket, message: types_pb2.Refused, now: float) -> None:
         line, operation = ticket.line, ticket.operation
         error = refusal(message, budget=line.name, operation_id=_operation_id(ticket))
-        if ticket.woken:
-            ticket.woken = False
-            self._disappoint(self._waiting.tried(_budget_id(ticket)), now)
+        self._tried(ticket, now)
         if isinstance(error, BudgetExhausted) and self._waits(ticket, error, now):
             return
         if ticket.maybe_done and operation is not None:
@@ -496,26 +498,26 @@ class Coalescer:
 
     def _waits(self, ticket: Ticket, error: BudgetExhausted, now: float) -> bool:
         """Let a reserve wait if this process's own holds could make it fit in time."""
-        if (
-            ticket.wait_until <= now
-            or ticket.maybe_done
-            or not ticket.awaited
-            or error.remedy != "wait_for_holds"
-        ):
+        pool = ticket.pool
+        if pool is None or ticket.wait_until <= now or ticket.maybe_done or not ticket.awaited:
             return False
-        budget_id = _budget_id(ticket)
-        if self._waiting.ends(budget_id) != ticket.ends:
-            # A hold has ended since it was sent: the refusal may be older than that.
+        if pool.ends != ticket.ends:
+            # Money came free since it was sent: the refusal may be older than that.
             self._anew(ticket, now)
             self._hurry([ticket])
             return True
-        if not self._waiting.may_help(budget_id, error.requested - error.available):
+        if not pool.may_free(error.requested - error.available):
             return False
         ticket.error = error
         ticket.place = Place.WAITING
-        self._waiting.add(budget_id, error.requested, ticket)
+        pool.queue.append((error.requested, ticket))
         heapq.heappush(self._sleepers, (ticket.wait_until, next(self._order), ticket))
         return True
+
+    def _tried(self, ticket: Ticket, now: float) -> None:
+        if ticket.woken and ticket.pool is not None:
+            ticket.woken = False
+            self._disappoint(self._waiting.tried(ticket.pool), now)
 
     def _disappoint(self, waiters: list[Ticket], now: float) -> None:
         for waiter in waiters:
@@ -594,7 +596,7 @@ class Coalescer:
         """Go on without a caller; what is to be said to it."""
         self._pursue_until(ticket, now + self._finish_seconds)
         if ticket.place is Place.WAITING:
-            self._waiting.remove(_budget_id(ticket), ticket)
+            _stop_waiting(ticket)
             self._finish(ticket)
             return ticket.error or _error(DeadlineExceeded, ticket, _TOO_LATE)
         if ticket.place is not Place.QUEUED or ticket.maybe_done or not ticket.droppable:
@@ -622,9 +624,7 @@ class Coalescer:
     ) -> None:
         ticket.outcome, ticket.error = outcome, error
         self._finish(ticket)
-        if ticket.woken:
-            ticket.woken = False
-            self._disappoint(self._waiting.tried(_budget_id(ticket)), now)
+        self._tried(ticket, now)
         if ticket.awaited:
             self._wake(ticket)
         elif outcome is not None:
@@ -721,8 +721,9 @@ def _in_doubt(answered: list[_Answered]) -> list[Ticket]:
     return [ticket for ticket, _ in answered]
 
 
-def _budget_id(ticket: Ticket) -> bytes:
-    return b"" if ticket.operation is None else ticket.operation.budget_id
+def _stop_waiting(ticket: Ticket) -> None:
+    if ticket.pool is not None:
+        ticket.pool.remove(ticket)
 
 
 def _operation_id(ticket: Ticket) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from peculium._requests import Operation
 from peculium.v1 import types_pb2
@@ -16,9 +17,9 @@ from peculium.v1 import types_pb2
 _W = TypeVar("_W")
 
 
-@dataclass(slots=True)
-class _Pool(Generic[_W]):
-    """What is known of one budget."""
+@dataclass(eq=False)
+class Pool(Generic[_W]):
+    """What is known of one budget's money in this process."""
 
     holds: dict[bytes, int] = field(default_factory=dict)
     """What this process's live holds have left, by hold id."""
@@ -27,39 +28,31 @@ class _Pool(Generic[_W]):
     trying: int = 0
     """Waiters that were woken and have no answer yet."""
     ends: int = 0
-    """How many holds have ended: a refusal that was sent for before the last end is stale."""
+    """How often a hold freed money: a refusal that was asked for before the last time is stale."""
+
+    def may_free(self, missing: int) -> bool:
+        """Whether this process's own holds could free as much."""
+        return self.trying > 0 or sum(self.holds.values()) >= missing
+
+    def remove(self, waiter: _W) -> None:
+        """Forget a waiter."""
+        self.queue = deque(entry for entry in self.queue if entry[1] is not waiter)
 
 
 class Waiting(Generic[_W]):
     """This process's holds by budget, and who waits for them."""
 
     def __init__(self) -> None:
-        self._pools: dict[bytes, _Pool[_W]] = {}
+        self._pools: WeakValueDictionary[bytes, Pool[_W]] = WeakValueDictionary()
+        self._kept: dict[bytes, Pool[_W]] = {}
+        """Those with holds, which nobody else may refer to."""
 
-    def ends(self, budget_id: bytes) -> int:
-        """How many holds of the budget have ended so far, to be compared later."""
+    def pool(self, budget_id: bytes) -> Pool[_W]:
+        """The budget's pool, the same one for as long as anybody refers to it."""
         pool = self._pools.get(budget_id)
-        return 0 if pool is None else pool.ends
-
-    def may_help(self, budget_id: bytes, missing: int) -> bool:
-        """Whether this process's own holds could free as much."""
-        pool = self._pools.get(budget_id)
-        return pool is not None and (pool.trying > 0 or sum(pool.holds.values()) >= missing)
-
-    def add(self, budget_id: bytes, amount: int, waiter: _W) -> None:
-        """Wait for an amount to come free."""
-        self._pools[budget_id].queue.append((amount, waiter))
-
-    def remove(self, budget_id: bytes, waiter: _W) -> None:
-        """Wait no more."""
-        pool = self._pools[budget_id]
-        pool.queue = deque(entry for entry in pool.queue if entry[1] is not waiter)
-
-    def tried(self, budget_id: bytes) -> list[_W]:
-        """A woken waiter has its answer; who else waits in vain now."""
-        pool = self._pools[budget_id]
-        pool.trying -= 1
-        return self._in_vain(budget_id, pool)
+        if pool is None:
+            pool = self._pools[budget_id] = Pool()
+        return pool
 
     def observe(
         self, operation: Operation, outcome: types_pb2.Outcome
@@ -68,21 +61,28 @@ class Waiting(Generic[_W]):
         if outcome.dry_run:
             return [], []
         if operation.kind == "reserve":
-            pool = self._pools.setdefault(operation.budget_id, _Pool())
+            pool = self._kept[operation.budget_id] = self.pool(operation.budget_id)
             pool.holds[operation.hold_id] = outcome.hold.amount
             return [], []
-        pool_or_none = self._pools.get(operation.budget_id)
-        if pool_or_none is None or operation.hold_id not in pool_or_none.holds:
+        kept = self._kept.get(operation.budget_id)
+        if kept is None or operation.hold_id not in kept.holds:
             return [], []
-        return self._freed(pool_or_none, operation, outcome)
+        return self._freed(kept, operation, outcome)
+
+    def tried(self, pool: Pool[_W]) -> list[_W]:
+        """A woken waiter has its answer; who else waits in vain now."""
+        pool.trying -= 1
+        return self._in_vain(pool)
 
     def _freed(
-        self, pool: _Pool[_W], operation: Operation, outcome: types_pb2.Outcome
+        self, pool: Pool[_W], operation: Operation, outcome: types_pb2.Outcome
     ) -> tuple[list[_W], list[_W]]:
         if outcome.hold.state == types_pb2.HOLD_STATE_LIVE:
             pool.holds[operation.hold_id] = outcome.hold.remaining
         else:
             del pool.holds[operation.hold_id]
+        if not pool.holds:
+            del self._kept[operation.budget_id]
         pool.ends += 1
         available = outcome.balances.available
         woken: list[_W] = []
@@ -91,12 +91,12 @@ class Waiting(Generic[_W]):
             available -= amount
             woken.append(waiter)
         pool.trying += len(woken)
-        return woken, self._in_vain(operation.budget_id, pool)
+        return woken, self._in_vain(pool)
 
-    def _in_vain(self, budget_id: bytes, pool: _Pool[_W]) -> list[_W]:
+    @staticmethod
+    def _in_vain(pool: Pool[_W]) -> list[_W]:
         if pool.holds or pool.trying:
             return []
         given_up = [waiter for _, waiter in pool.queue]
         pool.queue.clear()
-        del self._pools[budget_id]
         return given_up
