@@ -104,7 +104,11 @@ def is_lost(error: psycopg.Error) -> bool:
     """Say whether the connection is gone with the error, and with it the answer."""
     if error.sqlstate is None:
         return isinstance(error, psycopg.OperationalError)
-    return error.sqlstate[:2] in {"08", "57"} and not isinstance(error, errors.QueryCanceled)
+    if isinstance(error, errors.QueryCanceled):
+        return False
+    return error.sqlstate[:2] in {"08", "57"} or isinstance(
+        error, errors.IdleInTransactionSessionTimeout
+    )
 
 
 def translate(error: psycopg.Error, *, outcome_unknown: bool = False) -> StoreError:

@@ -92,7 +92,8 @@ class LaneWriter:
         self._turn = asyncio.Lock()
         self._connection: Connection | None = None
         self._postgres = self._locked = False
-        self._position = self._replan_at = 0
+        self._position = 0
+        self._replan_at: int | None = None
         key = {"key": _LOCK_KEYS | lane}
         self._lock = Step(_LOCK, key)
         self._unlock = Step(_UNLOCK, key)
@@ -171,9 +172,7 @@ class LaneWriter:
         """
         connection = await self._connected()
         try:
-            await self._plan_again(connection)
             loading = await self._load(connection, run)
-            self._position = loading.position
             accepted = run.decide(Loaded(loading.trees, loading.now, loading.position))
             if not accepted and not run.in_doubt:
                 await self._end(connection, [_COMMIT])
@@ -195,6 +194,7 @@ class LaneWriter:
 
     async def _load(self, connection: Connection, run: _Run) -> Loading:
         """Take the lane if it can be had, begin, and load everything."""
+        await self._plan_again(connection)
         loading = Loading(run.footprints, self._statements, self._ancestors)
         *lock, first = await connection.fly(*self._locking(), [_BEGIN, *loading.first()])
         for flown in lock:
@@ -207,6 +207,7 @@ class LaneWriter:
             (second,) = await connection.fly(more)
             loading.take(_results(second))
         loading.finish()
+        self._position = loading.position
         return loading
 
     async def _end(self, connection: Connection, steps: Sequence[Step]) -> None:
@@ -237,13 +238,15 @@ class LaneWriter:
         if self._connection is None:
             self._connection = await connect_writer(self._dsn, self._incarnation)
             self._postgres = is_postgres(self._connection)
-            self._replan_at = 0
+            self._replan_at = None
         return self._connection
 
     async def _plan_again(self, connection: Connection) -> None:
-        if self._postgres and self._position >= self._replan_at:
+        if not self._postgres or (self._replan_at or 0) > self._position:
+            return
+        if self._replan_at is not None:
             _results((await connection.fly([_REPLAN]))[0])
-            self._replan_at = 2 * self._position + _REPLAN_FIRST
+        self._replan_at = 2 * self._position + _REPLAN_FIRST
 
 
 def _results(flown: Flown) -> list[Result]:

@@ -41,7 +41,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP, psycopg
 from sqlalchemy.types import TypeEngine
 
-from peculium_server.core.limits import EAGER_COLLECTIONS_MAX, ROTATIONS_MAX
+from peculium_server.core.limits import EAGER_COLLECTIONS_MAX, OPEN_HOLDS_MAX
 from peculium_server.store import rows, wire
 from peculium_server.store.schema import OPEN_HOLD, budgets, entries, holds, lanes, ledger, roots
 
@@ -191,7 +191,7 @@ def _load_open_holds(lane: ColumnElement[int]) -> Executable:
         select(*_columns(holds, rows.HOLD_COLUMNS))
         .where(_matching(holds, lane, keys), OPEN_HOLD)
         .order_by(holds.c.hold_id)
-        .limit(literal_column(str(ROTATIONS_MAX + 1)))
+        .limit(literal_column(str(OPEN_HOLDS_MAX)))
         .lateral("some")
     )
     return select(*some.c).select_from(keys.join(some, true()))
