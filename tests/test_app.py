@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -96,6 +97,29 @@ def test_a_server_with_keys_knows_its_callers(
         pytest.raises(Unauthenticated),
     ):
         nobody.open("acme")
+
+
+def test_a_server_that_others_can_reach_says_that_nothing_is_encrypted(
+    start_server: StartServer, database: str, tmp_path: Path
+) -> None:
+    file = keys_file(tmp_path, root="admin")
+    server = start_server(*("--database-url", database, "--keys-file", str(file)), listen="[::]:0")
+    assert any("not encrypted" in line for line in server.said)
+
+
+def test_the_ready_file_is_there_while_calls_are_served(
+    start_server: StartServer, database: str, tmp_path: Path
+) -> None:
+    ready_file = tmp_path / "ready.json"
+    server = start_server("--database-url", database, PECULIUM_READY_FILE=str(ready_file))
+    # The fixture's own flag beats the variable.
+    assert not ready_file.exists()
+    [written] = tmp_path.glob("ready-*.json")
+    ready = json.loads(written.read_text())
+    assert ready["pid"] == server.process.pid
+    assert ready["listening"] == server.address
+    server.stop()
+    assert not written.exists()
 
 
 def test_a_key_file_that_is_none_is_told_with_every_problem(

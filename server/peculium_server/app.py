@@ -69,11 +69,17 @@ async def _serve(config: Config, tell: Tell) -> None:
                 f"WARNING: there is no key file: whoever can connect to {address} may do everything,"
                 f" as the principal {DEV_PRINCIPAL!r}"
             )
+        elif not address.loopback:
+            tell(
+                "WARNING: connections are not encrypted here: let something before this server do it"
+            )
         probe = asyncio.create_task(_tell_health(server, store))
         _announce(config, str(address))
         tell(f"listening on {address}")
         await stop.wait()
         stop.clear()
+        if config.ready_file is not None:
+            config.ready_file.unlink(missing_ok=True)
         tell(f"stopping; what was accepted is finished, for at most {config.drain_seconds} s")
         probe.cancel()
         await _drain(server, ledger, config.drain_seconds, stop)

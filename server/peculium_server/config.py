@@ -187,9 +187,10 @@ SERVER_SETTINGS: Final = (
     ),
     Setting(
         "database_connections",
-        "Connections for reads; each lane has one more, for writing.",
+        "Connections for reads, of which verifications take up to two; each lane has one more, for"
+        " writing.",
         "4",
-        _between(1, 100),
+        _between(3, 100),
     ),
     Setting(
         "queue_max",

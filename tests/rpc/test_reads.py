@@ -388,6 +388,21 @@ async def test_a_ledger_verifies_and_says_how_far_it_is(stored: Stored) -> None:
     assert (one[-1].verdict.verified, one[-1].entries, one[-1].trees) == (True, 11, 1)
 
 
+async def test_verifications_leave_connections_for_others(stored: Stored) -> None:
+    await make(stored, granted("acme"))
+    stub = AuditServiceStub(stored.channel)
+    begun = [stub.Verify(audit.VerifyRequest()) for _ in range(10)]
+
+    async def verdict(call: Any) -> bool:
+        told = [answer async for answer in call]
+        return bool(told[-1].verdict.verified)
+
+    verifying = asyncio.gather(*(verdict(call) for call in begun))
+    read = await stub.GetBudget(audit.GetBudgetRequest(budget=by_path("acme")))
+    assert read.budget.name == "acme"
+    assert await verifying == [True] * 10
+
+
 async def test_a_tampered_row_is_found_and_named(stored: Stored, database: str) -> None:
     good, bad = granted("good"), granted("bad")
     await make(stored, good, bad, reserved(bad))

@@ -30,6 +30,8 @@ _ROW_BYTES: Final = 512
 _VERIFY_AT_A_TIME: Final = 32
 """Entries that are verified before other calls get their turn: some milliseconds."""
 _PROGRESS_ENTRIES: Final = 1_000
+VERIFICATIONS_MAX: Final = 2
+"""At a time; each has a connection to the database for as long as it lasts. Others wait."""
 
 
 class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
@@ -38,6 +40,7 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
     def __init__(self, reader: Reader, store: Store) -> None:
         self._reader = reader
         self._store = store
+        self._verifying = asyncio.Semaphore(VERIFICATIONS_MAX)
 
     async def GetBudget(self, request: GetBudgetRequest, context: Any) -> GetBudgetResponse:
         """Read any budget."""
@@ -127,7 +130,7 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
             tree = line.budget.root_id
         entries = trees = 0
         findings: list[Finding] = []
-        async with self._store.snapshot() as snapshot:
+        async with self._verifying, self._store.snapshot() as snapshot:
             roots = [root_id async for root_id in snapshot.roots()] if tree is None else [tree]
             for root_id in roots:
                 verifier = Verifier(root_id)
