@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -16,7 +17,9 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import grpc
 import psutil
 import psycopg
 import pytest
@@ -88,6 +91,34 @@ def test_a_restart_keeps_the_data(existing: Path) -> None:
     assert not _servers_in(existing)
     with EmbeddedPostgres.start(existing) as server:
         assert _written(server.dsn)
+
+
+async def test_a_process_that_is_busy_with_grpc_can_start_and_stop_it(existing: Path) -> None:
+    async def echo(request: bytes, context: object) -> bytes:
+        return request
+
+    server = grpc.aio.server()
+    handler: Any = grpc.unary_unary_rpc_method_handler(echo)
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("any", {"Call": handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        call: Any = channel.unary_unary("/any/Call")
+
+        async def keep_calling() -> None:
+            while True:
+                await call(b"")
+
+        busy = [asyncio.create_task(keep_calling()) for _ in range(8)]
+        for _ in range(3):
+            postgres = await asyncio.to_thread(EmbeddedPostgres.start, existing)
+            await asyncio.to_thread(postgres.stop)
+        for task in busy:
+            task.cancel()
+        await asyncio.gather(*busy, return_exceptions=True)
+    await server.stop(None)
 
 
 def test_stopping_twice_is_stopping_once(existing: Path) -> None:

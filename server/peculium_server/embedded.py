@@ -33,6 +33,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -59,6 +60,16 @@ _SOCKET_PORT = 5432  # Part of the socket's file name when nothing listens on TC
 _SOCKET_DIR_PREFIX = "peculium-socket-"
 _LOCK = "peculium.lock"
 _USERS_FOR_ROOT = ("postgres", "nobody")
+_AS_ANOTHER_USER = (
+    "import os, sys\n"
+    "uid, gid, *command = sys.argv[1:]\n"
+    "os.setgroups([])\n"
+    "os.setgid(int(gid))\n"
+    "os.setuid(int(uid))\n"
+    "os.execv(command[0], command)\n"
+)
+"""What becomes another program as another user. To ask that of `subprocess` would have it fork, in
+which a library such as grpc may do what ends a child of a process with busy threads."""
 _LOG_TAIL_LINES = 15
 _POLL_SECONDS = 0.05
 
@@ -464,20 +475,20 @@ class _Place:
         Raises:
             EmbeddedPostgresError: It failed; with what it said about that.
         """
-        account = self.account
+        command = [str(self.bin_dir / program), *arguments]
+        if self.account is not None:
+            ids = str(self.account.uid), str(self.account.gid)
+            command = [sys.executable, "-I", "-S", "-c", _AS_ANOTHER_USER, *ids, *command]
         # Not a pipe: a server that pg_ctl starts would inherit it and never close it.
         with tempfile.TemporaryFile() as output:
             finished = subprocess.run(
-                [str(self.bin_dir / program), *arguments],
+                command,
                 input=stdin.encode(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self.data_dir,
                 # Nothing of PGHOST, PGPORT, LC_MESSAGES and the like reaches the server.
                 env={"LC_ALL": "C", "PATH": os.defpath},
-                user=None if account is None else account.uid,
-                group=None if account is None else account.gid,
-                extra_groups=None if account is None else [],
                 check=False,
             )
             output.seek(0)

@@ -186,12 +186,16 @@ def _check_same(first: ledger.OperationResult, second: ledger.OperationResult) -
     """Both answers to one operation are bit-equal, but for which of them came again, and when."""
     if first.HasField("outcome"):
         assert {first.outcome.replayed, second.outcome.replayed} == {False, True}
-    for result in (first, second):
-        result.outcome.ClearField("replayed")
-        result.outcome.ClearField("ledger")
-    assert first.SerializeToString(deterministic=True) == second.SerializeToString(
-        deterministic=True
-    )
+    assert _content(first) == _content(second)
+
+
+def _content(result: ledger.OperationResult) -> bytes:
+    content = ledger.OperationResult()
+    content.CopyFrom(result)
+    if content.HasField("outcome"):
+        content.outcome.ClearField("replayed")
+        content.outcome.ClearField("ledger")
+    return content.SerializeToString(deterministic=True)
 
 
 def _check_ledger(
