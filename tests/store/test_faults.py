@@ -1,0 +1,310 @@
+"""Connections that break: before a commit, while it is on its way, and behind it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import psycopg
+import pytest
+from psycopg.pq import PGconn
+
+from peculium_server.core.operations import Grant
+from peculium_server.core.outcome import Outcome
+from peculium_server.store import connect, lane
+from peculium_server.store.errors import LedgerCorrupt, StoreUnavailable
+from peculium_server.store.lane import Loaded
+from peculium_server.store.store import Store
+from peculium_server.store.wire import Connection, Flown, Step
+from tests.store.spender import Spender, spent
+
+Fault = Callable[[Connection, Sequence[Sequence[Step]]], object]
+
+
+class Faults:
+    """Breaks connections in the middle of commits, as long as there are faults left to make."""
+
+    def __init__(self) -> None:
+        self.fly = Connection.fly
+        self.made = 0
+        self.plan: list[str] = []
+        self.stalled: list[Connection] = []
+
+    async def break_commit(self, connection: Connection, *segments: Sequence[Step]) -> list[Flown]:
+        commits = any(step.statement.name == b"commit" for step in segments[0])
+        if not commits or not self.plan:
+            return await self.fly(connection, *segments)
+        fault = self.plan.pop(0)
+        self.made += 1
+        if fault == "request lost":
+            connection.pgconn.finish()
+        elif fault == "answer lost":
+            await self.fly(connection, *segments)
+            connection.pgconn.finish()
+        elif fault == "delayed":
+            # Everything but the commit has arrived; who asked for it hears nothing more.
+            await self.fly(connection, segments[0][:-1])
+            stalled = Connection(connection.pgconn)
+            stalled._known_statements = connection._known_statements
+            self.stalled.append(stalled)
+            connection.pgconn = PGconn.connect(b"host=/nowhere")
+        raise psycopg.OperationalError("the connection is lost")
+
+    async def arrive(self) -> None:
+        """Let a delayed commit be done after all."""
+        connection = self.stalled.pop()
+        assert await self.fly(connection, [lane._COMMIT]) == [[[]]]
+        await connection.close()
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    made = Faults()
+
+    async def fly(self: Connection, *segments: Sequence[Step]) -> list[Flown]:
+        return await made.break_commit(self, *segments)
+
+    monkeypatch.setattr(Connection, "fly", fly)
+    return made
+
+
+@pytest.fixture
+async def root(store: Store, spender: Spender) -> Grant:
+    return await spender.grant(store)
+
+
+async def terminate(database: str, application: str = "peculium") -> None:
+    """End every session of the store."""
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await admin.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE application_name = %s AND datname = current_database()",
+            [application],
+        )
+
+
+async def test_a_commit_whose_answer_is_lost_is_found_out(
+    store: Store, spender: Spender, root: Grant, faults: Faults
+) -> None:
+    faults.plan = ["answer lost"]
+    answer = await spender.do(store.writer(store.lane_of(root.root_id)), spender.ask(root))
+    assert faults.made == 1
+    assert isinstance(answer, Outcome)
+    assert answer.replayed
+    assert await spent(store, root) == 1
+
+
+async def test_a_commit_that_never_arrived_is_done_again(
+    store: Store, spender: Spender, root: Grant, faults: Faults
+) -> None:
+    faults.plan = ["request lost"]
+    answer = await spender.do(store.writer(store.lane_of(root.root_id)), spender.ask(root))
+    assert faults.made == 1
+    assert isinstance(answer, Outcome)
+    assert not answer.replayed
+    assert await spent(store, root) == 1
+
+
+async def test_a_commit_that_is_still_on_its_way_is_waited_for(
+    store: Store, spender: Spender, root: Grant, faults: Faults
+) -> None:
+    faults.plan = ["delayed"]
+    arrival: list[asyncio.Task[None]] = []
+
+    def arrive_later(loaded: Loaded) -> None:
+        if spender.decisions == 3:
+            arrival.append(asyncio.create_task(faults.arrive()))
+
+    answer = await spender.do(
+        store.writer(store.lane_of(root.root_id)), spender.ask(root), watch=arrive_later
+    )
+    await arrival[0]
+    assert isinstance(answer, Outcome)
+    assert answer.replayed
+    assert await spent(store, root) == 1
+
+
+async def test_a_refusal_is_not_told_while_an_earlier_commit_may_still_arrive(
+    store: Store, spender: Spender, root: Grant, faults: Faults
+) -> None:
+    """The second decision finds too little, since it cannot see what the first is about to commit."""
+    faults.plan = ["delayed"]
+    arrival: list[asyncio.Task[None]] = []
+
+    def empty_it(loaded: Loaded) -> None:
+        tree = loaded.trees[root.root_id]
+        if spender.decisions in (3, 4) and tree.recorded[spend.operation_id] is None:
+            budget = tree.budget(root.root_id)
+            poor = budget.money._replace(available=0, granted=0)
+            tree.budgets[root.root_id] = budget._replace(money=poor)
+        if spender.decisions == 4:
+            arrival.append(asyncio.create_task(faults.arrive()))
+
+    spend = spender.ask(root)
+    answer = await spender.do(
+        store.writer(store.lane_of(root.root_id)), spend, watch=empty_it
+    )
+    await arrival[0]
+    assert isinstance(answer, Outcome)
+    assert answer.replayed
+    assert await spent(store, root) == 1
+
+
+async def test_an_outcome_that_cannot_be_found_out_in_time_is_told_to_be_unknown(
+    store: Store, spender: Spender, root: Grant, faults: Faults
+) -> None:
+    faults.plan = ["answer lost"] + ["request lost"] * 1_000
+    deadline = asyncio.get_running_loop().time() + 0.5
+    with pytest.raises(StoreUnavailable) as raised:
+        await spender.do(
+            store.writer(store.lane_of(root.root_id)), spender.ask(root), deadline=deadline
+        )
+    assert raised.value.outcome_unknown
+
+
+async def test_without_a_deadline_the_search_for_an_outcome_ends_too(
+    store: Store,
+    spender: Spender,
+    root: Grant,
+    faults: Faults,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lane, "IN_DOUBT_SECONDS_MAX", 0.2)
+    faults.plan = ["request lost"] * 1_000
+    with pytest.raises(StoreUnavailable) as raised:
+        await spender.spend(store.writer(store.lane_of(root.root_id)), root)
+    assert raised.value.outcome_unknown
+
+
+async def test_sessions_that_were_ended_are_replaced(
+    store: Store, spender: Spender, root: Grant, database: str
+) -> None:
+    writer = store.writer(store.lane_of(root.root_id))
+    for _ in range(3):
+        await terminate(database)
+        await spender.spend(writer, root)
+    await terminate(database)
+    assert await spent(store, root) == 3
+
+
+async def test_a_backend_that_dies_while_it_saves_leaves_nothing_or_all(
+    store: Store, spender: Spender, root: Grant, database: str
+) -> None:
+    writer = store.writer(store.lane_of(root.root_id))
+
+    def kill(loaded: Loaded) -> None:
+        if spender.decisions == 2:
+            with psycopg.connect(database, autocommit=True) as admin:
+                admin.execute(
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                    " WHERE application_name = 'peculium' AND state = 'idle in transaction'"
+                    " AND datname = current_database()"
+                )
+
+    answer = await spender.do(writer, spender.ask(root), watch=kill)
+    assert spender.decisions == 3
+    assert isinstance(answer, Outcome)
+    assert await spent(store, root) == 1
+
+
+async def test_a_database_that_is_gone_is_told_at_once_and_used_when_it_is_back(
+    store: Store, spender: Spender, root: Grant, monkeypatch: pytest.MonkeyPatch, database: str
+) -> None:
+    writer = store.writer(store.lane_of(root.root_id))
+    nowhere = "host=127.0.0.1 port=1 dbname=none"
+    monkeypatch.setattr(writer, "_dsn", nowhere)
+    await terminate(database)
+    with pytest.raises(StoreUnavailable) as raised:
+        await spender.spend(writer, root)
+    assert not raised.value.outcome_unknown
+    monkeypatch.undo()
+    await spender.spend(writer, root)
+    assert await spent(store, root) == 1
+
+
+async def test_a_caller_who_gives_up_leaves_the_lane_usable(
+    store: Store, spender: Spender, root: Grant, database: str
+) -> None:
+    writer = store.writer(store.lane_of(root.root_id))
+    async with await psycopg.AsyncConnection.connect(database) as hoarder:
+        number = store.lane_of(root.root_id)
+        await hoarder.execute("SELECT FROM lanes WHERE lane = %s FOR UPDATE", [number])
+        begun = asyncio.Event()
+        spend = spender.ask(root)
+        spending = asyncio.create_task(
+            spender.do(writer, spend, watch=lambda loaded: begun.set())
+        )
+        await begun.wait()
+        spending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await spending
+        await hoarder.rollback()
+    # What was sent before may still be done: asking again tells.
+    assert isinstance(await spender.do(writer, spend), Outcome)
+    assert await spent(store, root) == 1
+
+
+async def test_an_error_in_deciding_saves_nothing_and_leaves_the_lane_usable(
+    store: Store, spender: Spender, root: Grant
+) -> None:
+    writer = store.writer(store.lane_of(root.root_id))
+
+    def fail(loaded: Loaded) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await spender.do(writer, spender.ask(root), watch=fail)
+    await spender.spend(writer, root)
+    assert await spent(store, root) == 1
+
+
+async def test_a_read_survives_sessions_that_were_ended(
+    store: Store, root: Grant, database: str
+) -> None:
+    for _ in range(3):
+        await terminate(database)
+        assert await store.budget(root.root_id, root.root_id)
+
+
+async def test_rows_that_contradict_what_was_loaded_are_not_overwritten(
+    store: Store, spender: Spender, root: Grant
+) -> None:
+    writer = store.writer(store.lane_of(root.root_id))
+
+    def tamper(loaded: Loaded) -> None:
+        tree = loaded.trees[root.root_id]
+        budget = tree.budget(root.root_id)
+        tree.budgets[root.root_id] = budget._replace(seq=budget.seq + 5)
+
+    with pytest.raises(LedgerCorrupt):
+        await spender.do(writer, spender.ask(root), watch=tamper)
+    assert await spent(store, root) == 0
+
+
+async def test_another_ledger_in_the_same_place_is_not_written_to(
+    store: Store, spender: Spender, root: Grant, database: str
+) -> None:
+    async with await psycopg.AsyncConnection.connect(database) as admin:
+        await admin.execute("UPDATE ledger SET incarnation = gen_random_uuid()")
+    await terminate(database)
+    with pytest.raises(LedgerCorrupt, match="another ledger"):
+        await spender.spend(store.writer(store.lane_of(root.root_id)), root)
+
+
+async def test_a_database_that_became_read_only_is_unavailable(
+    store: Store, spender: Spender, root: Grant, database: str
+) -> None:
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    await terminate(database)
+    with pytest.raises(StoreUnavailable):
+        await spender.spend(store.writer(store.lane_of(root.root_id)), root)
+
+
+def test_writers_ask_for_a_primary_whatever_they_are_told() -> None:
+    asked = psycopg.conninfo.conninfo_to_dict(
+        connect.conninfo("host=a,b target_session_attrs=any keepalives_idle=9")
+    )
+    assert asked["target_session_attrs"] == "read-write"
+    assert asked["keepalives_idle"] == "9"
