@@ -44,6 +44,7 @@ from tests.system.world import (
     ADMIN,
     AUDIT,
     LEDGER,
+    METHODS,
     World,
     accepted_requests,
     child_spec,
@@ -52,12 +53,6 @@ from tests.system.world import (
 )
 
 AMOUNT_MAX = 2**62 - 1
-METHODS = [
-    f"/{service.full_name}/{method.name}"
-    for file in (ledger, admin, audit)
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-]
 TEN_MIB = 10 * 1024 * 1024
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 

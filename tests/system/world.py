@@ -36,6 +36,12 @@ from tests.system.wire import (
 LEDGER = "/peculium.v1.LedgerService/"
 ADMIN = "/peculium.v1.AdminService/"
 AUDIT = "/peculium.v1.AuditService/"
+METHODS = [
+    f"/{service.full_name}/{method.name}"
+    for file in (ledger, admin, audit)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+]
 LEVELS_MAX = 16
 
 
