@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import secrets
-from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -20,12 +19,14 @@ from peculium.v1 import (
     types_pb2,
 )
 from peculium.v1.admin_service_pb2_grpc import AdminServiceStub
+from peculium.v1.audit_service_pb2_grpc import AuditServiceStub
+from peculium_server.core.operations import Grant
 from peculium_server.rpc.permissions import PERMISSIONS
 from tests.rpc.messages import message_of
 from tests.rpc.test_reads import granted, new_id
 from tests.rpc.wire import Stored, storing
 
-ROUNDS = 25
+ROUNDS = 40
 NEVER = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE}
 REQUESTS: dict[str, type[Message]] = {
     f"/{service.full_name}/{method.name}": GetMessageClass(method.input_type)
@@ -37,63 +38,25 @@ EDGES = (0, 1, -1, 2**31, 2**62 - 1, 2**62, 2**63 - 1, -(2**63))
 
 
 class Guesser:
-    """Fills messages with what is nearly right, from things that exist in the ledger."""
+    """Fills messages with what is nearly right, about budgets that exist in the ledger."""
 
-    def __init__(self, seed: int, known: list[bytes], names: list[str]) -> None:
+    def __init__(self, seed: int, roots: list[Grant]) -> None:
         self._random = random.Random(seed)  # noqa: S311 - repeatable, not secret
-        self._known = known
-        self._names = names
+        self._roots = roots
+        self._root = roots[0]
+        self._left_out: set[str] = set()
+        self._holds = [new_id()]
+        self._operations = [root.operation_id for root in roots]
 
-    def message(self, kind: type[Message], depth: int = 0) -> Message:
-        message = kind()
-        descriptor: Any = message.DESCRIPTOR
-        chosen_of: dict[str, str] = {
-            oneof.name: self._random.choice(oneof.fields).name for oneof in descriptor.oneofs
-        }
-        for field in descriptor.fields:
-            oneof = field.containing_oneof
-            if oneof is not None and chosen_of[oneof.name] != field.name:
-                continue
-            if self._random.random() < 0.85:
-                self._fill(message, field, depth)
-        return message
-
-    def _fill(self, message: Any, field: FieldDescriptor, depth: int) -> None:
-        if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            getattr(message, field.name).update({self._text(): self._text()})
-        elif field.is_repeated:
-            for _ in range(self._random.randint(0, 3)):
-                if field.message_type is not None:
-                    element = self.message(GetMessageClass(field.message_type), depth + 1)
-                    getattr(message, field.name).add().CopyFrom(element)
-        elif field.message_type is not None:
-            filled = self.message(GetMessageClass(field.message_type), depth + 1)
-            getattr(message, field.name).CopyFrom(filled)
-        else:
-            setattr(message, field.name, self._scalar(field))
-
-    def _scalar(self, field: FieldDescriptor) -> Any:
-        kinds: dict[int, Callable[[], Any]] = {
-            FieldDescriptor.CPPTYPE_BOOL: lambda: self._random.random() < 0.5,
-            FieldDescriptor.CPPTYPE_INT64: lambda: self._random.choice(EDGES),
-            FieldDescriptor.CPPTYPE_INT32: lambda: self._random.choice((0, 1, -1, 2**31 - 1)),
-            FieldDescriptor.CPPTYPE_UINT32: lambda: self._random.choice((0, 1, 255, 2**32 - 1)),
-            FieldDescriptor.CPPTYPE_ENUM: lambda: self._random.randint(0, 99),
-        }
-        if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
-            return self._bytes() if field.type == FieldDescriptor.TYPE_BYTES else self._text()
-        return kinds[field.cpp_type]()
-
-    def _bytes(self) -> bytes:
-        if self._random.random() < 0.7:
-            return self._random.choice(self._known)
-        return self._random.choice((b"", b"x", bytes(16), bytes(32), new_id(), bytes(1_000)))
-
-    def _text(self) -> str:
-        return self._random.choice((*self._names, "", "a/b", "\x00", "é", "x" * 600, "%s'\"; --"))
+    def request(self, kind: type[Message]) -> bytes:
+        """A request about one of the roots, with something wrong every now and then."""
+        self._root = self._random.choice(self._roots)
+        by_role = kind.DESCRIPTOR.file is admin_service_pb2.DESCRIPTOR
+        self._left_out = {"authority"} if by_role else set()
+        return self._message(kind).SerializeToString()
 
     def mutated(self, data: bytes) -> bytes:
-        """The same with some bytes changed, doubled or cut off."""
+        """The same with some bytes changed, inserted, doubled or cut off."""
         mutable = bytearray(data or b"\x00")
         for _ in range(self._random.randint(1, 4)):
             place = self._random.randrange(len(mutable))
@@ -108,6 +71,100 @@ class Guesser:
                     mutable += mutable[place:]
             mutable = mutable or bytearray(b"\x00")
         return bytes(mutable)
+
+    def _message(self, kind: type[Message]) -> Message:
+        message = kind()
+        descriptor: Any = message.DESCRIPTOR
+        chosen = {self._choice_of(oneof) for oneof in descriptor.oneofs}
+        seldom = _SELDOM | self._left_out
+        if kind is types_pb2.BudgetRef:
+            seldom |= self._random.choice(({"path"}, {"root_id", "budget_id"}))
+        if kind is ledger_service_pb2.BatchRequest:
+            seldom |= {"operation_id"}
+        for field in descriptor.fields:
+            if field.containing_oneof is not None and field.name not in chosen:
+                continue
+            if field.name not in seldom or self._chance(0.05):
+                self._fill(message, field)
+        if kind is types_pb2.ChildSpec and self._chance(0.9):
+            message.MergeFrom(types_pb2.ChildSpec(budget_id=new_id()))
+        return message
+
+    def _choice_of(self, oneof: Any) -> str:
+        """Mostly the holder for a proof: it needs no secret."""
+        if oneof.name == "proof" and self._chance(0.7):
+            return "holder"
+        chosen: str = self._random.choice(oneof.fields).name
+        return chosen
+
+    def _fill(self, message: Any, field: FieldDescriptor) -> None:
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            getattr(message, field.name).update({"team": self._text(field.name)})
+        elif field.is_repeated:
+            for _ in range(self._random.randint(1, 3)):
+                assert field.message_type is not None
+                element = self._message(GetMessageClass(field.message_type))
+                getattr(message, field.name).add().CopyFrom(element)
+        elif field.message_type is not None:
+            filled = self._message(GetMessageClass(field.message_type))
+            getattr(message, field.name).CopyFrom(filled)
+        else:
+            setattr(message, field.name, self._scalar(field))
+
+    def _scalar(self, field: FieldDescriptor) -> Any:
+        if field.type == FieldDescriptor.TYPE_BYTES:
+            return self._bytes(field.name)
+        if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
+            return self._text(field.name)
+        if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+            return self._chance(0.3)
+        if field.cpp_type == FieldDescriptor.CPPTYPE_INT64:
+            return self._random.choice(EDGES) if self._chance(0.1) else self._random.randint(1, 90)
+        return self._random.choice((0, 1, 1, 2, 3, 255))
+
+    def _bytes(self, name: str) -> bytes:
+        if self._chance(0.05):
+            return self._random.choice((b"", b"x", bytes(16), bytes(32), bytes(1_000)))
+        match name:
+            case "root_id" | "budget_id" | "descendant_id":
+                root = self._root if self._chance(0.95) else self._random.choice(self._roots)
+                return root.root_id
+            case "operation_id":
+                return self._remembered(self._operations)
+            case "hold_id":
+                return self._remembered(self._holds)
+            case _:
+                return self._random.randbytes(32)
+
+    def _remembered(self, ids: list[bytes]) -> bytes:
+        """A new id, or one that was used before."""
+        if self._chance(0.2):
+            return self._random.choice(ids)
+        ids.append(new_id())
+        return ids[-1]
+
+    def _text(self, name: str) -> str:
+        if self._chance(0.05):
+            return self._random.choice(("\x00", "x" * 600, "a/b", "é" * 100, "%s'\"; --"))
+        match name:
+            case "path":
+                return self._root.name
+            case "name":
+                return f"name-{self._random.randrange(10**9)}"
+            case "holder":
+                return "dev"
+            case _:
+                return "calls"
+
+    def _chance(self, probability: float) -> bool:
+        return self._random.random() < probability
+
+
+_SELDOM = {
+    *("dry_run", "traceparent", "keep_open", "atomic", "page_token", "usage", "estimated"),
+    *("next_token_id", "next_hold_token_id", "labels", "lease", "lease_latest", "ttl"),
+}
+"""Fields that make a request wrong, or nothing of, when they are always there."""
 
 
 async def _code(stored: Stored, method: str, request: bytes) -> grpc.StatusCode:
@@ -128,28 +185,39 @@ def test_the_fuzzer_knows_every_method() -> None:
     assert set(REQUESTS) == set(PERMISSIONS)
 
 
+REACHED = {
+    ("Reserve", "OK"),
+    ("Spend", "OK"),
+    ("Delegate", "OK"),
+    ("TopUp", "OK"),
+    ("GetBudget", "OK"),
+    ("ListBudgets", "OK"),
+    ("ListEntries", "OK"),
+    ("Batch", "OK"),
+    ("Verify", "OK"),
+    ("Spend", "INVALID_ARGUMENT"),
+    ("Settle", "NOT_FOUND"),
+    ("Reserve", "ALREADY_EXISTS"),
+}
+"""How deep the guesses have to get for the test to say anything."""
+
+
 @pytest.mark.parametrize("seed", range(2))
 async def test_no_bytes_make_the_server_fail(database: str, seed: int) -> None:
     async with storing(database) as stored:
-        roots = [granted(f"root-{number}") for number in range(3)]
+        roots = [granted(f"root-{number}", amount=10**6) for number in range(3)]
         for root in roots:
             await AdminServiceStub(stored.channel).Grant(message_of(root, None))
-        known = [each for root in roots for each in (root.root_id, root.operation_id)]
-        guesser = Guesser(seed, [*known, *known, secrets.token_bytes(32)], ["root-0", "root-1"])
-        seen: dict[tuple[str, str], int] = {}
+        guesser = Guesser(seed, roots)
+        seen = set()
         for method, kind in REQUESTS.items():
             for _ in range(ROUNDS):
-                likely = guesser.message(kind).SerializeToString()
+                likely = guesser.request(kind)
                 for request in (likely, guesser.mutated(likely), secrets.token_bytes(40)):
                     code = await _code(stored, method, request)
                     assert code not in NEVER, (method, request.hex())
-                    key = method.rpartition("/")[2], code.name
-                    seen[key] = seen.get(key, 0) + 1
-        read = await stored.channel.unary_unary(
-            "/peculium.v1.AuditService/GetBudget",
-            request_serializer=audit_service_pb2.GetBudgetRequest.SerializeToString,
-            response_deserializer=audit_service_pb2.GetBudgetResponse.FromString,
-        )(audit_service_pb2.GetBudgetRequest(budget=types_pb2.BudgetRef(path="root-2")))
-        assert read.budget.name == "root-2"
-        assert ("Grant", "INVALID_ARGUMENT") in seen
-        assert ("GetBudget", "OK") in seen
+                    seen.add((method.rpartition("/")[2], code.name))
+        assert seen >= REACHED
+        verify: Any = AuditServiceStub(stored.channel).Verify(audit_service_pb2.VerifyRequest())
+        told = [answer async for answer in verify]
+        assert told[-1].verdict.verified

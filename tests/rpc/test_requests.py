@@ -36,7 +36,8 @@ _bytes = st.binary(max_size=40)
 _given_bytes = st.binary(min_size=1, max_size=40)
 _text = st.text(max_size=20)
 _int64 = st.integers(-(2**63), 2**63 - 1)
-_duration = st.integers(-(2**60), 2**58)
+_MOST = 315_576_000_000 * 10**6
+_duration = st.integers(-_MOST, _MOST)
 _labels = st.dictionaries(_text, _text, max_size=16).map(lambda kv: tuple(sorted(kv.items())))
 _usage = st.builds(
     Usage,
