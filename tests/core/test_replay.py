@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
@@ -25,76 +24,8 @@ from peculium_server.core.operations import (
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refusal
 from peculium_server.core.state import Balances
-from tests.core.ledger import ADMIN, HOUR, MINUTE, SYSTEM_KINDS, Answer, HoldRef, Ledger, Node
-
-LABELS = (("model", "m"), ("run", "7"))
-USAGE = Usage(provider="p", model="m", input_tokens=3, output_tokens=2, cached_tokens=1)
-
-
-class World:
-    """A root, a leased child with a hold and a child of its own; everything by token."""
-
-    def __init__(self) -> None:
-        self.ledger = ledger = Ledger()
-        self.root = ledger.grant(1_000, holder="agent")
-        self.child = self.root.child(500, lease_us=HOUR, lease_latest_us=5 * HOUR, holder="agent")
-        self.below = self.child.child(100)
-        self.hold = self.child.hold(50)
-        self.token = ledger.token()
-        self.id = ledger.id()
-
-
-def _children(world: World) -> tuple[Child, ...]:
-    full = world.child.spec(
-        10,
-        name="full",
-        holder="agent",
-        lease_us=HOUR,
-        lease_latest_us=2 * HOUR,
-        labels=LABELS,
-        overrun_factor=3,
-    )
-    return (full, world.child.spec(20, name="bare"))
-
-
-def _later(world: World, microseconds: int) -> World:
-    world.ledger.pass_time(microseconds)
-    return world
-
-
-MAKE: dict[Kind, Callable[[World], Operation]] = {
-    Kind.GRANT: lambda world: world.ledger.ask_grant(10, holder="agent"),
-    Kind.TOP_UP: lambda world: world.root.top_up(10),
-    Kind.WITHDRAW: lambda world: world.root.withdraw(10),
-    Kind.RESERVE: lambda world: world.child.reserve(10),
-    Kind.SETTLE: lambda world: world.hold.settle(
-        10, keep_open=True, reference="r", usage=USAGE, estimated=True
-    ),
-    Kind.RELEASE: lambda world: world.hold.release(),
-    Kind.EXTEND: lambda world: world.hold.extend(),
-    Kind.SPEND: lambda world: world.child.spend(10, reference="r", usage=USAGE),
-    Kind.DELEGATE: lambda world: world.child.delegate(*_children(world)),
-    Kind.ACCEPT: lambda world: world.child.accept(),
-    Kind.RECOVER: lambda world: world.child.admin_recover(
-        holder="agent", holds=(world.hold.rotation(),)
-    ),
-    Kind.FUND: lambda world: world.root.fund(world.child, 10, lease_us=2 * HOUR),
-    Kind.RENEW: lambda world: world.child.renew(2 * HOUR),
-    Kind.RETURN: lambda world: world.child.give_back(10),
-    Kind.REVOKE: lambda world: world.root.revoke(world.below),
-    Kind.RESOLVE: lambda world: world.child.resolve(world.hold, 10),
-    Kind.FREEZE: lambda world: world.child.freeze(reason="r"),
-    Kind.UNFREEZE: lambda world: world.child.unfreeze(reason="r"),
-    Kind.LAPSE: lambda world: _later(world, 11 * MINUTE).hold.lapse(),
-    Kind.EXPIRE: lambda world: _later(world, HOUR).child.expire(),
-    Kind.COLLECT: lambda world: _closed(world).below.collect(),
-}
-
-
-def _closed(world: World) -> World:
-    world.ledger.eager = 0
-    world.ledger.do(world.root.revoke(world.child))
-    return world
+from tests.core.every_kind import MAKE, USAGE, World
+from tests.core.ledger import ADMIN, HOUR, SYSTEM_KINDS, Answer, HoldRef, Ledger, Node
 
 
 def _otherwise(world: World, field: str, was: Any) -> Any:

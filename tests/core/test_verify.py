@@ -13,51 +13,11 @@ from peculium_server.core.encoding import encode_request
 from peculium_server.core.operations import ByHolder, ByToken, Kind
 from peculium_server.core.state import Budget, Entry, Hold
 from peculium_server.core.verify import Finding, Verifier
-from tests.core.ledger import DAY, HOUR, MINUTE, Ledger, Node, requested, verify
+from tests.core.every_kind import lived
+from tests.core.ledger import DAY, HOUR, Ledger, requested, verify
 from tests.core.tampering import ENTRY_COLUMNS, altered, rehashed
 
-
-def _lived() -> tuple[Ledger, Node]:
-    """A tree in which every kind of operation has happened, many of them with several parts."""
-    ledger = Ledger(eager=1)
-    root = ledger.grant(1_000, holder="agent", labels=(("team", "a"),))
-    ledger.do(root.top_up(100, trace_id=bytes(range(16))))
-    ledger.do(root.withdraw(50))
-    team = root.child(500, lease_us=HOUR, lease_latest_us=5 * HOUR, overrun_factor=3)
-    run = team.child(300, holder="agent")
-    step = run.child(100, by_token=False, holder="agent")
-    _work(ledger, run, step)
-    ledger.do(team.freeze())
-    ledger.do(team.unfreeze())
-    ledger.do(team.renew(2 * HOUR))
-    ledger.do(root.fund(run, 40))
-    late = run.hold(30)
-    ledger.pass_time(30 * MINUTE)
-    ledger.do(late.lapse())
-    ledger.do(root.revoke(step))
-    ledger.do(run.admin_resolve(late, 50))
-    ledger.pass_time(DAY)
-    ledger.do(team.expire())
-    ledger.do(run.collect())
-    ledger.do(root.hold(1).settle(2_000))
-    assert {entry.kind for entry in ledger.journal} == set(Kind)
-    return ledger, root
-
-
-def _work(ledger: Ledger, run: Node, step: Node) -> None:
-    ledger.do(run.accept())
-    first, second, third = (run.hold(amount) for amount in (30, 20, 10))
-    ledger.do(first.extend(20 * MINUTE))
-    ledger.do(first.settle(5, keep_open=True))
-    ledger.do(run.recover(holds=(first.rotation(), third.rotation())))
-    ledger.do(run.resolve(second, 12))
-    ledger.do(third.release())
-    ledger.do(run.spend(3))
-    ledger.do(run.give_back(2))
-    ledger.do(step.hold(100).settle(130))
-
-
-LEDGER, ROOT = _lived()
+LEDGER, ROOT = lived()
 ENTRIES = tuple(LEDGER.journal)
 BUDGETS = tuple(ROOT.tree.known_budgets())
 HOLDS = tuple(ROOT.tree.known_holds())
