@@ -129,8 +129,8 @@ def _item(data: bytes, at: int) -> tuple[Value, int]:
         pairs: dict[Key, Value] = {}
         for _ in range(argument):
             key, at = _item(data, at)
-            if not isinstance(key, int | str):
-                raise ValueError("keys are integers or text")  # noqa: TRY004 - of bytes
+            if isinstance(key, bool) or not isinstance(key, int | str):
+                raise ValueError("keys are integers or text")
             pairs[key], at = _item(data, at)
         return pairs, at
     raise ValueError("tags are not part of the subset")
