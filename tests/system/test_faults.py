@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -117,18 +114,6 @@ async def test_a_server_that_drains_answers_everything_that_it_has_done(
         recorded = {id_text(entry.operation_id) for entry in entries}
         assert recorded == impolite.answered | {id_text(grant.header.operation_id)}
         assert wire.verified()
-
-
-@pytest.fixture
-def own_postgres() -> Iterator[Path]:
-    """A data directory for a PostgreSQL of the test's own, which every user may enter."""
-    path = Path(tempfile.mkdtemp(prefix="peculium-system-"))
-    path.chmod(0o755)
-    yield path / "data"
-    for process in psutil.process_iter(["name", "cwd"]):
-        if process.info["name"] == "postgres" and str(process.info["cwd"]).startswith(str(path)):
-            process.kill()
-    shutil.rmtree(path)
 
 
 @pytest.mark.timeout(180)
