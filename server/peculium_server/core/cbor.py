@@ -130,7 +130,7 @@ def _item(data: bytes, at: int) -> tuple[Value, int]:
         for _ in range(argument):
             key, at = _item(data, at)
             if isinstance(key, bool) or not isinstance(key, int | str):
-                raise ValueError("keys are integers or text")
+                raise ValueError("keys are integers or text")  # noqa: TRY004 - of bytes
             pairs[key], at = _item(data, at)
         return pairs, at
     raise ValueError("tags are not part of the subset")
