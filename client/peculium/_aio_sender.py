@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Generator
+from collections.abc import AsyncIterator, Coroutine, Generator
 from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 
@@ -62,16 +62,28 @@ class AsyncContext(Protocol[_T_co]):
 _C = TypeVar("_C", bound=AsyncContext[Any])
 
 
-class Pending(Generic[_C]):
-    """A handle that is being made: await it, or enter it with `async with`."""
+class Pending(Coroutine[Any, Any, _C]):
+    """A handle that is being made: await it, enter it with `async with`, or make a task of it."""
 
-    def __init__(self, making: Awaitable[_C]) -> None:
+    def __init__(self, making: Coroutine[Any, Any, _C]) -> None:
         self._making = making
         self._made: _C | None = None
 
     def __await__(self) -> Generator[Any, Any, _C]:
         """Wait until it is made."""
         return self._making.__await__()
+
+    def send(self, value: Any, /) -> Any:
+        """As of any coroutine."""
+        return self._making.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """As of any coroutine."""
+        return self._making.throw(*error)
+
+    def close(self) -> None:
+        """As of any coroutine."""
+        self._making.close()
 
     async def __aenter__(self) -> _C:
         """Wait until it is made, and enter it."""

@@ -58,8 +58,8 @@ _LOST = Failure("the answer was not one to what was asked")
 _TOO_LATE = Failure("the time was over before the operation could be sent", not_done=True)
 _TIMEOUT_LEAST_SECONDS = 0.001
 
-_NOTHING_THERE = (CapabilityUnknown, HoldUnknown, HoldEnded)
-"""What releasing a hold answers that was never made, or has ended."""
+_NO_HOLD = (CapabilityUnknown, HoldEnded, HoldUnknown, TokenConsumed)
+"""What is answered about a hold that was never made, or has ended."""
 
 _log = logging.getLogger("peculium")
 
@@ -475,12 +475,17 @@ class Coalescer:
     def _refused(self, ticket: Ticket, message: types_pb2.Refused, now: float) -> None:
         line, operation = ticket.line, ticket.operation
         error = refusal(message, budget=line.name, operation_id=_operation_id(ticket))
+        if isinstance(error, TokenConsumed) and line.linear and line.secret is None:
+            # By the one before it in this very line, which gave everything back.
+            error = _used_up(ticket)
         self._tried(ticket, now)
         if isinstance(error, BudgetExhausted) and self._waits(ticket, error, now):
             return
         if ticket.maybe_done and operation is not None:
             self._beware(ticket, operation, error, now)
         self._resolve(ticket, now, error=error)
+        if operation is not None and isinstance(error, _NO_HOLD):
+            self._disappoint(self._waiting.forget(operation), now)
 
     def _beware(
         self, ticket: Ticket, operation: Operation, error: PeculiumError, now: float
@@ -629,7 +634,7 @@ class Coalescer:
             self._wake(ticket)
         elif outcome is not None:
             self._undo(ticket, now)
-        elif ticket.future is None and not isinstance(error, _NOTHING_THERE):
+        elif ticket.future is None and not isinstance(error, _NO_HOLD):
             _log.warning("what was to be done in the background was not: %s", error)
 
     def _wake(self, ticket: Ticket) -> None:
@@ -730,7 +735,7 @@ def _operation_id(ticket: Ticket) -> str | None:
     return None if ticket.operation is None else id_text(ticket.operation.operation_id)
 
 
-def _used_up(ticket: Ticket) -> PeculiumError:
+def _used_up(ticket: Ticket) -> CapabilityMoved:
     return CapabilityMoved(
         "the operation before left no token to go on with",
         budget=ticket.line.name,

@@ -85,6 +85,7 @@ class Operation:
     closes: bool = False
     """Once accepted, the budget or hold has no token any more."""
     hold_id: bytes = b""
+    """The hold that it makes, or is about."""
     hold_secret: bytes | None = field(default=None, repr=False)
     """The secret of the hold that it makes."""
     children: tuple[MadeChild, ...] = ()
@@ -344,7 +345,9 @@ def resolve(target: Target, asked: Asked, *, hold_id: bytes, actual: int, reason
         reason=_text("reason", reason, limits.REASON_BYTES_MAX, least=1),
     )
     message = ledger.Operation(resolve=request)
-    return _operation("resolve", message, message.resolve.header, produced=produced)
+    return _operation(
+        "resolve", message, message.resolve.header, produced=produced, hold_id=hold_id
+    )
 
 
 # --- what an admin may ask ---

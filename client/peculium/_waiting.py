@@ -69,6 +69,15 @@ class Waiting(Generic[_W]):
             return [], []
         return self._freed(kept, operation, outcome)
 
+    def forget(self, operation: Operation) -> list[_W]:
+        """The hold of an operation is not there any more; who waits in vain now."""
+        pool = self._kept.get(operation.budget_id)
+        if pool is None or pool.holds.pop(operation.hold_id, None) is None:
+            return []
+        if not pool.holds:
+            del self._kept[operation.budget_id]
+        return self._in_vain(pool)
+
     def tried(self, pool: Pool[_W]) -> list[_W]:
         """A woken waiter has its answer; who else waits in vain now."""
         pool.trying -= 1

@@ -698,7 +698,7 @@ class Hold(Handle):
         operation = (
             requests.release(self._target, _asked())
             if released
-            else self._settling(None, "", None, estimated=exc is not None)
+            else self._settling(None, "", None, estimated=True)
         )
         how = "was released" if released else "was spent whole"
         if exc is not None and not isinstance(exc, Exception):
@@ -761,7 +761,7 @@ class Hold(Handle):
 
         Raises:
             CapabilityMoved: It was settled or released.
-            HoldEnded: An admin, or the budget's owner, resolved it.
+            TokenConsumed: An admin, or the budget's owner, resolved it.
         """
         operation = self._settling(
             actual, reference, usage, keep_open=keep_open, estimated=estimated

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import binascii
+import re
 import zlib
 from dataclasses import dataclass
 from typing import NoReturn, Self, SupportsIndex
@@ -20,6 +20,8 @@ _BODY_BYTES = 1 + ID_BYTES + ID_BYTES + SECRET_BYTES
 _CHECKSUM_BYTES = 4
 # 69 bytes are 23 groups of three: the text has no padding and no unused bits.
 _TEXT_CHARACTERS = (_BODY_BYTES + _CHECKSUM_BYTES) * 4 // 3
+
+_TEXT = re.compile(r"[A-Za-z0-9_-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +103,10 @@ class Capability(Affine):
             raise _malformed(
                 f'has {_TEXT_CHARACTERS} characters after "{PREFIX}", this one {len(encoded)}'
             )
-        try:
-            data = base64.b64decode(encoded, altchars=b"-_", validate=True)
-        except (binascii.Error, ValueError):
-            raise _malformed('consists of letters, digits, "-" and "_"') from None
+        # The decoder would also take "+", "/" and "=": then one capability had several texts.
+        if not _TEXT.fullmatch(encoded):
+            raise _malformed('consists of letters, digits, "-" and "_"')
+        data = base64.urlsafe_b64decode(encoded)
         body, checksum = data[:_BODY_BYTES], data[_BODY_BYTES:]
         if _checksum(body) != checksum:
             raise _malformed("has a checksum, and this one is wrong: was it cut or mistyped?")

@@ -88,6 +88,7 @@ class Ledger:
         self.principal = PRINCIPAL
         self.position = 0
         self.lock = threading.Lock()
+        self.arrived = threading.Condition(self.lock)
 
     # --- faults ---
 
@@ -104,6 +105,11 @@ class Ledger:
         fault = Fault(done=done, code=None, until=threading.Event())
         self.faults.append(fault)
         return fault
+
+    def wait_for_batches(self, count: int) -> None:
+        """Wait until so many requests have come, in all."""
+        with self.arrived:
+            assert self.arrived.wait_for(lambda: len(self.batches) >= count, 10)
 
     # --- decisions ---
 
@@ -223,6 +229,7 @@ class Services(
         self._note(context)
         with self.ledger.lock:
             self.ledger.batches.append(request)
+            self.ledger.arrived.notify_all()
             fault = self.ledger.faults.popleft() if self.ledger.faults else None
         response = wire.BatchResponse()
         if fault is None or fault.done:
@@ -268,7 +275,8 @@ class Services(
     def ListBudgets(
         self, request: audit.ListBudgetsRequest, context: Any
     ) -> audit.ListBudgetsResponse:
-        roots = [tree.budget(tree.root_id) for tree in self.ledger.trees.values()]
+        trees = self.ledger.trees.values()
+        roots = [root for tree in trees if (root := tree.budgets[tree.root_id]) is not None]
         start = int(request.page_token or "0")
         page = audit.ListBudgetsResponse(
             next_page_token=str(start + 1) if roots[start + 1 :] else ""

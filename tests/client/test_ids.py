@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+import uuid
+
+import pytest
+
+from peculium import _ids
+from peculium_server.core import encoding
+
+
+def test_an_id_is_a_uuid_of_version_7_and_of_now() -> None:
+    before = time.time_ns() // 1_000_000
+    made = uuid.UUID(bytes=_ids.new_id())
+    assert made.version == 7
+    assert made.variant == uuid.RFC_4122
+    assert before <= int.from_bytes(made.bytes[:6]) <= time.time_ns() // 1_000_000
+
+
+def test_ids_rise_and_never_repeat_also_between_threads() -> None:
+    made: list[list[bytes]] = [[] for _ in range(4)]
+
+    def make(into: list[bytes]) -> None:
+        into.extend(_ids.new_id() for _ in range(2000))
+
+    threads = [threading.Thread(target=make, args=(into,)) for into in made]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(into == sorted(into) for into in made)
+    assert len({each for into in made for each in into}) == 8000
+
+
+def test_ids_rise_although_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = _ids.new_id()
+    monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
+    later = [_ids.new_id() for _ in range(100)]
+    assert sorted([first, *later]) == [first, *later]
+    assert uuid.UUID(bytes=later[-1]).version == 7
+
+
+def test_a_forked_child_makes_ids_of_its_own() -> None:
+    _ids.new_id()
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(write, _ids.new_id())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 16) != _ids.new_id()
+    os.close(read)
+    os.close(write)
+
+
+def test_a_token_id_is_what_the_ledger_computes() -> None:
+    secret = _ids.new_secret()
+    assert len(secret) == 32
+    assert _ids.token_id(secret) == encoding.token_id(secret)
+    assert _ids.token_id(secret) == hashlib.sha256(b"peculium.token.v1\x00" + secret).digest()
+
+
+def test_an_id_is_read_with_and_without_hyphens() -> None:
+    made = _ids.new_id()
+    assert _ids.id_bytes(_ids.id_text(made)) == made
+    assert _ids.id_bytes(made.hex()) == made
+    assert _ids.id_bytes("nonsense") is None
+    assert _ids.id_text(b"\x01\x02") == "0102"
