@@ -134,26 +134,18 @@ class Sender:
     ) -> Ticket:
         """Put an operation on its way; `wait` for it. The time runs from now."""
         loop = self._begin()
-        now = loop.time()
-        until = now + (wait or 0.0)
-        ticket = self._brain.submit(
-            line,
-            operation,
-            loop.create_future(),
-            now=now,
-            deadline=until + self._seconds(timeout),
-            wait_until=until if wait else 0.0,
-        )
+        until = loop.time() + (wait or 0.0)
+        deadline = until + self._seconds(timeout)
+        ticket = Ticket(line, operation, loop.create_future(), deadline, until if wait else 0.0)
+        self._brain.submit(ticket)
         self._soon(loop)
         return ticket
 
-    def detach(self, line: Line, operation: Operation) -> Ticket:
+    def detach(self, line: Line, operation: Operation) -> None:
         """Put an operation on its way that has to happen although nobody waits for it."""
         loop = self._begin(closing=True)
-        now = loop.time()
-        ticket = self._brain.submit(line, operation, None, now=now, deadline=now)
+        self._brain.submit(Ticket(line, operation, None, loop.time()))
         self._soon(loop)
-        return ticket
 
     async def wait(self, ticket: Ticket) -> Ticket:
         """Wait for an operation that was submitted, until its deadline.

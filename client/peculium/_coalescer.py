@@ -121,10 +121,10 @@ class Ticket:
     """None: nobody waits, and it has to happen all the same."""
     deadline: float
     """Until when its caller waits."""
-    give_up_at: float
-    """Until when it is pursued."""
     wait_until: float = 0.0
-    """Until when it waits for money that holds of this process may free."""
+    """Until when a reserve waits for money that holds of this process may free."""
+    give_up_at: float = math.inf
+    """Until when it is pursued."""
     place: Place = Place.QUEUED
     attempts: int = 0
     maybe_done: bool = False
@@ -193,32 +193,12 @@ class Coalescer:
 
     # --- what callers do ---
 
-    def submit(
-        self,
-        line: Line,
-        operation: Operation | None,
-        future: Future | None,
-        *,
-        now: float,
-        deadline: float,
-        wait_until: float = 0.0,
-    ) -> Ticket:
-        """Put an operation at the end of its line, behind whatever is still unresolved in it.
-
-        Args:
-            line: The order that it belongs to.
-            operation: What to do; None for a section, in which the caller has the token itself.
-            future: Whom to wake; None if nobody waits and it has to happen all the same.
-            now: The time.
-            deadline: Until when the caller waits.
-            wait_until: Until when a reserve waits for this process's own holds, if it has to.
-        """
-        ticket = Ticket(line, operation, future, deadline, math.inf, wait_until)
-        self._pursue_until(ticket, max(now, deadline) + self._finish_seconds)
-        line.queue.append(ticket)
+    def submit(self, ticket: Ticket) -> None:
+        """Put an operation at the end of its line, behind whatever is still unresolved in it."""
+        self._pursue_until(ticket, ticket.deadline + self._finish_seconds)
+        ticket.line.queue.append(ticket)
         self._pursued += 1
-        self._list(line)
-        return ticket
+        self._list(ticket.line)
 
     def wait_again(self, ticket: Ticket, future: Future, *, deadline: float) -> None:
         """Attach a new caller to an operation whose outcome was unknown."""
@@ -658,13 +638,13 @@ class Coalescer:
             for child in operation.children:
                 if child.secret is not None:
                     undoing = requests.revoke(target, Asked(), descendant_id=child.budget_id)
-                    self.submit(line, undoing, None, now=now, deadline=now)
+                    self.submit(Ticket(line, undoing, None, now))
 
     def _release(self, name: str, reserve: Operation, now: float) -> None:
         """Give back the hold of a reserve whose caller is gone."""
         hold = HoldTarget(reserve.root_id, reserve.budget_id, reserve.hold_id)
         line = Line(name, linear=True, secret=reserve.hold_secret)
-        self.submit(line, requests.release(hold, Asked()), None, now=now, deadline=now)
+        self.submit(Ticket(line, requests.release(hold, Asked()), None, now))
 
 
 class _Draft:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,7 @@ class Handle(Affine):
         self._name = name
         """What it is, for errors."""
         self._moved: str | None = None
+        self._moving_lock = threading.Lock()
 
     @property
     def moved(self) -> bool:
@@ -65,6 +67,16 @@ class Handle(Affine):
         """The budget concerned, for errors."""
         raise NotImplementedError
 
+    def _move(self, how: str) -> None:
+        """Take the authority out of the handle; of several threads, one succeeds.
+
+        Raises:
+            CapabilityMoved: It has moved, or this is a forked child.
+        """
+        with self._moving_lock:
+            self._check()
+            self._moved = f"{how} at {caller()}"
+
     @contextmanager
     def _moving(self, how: str) -> Iterator[None]:
         """Take the authority out of the handle, and put it back if that fails.
@@ -72,8 +84,7 @@ class Handle(Affine):
         If it is not known whether it failed, the line knows what is unresolved, and says so to the
         next verb.
         """
-        self._check()
-        self._moved = f"{how} at {caller()}"
+        self._move(how)
         try:
             yield
         except BaseException:

@@ -1,18 +1,20 @@
 """Sends what the coalescer says, for any number of threads.
 
-There is no thread of our own on the way: a call that finds something to send starts it, and grpc's
-thread that brings the answer starts what has gathered meanwhile.
+One thread owns the coalescer; the others put what they want into its inbox and wait for their own
+answer. So the state needs no lock, and a caller that is interrupted cannot leave it half changed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
@@ -23,7 +25,7 @@ from peculium._handles import Process
 from peculium._requests import Operation
 from peculium._retry import Attempts, Failure, Policy
 from peculium._translation import failure
-from peculium.errors import Invalid, LedgerUnavailable
+from peculium.errors import Invalid, LedgerUnavailable, OutcomeUnknown
 from peculium.v1 import (
     admin_service_pb2_grpc,
     audit_service_pb2_grpc,
@@ -39,6 +41,10 @@ FLIGHTS_MAX = 4
 """How many batches are on their way at once: enough to keep the ledger busy, few enough to be full."""
 
 _JITTER_STEPS = 1 << 20
+_TOLD_SECONDS = 5.0
+"""Long enough for the owner of the coalescer to say what it knows, if there still is one."""
+_Task = Callable[[float], None]
+"""Is told the time."""
 
 _Q = TypeVar("_Q")
 _R = TypeVar("_R")
@@ -55,14 +61,15 @@ class Sender:
         self._config = config
         self._policy = policy or Policy()
         self._brain = Coalescer(policy=self._policy, jitter=_jitter, flights_max=FLIGHTS_MAX)
-        self._lock = threading.RLock()
-        """Guards the brain and everything below."""
-        self._quiet = threading.Condition(self._lock)
+        self._inbox: SimpleQueue[_Task] = SimpleQueue()
+        self._opening = threading.Lock()
+        self._thread: threading.Thread | None = None
         self._channel: grpc.Channel | None = None
         self._closed = False
-        self._timer: threading.Timer | None = None
-        self._timer_at = 0.0
-        self._calls: set[Any] = set()
+        self._over = False
+        """The owner of the coalescer ends at once."""
+        self._finishing = False
+        """The owner of the coalescer ends when nothing is left to do."""
         self._ledger: LedgerServiceStub
         self._admin: AdminServiceStub
         self._audit: AuditServiceStub
@@ -77,29 +84,18 @@ class Sender:
         wait: float | None = None,
     ) -> Ticket:
         """Put an operation on its way; `wait` for it. The time runs from now."""
-        with self._lock:
-            self._begin()
-            now = time.monotonic()
-            until = now + (wait or 0.0)
-            ticket = self._brain.submit(
-                line,
-                operation,
-                Future(),
-                now=now,
-                deadline=until + self._seconds(timeout),
-                wait_until=until if wait else 0.0,
-            )
-        self._pump()
+        self._begin()
+        until = time.monotonic() + (wait or 0.0)
+        deadline = until + self._seconds(timeout)
+        ticket = Ticket(line, operation, Future(), deadline, until if wait else 0.0)
+        self._inbox.put(lambda _: self._brain.submit(ticket))
         return ticket
 
-    def detach(self, line: Line, operation: Operation) -> Ticket:
+    def detach(self, line: Line, operation: Operation) -> None:
         """Put an operation on its way that has to happen although nobody waits for it."""
-        with self._lock:
-            self._begin(closing=True)
-            now = time.monotonic()
-            ticket = self._brain.submit(line, operation, None, now=now, deadline=now)
-        self._pump()
-        return ticket
+        self._begin(closing=True)
+        ticket = Ticket(line, operation, None, time.monotonic())
+        self._inbox.put(lambda _: self._brain.submit(ticket))
 
     def wait(self, ticket: Ticket) -> Ticket:
         """Wait for an operation that was submitted, until its deadline.
@@ -107,22 +103,7 @@ class Sender:
         Raises:
             PeculiumError: It was refused, or there was no answer in time.
         """
-        future: Any = ticket.future
-        try:
-            try:
-                future.exception(max(0.0, ticket.deadline - time.monotonic()))
-            except TimeoutError:
-                with self._lock:
-                    self._brain.expire(ticket, time.monotonic())
-                self._pump()
-            done: Ticket = future.result()
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            with self._lock:
-                future.cancel()
-                self._brain.abandon(ticket, time.monotonic())
-            self._pump()
-            raise
-        return done
+        return self._take(ticket, ticket.future, ticket.deadline)
 
     def wait_again(self, ticket: Ticket, timeout: float | None = None) -> Ticket:
         """Wait for an operation once more whose outcome was unknown.
@@ -130,12 +111,29 @@ class Sender:
         Raises:
             PeculiumError: It was refused, or there was no answer in time.
         """
-        with self._lock:
-            self._begin()
-            deadline = time.monotonic() + self._seconds(timeout)
-            self._brain.wait_again(ticket, Future(), deadline=deadline)
-        self._pump()
-        return self.wait(ticket)
+        self._begin()
+        future: Future[Ticket] = Future()
+        deadline = time.monotonic() + self._seconds(timeout)
+        self._inbox.put(lambda _: self._brain.wait_again(ticket, future, deadline=deadline))
+        return self._take(ticket, future, deadline)
+
+    def _take(self, ticket: Ticket, future: Any, deadline: float) -> Ticket:
+        try:
+            try:
+                future.exception(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
+                self._inbox.put(lambda now: self._brain.expire(ticket, now))
+            done: Ticket = future.result(_TOLD_SECONDS)
+        except TimeoutError:
+            # The client was closed meanwhile, by another thread.
+            raise OutcomeUnknown(
+                "the client was closed before there was an answer", budget=ticket.line.name
+            ) from None
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            future.cancel()
+            self._inbox.put(lambda now: self._brain.abandon(ticket, now))
+            raise
+        return done
 
     @contextmanager
     def section(self, line: Line, timeout: float | None = None) -> Iterator[bytes | None]:
@@ -147,9 +145,7 @@ class Sender:
         try:
             yield line.secret
         finally:
-            with self._lock:
-                self._brain.leave_section(ticket)
-            self._pump()
+            self._inbox.put(lambda _: self._brain.leave_section(ticket))
 
     # --- calls that travel alone ---
 
@@ -222,29 +218,36 @@ class Sender:
 
     def close(self) -> None:
         """Finish what is on its way, within bounds, and disconnect."""
-        with self._lock:
-            if self._closed or self._channel is None:
-                self._closed = True
-                return
-            self._closed = True
-            if not self._quiet.wait_for(lambda: self._brain.idle, CLOSE_SECONDS_DEFAULT):
-                _log.warning(
-                    "closed with %d operations of unknown outcome; holds among them lapse",
-                    self._brain.unresolved,
-                )
-            if self._timer is not None:
-                self._timer.cancel()
-            channel = self._channel
-        # Without the lock: closing waits for grpc's threads, which take it.
-        channel.close()
+        with self._opening:
+            thread, self._closed = self._thread, True
+        if thread is None or self._over:
+            return
+        self._inbox.put(self._finish)
+        thread.join(CLOSE_SECONDS_DEFAULT)
+        if thread.is_alive():
+            _log.warning(
+                "closed with %d operations of unknown outcome; holds among them lapse",
+                self._brain.unresolved,
+            )
+            self._over = True
+            self._inbox.put(self._finish)
+            thread.join()
+        if self._channel is not None:
+            self._channel.close()
+
+    def _finish(self, _: float) -> None:
+        self._finishing = True
 
     def _begin(self, *, closing: bool = False) -> None:
         self.process.check("client")
-        with self._lock:
-            if self._closed and not closing:
-                raise Invalid("the client is closed")
-            if self._channel is None:
-                self._channel = self._connect()
+        if self._closed and not closing:
+            raise Invalid("the client is closed")
+        if self._thread is None:
+            with self._opening:
+                if self._thread is None:
+                    self._channel = self._connect()
+                    self._thread = threading.Thread(target=self._own, name="peculium", daemon=True)
+                    self._thread.start()
 
     def _connect(self) -> grpc.Channel:
         target, options = self._config.target, self._config.options
@@ -261,54 +264,39 @@ class Sender:
     def _seconds(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else timeout
 
-    def _pump(self) -> None:
-        """Send whatever can go."""
-        while True:
-            with self._lock:
-                batch = self._brain.next_batch(time.monotonic())
-                if batch is None:
-                    self._set_timer()
-                    if self._brain.idle:
-                        self._quiet.notify_all()
-                    return
+    # --- the owner of the coalescer ---
+
+    def _own(self) -> None:
+        while not (self._over or (self._finishing and self._brain.idle)):
+            try:
+                self._turn()
+            except Exception:  # noqa: BLE001 - a bug; it must not take the other callers with it
+                _log.exception("the client has failed in an unforeseen way")
+
+    def _turn(self) -> None:
+        """Do what has come, all of it, and then send what can go: so it goes together."""
+        wake_at = self._brain.wake_at()
+        seconds = None if wake_at is None else max(0.0, wake_at - time.monotonic())
+        with contextlib.suppress(Empty):
+            self._inbox.get(timeout=seconds)(time.monotonic())
+            while True:
+                self._inbox.get_nowait()(time.monotonic())
+        while (batch := self._brain.next_batch(time.monotonic())) is not None:
             self._send(batch)
 
-    def _set_timer(self) -> None:
-        wake_at = self._brain.wake_at()
-        if self._timer is not None and (wake_at is None or wake_at != self._timer_at):
-            self._timer.cancel()
-            self._timer = None
-        if self._timer is None and wake_at is not None:
-            self._timer_at = wake_at
-            self._timer = threading.Timer(max(0.0, wake_at - time.monotonic()), self._wake)
-            self._timer.daemon = True
-            self._timer.start()
-
-    def _wake(self) -> None:
-        with self._lock:
-            self._timer = None
-        self._pump()
-
     def _send(self, batch: Batch) -> None:
-        def done(call: grpc.Future[Any]) -> None:
-            self._take(batch, call)
-
-        call = self._ledger.Batch.future(
+        call: Any = self._ledger.Batch.future(
             batch.request, timeout=batch.timeout, metadata=self._config.metadata
         )
-        call.add_done_callback(done)
+        call.add_done_callback(lambda _: self._inbox.put(lambda now: self._land(batch, call, now)))
 
-    def _take(self, batch: Batch, call: Any) -> None:
+    def _land(self, batch: Batch, call: Any, now: float) -> None:
         try:
             response = call.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
-            failed = _failure(error)
-            with self._lock:
-                self._brain.failed(batch, failed, time.monotonic())
+            self._brain.failed(batch, _failure(error), now)
         else:
-            with self._lock:
-                self._brain.completed(batch, response, time.monotonic())
-        self._pump()
+            self._brain.completed(batch, response, now)
 
 
 def _failure(error: Any) -> Failure:

@@ -822,8 +822,7 @@ class Hold(Handle):
         earlier = self._end
         if earlier is not None and not earlier.awaited:
             return self._finish_again(earlier, operation, how, timeout)
-        self._check()
-        self._moved = f"{how} at {caller()}"
+        self._move(how)
         self._end = self._sender.submit(self._line, operation, timeout)
         return self._finished(self._end, timeout, again=False)
 

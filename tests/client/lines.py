@@ -91,14 +91,8 @@ class Bench:
         """Ask for an operation, with five seconds for it."""
         told = Told()
         until = self.now + wait
-        ticket = self.brain.submit(
-            line,
-            operation,
-            told,
-            now=self.now,
-            deadline=until + 5,
-            wait_until=until if wait else 0.0,
-        )
+        ticket = Ticket(line, operation, told, until + 5, until if wait else 0.0)
+        self.brain.submit(ticket)
         return Asking(ticket, told)
 
     def reserve(self, held: Held, amount: int, *, wait: float = 0.0) -> Asking:
