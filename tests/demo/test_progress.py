@@ -36,14 +36,27 @@ def test_the_rate_is_that_of_the_last_seconds_only() -> None:
     assert rate.at(100.0, 400) == 0
 
 
-@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
-async def test_the_last_figures_are_shown_however_short_the_run(terminal: bool) -> None:
+@pytest.mark.parametrize(
+    ("terminal", "cap", "figures"),
+    [
+        (True, 8_000_000_000, "$6.50 of $8.00, $0.00 held, 0 calls/s, 5 refused"),
+        (True, 1_000_000, "$6.500000 of $0.001000, $0.000007 held, 0 calls/s, 5 refused"),
+        (
+            False,
+            8_000_000_000,
+            "1,234 calls, 0/s, 5 refused; spent $6.500000 of $8.000000, held $0.000007",
+        ),
+    ],
+    ids=["terminal", "terminal with a small cap", "pipe"],
+)
+async def test_the_last_figures_are_shown_however_short_the_run(
+    terminal: bool, cap: int, figures: str
+) -> None:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
-    async with shown(console, 8_000_000_000, lambda: TALLY):
+    async with shown(console, cap, lambda: TALLY):
         pass
     file = console.file
     assert isinstance(file, io.StringIO)
     told = file.getvalue()
-    assert "1,234 calls" in told
-    assert "5 refused; spent $6.500000 of $8.000000, held $0.000007" in told
+    assert figures in told
     assert ("\x1b[" in told) == terminal

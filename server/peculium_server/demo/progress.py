@@ -19,6 +19,7 @@ _REDRAW_SECONDS: Final = 0.2
 _LINE_SECONDS: Final = 1.0
 _NANO_DIGITS: Final = 9
 _MICRO_DIGITS: Final = 6
+_CENT_DIGITS: Final = 2
 _NANOS_PER_USD: Final = 10**_NANO_DIGITS
 
 
@@ -28,9 +29,9 @@ def exact_dollars(nanos: int) -> str:
     return f"${whole:,}.{rest:0{_NANO_DIGITS}}"
 
 
-def dollars(nanos: int) -> str:
-    """An amount for people, cut to the millionth of a dollar."""
-    return exact_dollars(nanos)[: -(_NANO_DIGITS - _MICRO_DIGITS)]
+def dollars(nanos: int, digits: int = _MICRO_DIGITS) -> str:
+    """An amount for people, cut after so many digits."""
+    return exact_dollars(nanos)[: digits - _NANO_DIGITS]
 
 
 class Rate:
@@ -74,12 +75,14 @@ async def _show(look: _Look, tally: Callable[[], Tally]) -> None:
 
 
 class _Bar:
-    """For a terminal."""
+    """For a terminal, which has few columns, of which the bar wants some."""
 
     pause_seconds: float = _REDRAW_SECONDS
 
     def __init__(self, console: Console, granted: int) -> None:
-        self._status = _Status(granted)
+        self._rate = Rate()
+        self._cap = granted
+        self._digits = _CENT_DIGITS if granted > _NANOS_PER_USD else _MICRO_DIGITS
         self._progress = Progress(
             SpinnerColumn(),
             BarColumn(),
@@ -93,7 +96,11 @@ class _Bar:
 
     def show(self, tally: Tally) -> None:
         """Draw."""
-        text = self._status.after(tally)
+        rate = self._rate.at(time.monotonic(), tally.calls)
+        spent, cap, held = (
+            dollars(amount, self._digits) for amount in (tally.spent, self._cap, tally.held)
+        )
+        text = f"{spent} of {cap}, {held} held, {rate:,.0f} calls/s, {tally.refused:,} refused"
         self._progress.update(self._task, completed=tally.spent, description=text)
 
 
@@ -104,24 +111,16 @@ class _Lines:
     context: AbstractContextManager[object] = nullcontext()
 
     def __init__(self, console: Console, granted: int) -> None:
-        self._status = _Status(granted)
+        self._rate = Rate()
+        self._cap = granted
         self._console = console
 
     def show(self, tally: Tally) -> None:
         """Write a line."""
-        self._console.print(self._status.after(tally), highlight=False, soft_wrap=True)
-
-
-class _Status:
-    """The figures, in words."""
-
-    def __init__(self, granted: int) -> None:
-        self._cap = dollars(granted)
-        self._rate = Rate()
-
-    def after(self, tally: Tally) -> str:
         rate = self._rate.at(time.monotonic(), tally.calls)
-        return (
+        self._console.print(
             f"{tally.calls:,} calls, {rate:,.0f}/s, {tally.refused:,} refused;"
-            f" spent {dollars(tally.spent)} of {self._cap}, held {dollars(tally.held)}"
+            f" spent {dollars(tally.spent)} of {dollars(self._cap)}, held {dollars(tally.held)}",
+            highlight=False,
+            soft_wrap=True,
         )
