@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import hashlib
 import json
-import os
 import signal
 import socket
+import tempfile
 import threading
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psycopg
@@ -21,6 +24,7 @@ import peculium
 from peculium.errors import BudgetExhausted, PermissionDenied, Unauthenticated
 from peculium.v1.admin_service_pb2_grpc import AdminServiceStub
 from peculium.v1.ledger_service_pb2_grpc import LedgerServiceStub
+from peculium_server import app
 from peculium_server.core.operations import ByHolder, Grant, Spend
 from tests.rpc.messages import message_of
 from tests.rpc.test_reads import HOLDER, granted, new_id
@@ -170,7 +174,7 @@ def test_settings_are_printed_without_the_password(
     start_server: StartServer, database: str
 ) -> None:
     server = start_server("--database-url", f"{database}&password=correct-horse")
-    assert "drain_seconds = 30" in said(server)
+    assert "drain_seconds = 20" in said(server)
     assert "correct-horse" not in said(server)
 
 
@@ -179,14 +183,17 @@ def test_a_misspelt_variable_is_pointed_out(start_server: StartServer, database:
     assert "WARNING: PECULIUM_KEY_FILE is not a setting" in server.said
 
 
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    """Where the user whom the server's own database runs as can enter, whoever runs the tests."""
+    with tempfile.TemporaryDirectory(prefix="peculium-app-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder) / "ledger"
+
+
 def test_without_a_database_a_server_keeps_one_of_its_own(
-    start_server: StartServer, tmp_path: Path
+    start_server: StartServer, data_dir: Path
 ) -> None:
-    # Where an ordinary user can enter, for the server's database does not run as root.
-    data_dir = tmp_path / "ledger"
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_uid == os.geteuid() and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o711)
     first = start_server("--data-dir", str(data_dir))
     assert "no database is configured" in said(first)
     with peculium.connect(first.address) as client:
@@ -268,3 +275,41 @@ def test_a_server_is_healthy_while_its_database_answers(
                 break
         watch.cancel()
     assert server.process.wait(30) == 0
+
+
+class Draining:
+    """A server with a call in progress that ends when the test says so, and a ledger."""
+
+    def __init__(self) -> None:
+        self.calls_done = asyncio.Event()
+        self.stops: list[float] = []
+        self.drained = False
+
+    async def stop(self, grace_seconds: float) -> None:
+        self.stops.append(grace_seconds)
+        if grace_seconds:
+            await self.calls_done.wait()
+
+    async def drain(self) -> None:
+        self.drained = True
+
+
+async def test_draining_ends_when_calls_and_commits_have() -> None:
+    both: Any = Draining()
+    draining = asyncio.create_task(app._drain(both, both, 20, asyncio.Event()))
+    await asyncio.sleep(0)
+    both.calls_done.set()
+    await draining
+    assert both.stops == [20]
+    assert both.drained
+
+
+async def test_told_to_stop_a_second_time_a_server_does_not_wait() -> None:
+    both: Any = Draining()
+    stop = asyncio.Event()
+    draining = asyncio.create_task(app._drain(both, both, 20, stop))
+    await asyncio.sleep(0)
+    assert not draining.done()
+    stop.set()
+    await draining
+    assert both.stops == [20, 0]

@@ -156,12 +156,18 @@ def _announce(config: Config, address: str) -> None:
 
 
 async def _drain(server: Server, ledger: Ledger, seconds: float, stop: asyncio.Event) -> None:
-    """Take no new calls, and finish those in progress; told to stop once more, do not wait."""
-    stopping = asyncio.create_task(server.stop(seconds))
+    """Take no new calls, and finish what was accepted; told to stop once more, do not wait for it."""
+    finishing = asyncio.create_task(_finish(server, ledger, seconds))
     impatient = asyncio.create_task(stop.wait())
-    await asyncio.wait((stopping, impatient), return_when=asyncio.FIRST_COMPLETED)
+    await asyncio.wait((finishing, impatient), return_when=asyncio.FIRST_COMPLETED)
     impatient.cancel()
-    if not stopping.done():
-        await server.stop(0)
-    await stopping
+    if finishing.done():
+        await finishing
+        return
+    finishing.cancel()
+    await server.stop(0)
+
+
+async def _finish(server: Server, ledger: Ledger, seconds: float) -> None:
+    await server.stop(seconds)
     await ledger.drain()
