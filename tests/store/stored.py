@@ -72,9 +72,7 @@ class StoredLedger(Ledger):
                 Request(operation, self.actor(operation), index)
                 for index, operation in enumerate(operations)
             ]
-            answers[:], accepted[:] = decide_group(
-                loaded.trees, group, loaded.now, loaded.position
-            )
+            answers[:], accepted[:] = decide_group(loaded.trees, group, loaded.now, loaded.position)
             return accepted
 
         footprints: dict[bytes, Footprint] = {}

@@ -32,7 +32,7 @@ async def test_writers_that_take_turns_are_never_aborted(
 async def test_without_the_lock_nothing_is_lost_or_doubled_only_repeated(
     store: Store, other_store: Store, spender: Spender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane, "is_postgres", lambda connection: False)
+    monkeypatch.setattr(lane, "is_postgres", lambda _: False)
     root = await spender.grant(store)
     number = store.lane_of(root.root_id)
     writers = (store.writer(number), other_store.writer(number))
@@ -131,7 +131,7 @@ async def test_repetitions_are_bounded(
         return await fly(self, *segments)
 
     monkeypatch.setattr(Connection, "fly", conflict)
-    monkeypatch.setattr(lane, "_backoff", lambda attempt: 0)
+    monkeypatch.setattr(lane, "_backoff", lambda _: 0)
     spender.decisions = 0
     with pytest.raises(StoreContended) as raised:
         await spender.spend(store.writer(store.lane_of(root.root_id)), root)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 
 import psycopg
 import pytest
@@ -17,8 +17,6 @@ from peculium_server.store.lane import Loaded
 from peculium_server.store.store import Store
 from peculium_server.store.wire import Connection, Flown, Step
 from tests.store.spender import Spender, spent
-
-Fault = Callable[[Connection, Sequence[Sequence[Step]]], object]
 
 
 class Faults:
@@ -141,9 +139,7 @@ async def test_a_refusal_is_not_told_while_an_earlier_commit_may_still_arrive(
             arrival.append(asyncio.create_task(faults.arrive()))
 
     spend = spender.ask(root)
-    answer = await spender.do(
-        store.writer(store.lane_of(root.root_id)), spend, watch=empty_it
-    )
+    answer = await spender.do(store.writer(store.lane_of(root.root_id)), spend, watch=empty_it)
     await arrival[0]
     assert isinstance(answer, Outcome)
     assert answer.replayed
@@ -231,9 +227,7 @@ async def test_a_caller_who_gives_up_leaves_the_lane_usable(
         await hoarder.execute("SELECT FROM lanes WHERE lane = %s FOR UPDATE", [number])
         begun = asyncio.Event()
         spend = spender.ask(root)
-        spending = asyncio.create_task(
-            spender.do(writer, spend, watch=lambda loaded: begun.set())
-        )
+        spending = asyncio.create_task(spender.do(writer, spend, watch=lambda _: begun.set()))
         await begun.wait()
         spending.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -21,7 +21,12 @@ async def test_every_kind_of_operation_is_loaded_as_it_was_saved(ledger: StoredL
     await ledger.accept(root.top_up(5))
     await ledger.accept(root.withdraw(3))
     child = await ledger.below(
-        root, 1_000, labels=(("run", "7"),), overrun_factor=2, lease_us=HOUR, lease_latest_us=9 * HOUR
+        root,
+        1_000,
+        labels=(("run", "7"),),
+        overrun_factor=2,
+        lease_us=HOUR,
+        lease_latest_us=9 * HOUR,
     )
     await ledger.accept(root.fund(child, 500, lease_us=2 * HOUR))
     await ledger.accept(child.renew(3 * HOUR))

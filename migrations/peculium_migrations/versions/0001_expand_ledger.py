@@ -118,9 +118,8 @@ CREATE TABLE budgets (
     CONSTRAINT ck_budgets_ancestors CHECK (
         CASE WHEN parent_id IS NULL
             THEN budget_id = root_id AND cardinality(ancestors) = 0
-            ELSE budget_id <> root_id AND parent_id = ancestors[1]
-                AND cardinality(ancestors) < 16
-                AND ancestors[cardinality(ancestors)] = root_id
+            ELSE budget_id <> root_id AND cardinality(ancestors) BETWEEN 1 AND 15
+                AND parent_id = ancestors[1] AND ancestors[cardinality(ancestors)] = root_id
         END
     ),
     CONSTRAINT ck_budgets_overrun_factor CHECK (
@@ -244,17 +243,18 @@ INSERT INTO lanes (lane, position) VALUES ({lane}, 0);
 """What is left free of a page takes the next versions of its rows (HOT). Each hold leaves one dead row
 behind when it ends; collected early, their room is used again."""
 
-FEW_DISTINCT = {
-    "budgets_{lane:02}": ("lane", "root_id"),
-    "holds_{lane:02}": ("lane", "root_id"),
-    "entries_{lane:02}": ("lane", "root_id", "budget_id"),
+DISTINCT: dict[str, dict[str, float]] = {
+    "budgets_{lane:02}": {"lane": 1, "root_id": 1, "parent_id": -0.5},
+    "holds_{lane:02}": {"lane": 1, "root_id": 1, "budget_id": -0.1},
+    "entries_{lane:02}": {"lane": 1, "root_id": 1, "budget_id": 1},
 }
-"""Columns that keys share as their beginning.
+"""How many values the planner shall believe a column to have; below zero, as a fraction of the rows.
 
 Every lookup gives a whole key. While a table is small, or has not been analyzed since it was, any
 index that shares the key's beginning looks as good to the planner, and a plan that reads half of a
-tree for each token would be kept for long after. So the planner is told that these columns alone
-select next to nothing; a row that comes and goes gives each partition statistics to say it in.
+tree for each token would be kept for long after. So it is told that what keys begin with selects
+nothing, and that what follows does, whatever a sample of the rows would say. A row that comes and goes
+gives each partition statistics to say it in.
 """
 
 EXAMPLES = """
@@ -296,10 +296,10 @@ def upgrade() -> None:
 def _teach_the_planner() -> None:
     op.execute(EXAMPLES)
     for lane in range(LANES):
-        for name, columns in FEW_DISTINCT.items():
+        for name, columns in DISTINCT.items():
             partition = name.format(lane=lane)
-            for key in columns:
-                op.execute(f"ALTER TABLE {partition} ALTER COLUMN {key} SET (n_distinct = 1)")
+            for key, count in columns.items():
+                op.execute(f"ALTER TABLE {partition} ALTER COLUMN {key} SET (n_distinct = {count})")
             op.execute(f"ANALYZE {partition}")
     # In a subtransaction of its own, or Postgres would keep the files and the count of their rows.
     with op.get_bind().begin_nested():

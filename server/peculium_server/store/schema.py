@@ -181,9 +181,8 @@ budgets = Table(
         text(
             "CASE WHEN parent_id IS NULL"
             " THEN budget_id = root_id AND cardinality(ancestors) = 0"
-            " ELSE budget_id <> root_id AND parent_id = ancestors[1]"
-            f" AND cardinality(ancestors) < {DEPTH_MAX}"
-            " AND ancestors[cardinality(ancestors)] = root_id END"
+            f" ELSE budget_id <> root_id AND cardinality(ancestors) BETWEEN 1 AND {DEPTH_MAX - 1}"
+            " AND parent_id = ancestors[1] AND ancestors[cardinality(ancestors)] = root_id END"
         ),
         name="ancestors",
     ),
