@@ -415,6 +415,9 @@ class Node:
     root_id: bytes
     id: bytes
 
+    def __repr__(self) -> str:
+        return f"<budget {int.from_bytes(self.id[9:])}>"
+
     @property
     def tree(self) -> WholeTree:
         return self.ledger.trees[self.root_id]
@@ -553,6 +556,9 @@ class HoldRef:
 
     node: Node
     id: bytes
+
+    def __repr__(self) -> str:
+        return f"<hold {int.from_bytes(self.id[9:])} of {self.node}>"
 
     @property
     def hold(self) -> Hold:

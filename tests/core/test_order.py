@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import pytest
 from hypothesis import assume, event, given, settings, strategies as st
 
 from peculium_server.core.operations import Kind, Operation
@@ -122,6 +123,7 @@ def _do(ledger: Ledger, tree: Tree, operation: Operation) -> None:
     assert getattr(decision, "reason", None) is Refusal.HOLD_ENDED
 
 
+@pytest.mark.timeout(300)
 @settings(max_examples=150)
 @given(st.data())
 def test_every_order_ends_in_the_same_balances(data: st.DataObject) -> None:
