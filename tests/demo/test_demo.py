@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import queue
@@ -42,11 +43,11 @@ pytestmark = pytest.mark.timeout(RUN_SECONDS_MAX + 60)
 class Demo:
     """A running demonstration, all of whose processes keep their files in one folder."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, **variables: str) -> None:
         self.folder = folder
         self.process = subprocess.Popen(
             [*COMMAND, *arguments],
-            env={**os.environ, "TMPDIR": str(folder)},
+            env={**os.environ, **variables, "TMPDIR": str(folder)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -124,11 +125,11 @@ StartDemo = Callable[..., Demo]
 def start_demo() -> Iterator[StartDemo]:
     with contextlib.ExitStack() as started:
 
-        def start(*arguments: str) -> Demo:
+        def start(*arguments: str, **variables: str) -> Demo:
             # Every user may enter it, also the one who runs Postgres where we are root.
             folder = Path(tempfile.mkdtemp(prefix="peculium-test-demo-"))
             folder.chmod(0o755)
-            demo = Demo(folder, *arguments)
+            demo = Demo(folder, *arguments, **variables)
             started.callback(demo.end)
             return demo
 
@@ -252,6 +253,22 @@ def test_runs_on_one_ledger_do_not_disturb_each_other(
         assert result["calls"] == 29
 
 
+def test_a_ledger_that_knows_keys_is_called_with_an_admins_key(
+    start_demo: StartDemo, start_server: StartServer, database: str, tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(b"open-sesame").hexdigest()
+    keys = tmp_path / "keys.toml"
+    keys.write_text(f'[[keys]]\nprincipal = "ops"\nrole = "admin"\nsha256 = "{digest}"\n')
+    server = start_server("--database-url", database, "--keys-file", str(keys))
+    file = write(tmp_path / "trace.csv", [(1000, 20)] * 20)
+    arguments = ("--trace", str(file), "--target", server.address, *SMALL)
+    code, lines, told = start_demo(*arguments, PECULIUM_API_KEY="open-sesame").finish()
+    assert code == 0, told
+    assert_sound(result_of(lines), 20)
+    code, lines, _ = start_demo(*arguments).finish()
+    assert (code, lines) == (1, [])
+
+
 def test_agents_go_on_when_the_server_is_killed_and_restarted(
     start_demo: StartDemo,
     start_server: StartServer,
@@ -327,3 +344,16 @@ def test_a_ledger_that_is_not_there_is_no_answer(start_demo: StartDemo, tmp_path
     code, lines, told = demo.finish()
     assert (code, lines) == (3, []), told
     demo.assert_nothing_is_left()
+
+
+def test_a_server_that_cannot_start_fails_the_run_with_what_it_said(
+    start_demo: StartDemo, tmp_path: Path
+) -> None:
+    (tmp_path / "precious").touch()
+    demo = start_demo(*SMALL, "--data-dir", str(tmp_path))
+    code, lines, told = demo.finish()
+    assert (code, lines) == (1, [])
+    assert "the server ended before it was ready" in told
+    assert str(tmp_path) in told.partition("before it was ready")[2]
+    demo.assert_nothing_is_left()
+    assert (tmp_path / "precious").exists()

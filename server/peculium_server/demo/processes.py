@@ -44,39 +44,41 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         """`folder` is where they log."""
         self._folder = folder
+        self._ready_file = folder / "ready.json"
         self._started: list[_Started] = []
         self._server: asyncio.Future[_Started] = asyncio.get_running_loop().create_future()
         self._data_dir: Path | None = None
 
-    async def server(self, data_dir: Path) -> str:
-        """Start a ledger with a PostgreSQL of its own in `data_dir`; where it listens.
-
-        Raises:
-            ProcessFailed: It does not come up.
-        """
-        ready_file = self._folder / "ready.json"
+    async def server(self, data_dir: Path) -> None:
+        """Start a ledger with a PostgreSQL of its own in `data_dir`."""
         # An empty flag beats a variable of the environment, which means another server.
         settings = {
             "database-url": "",
             "keys-file": "",
             "data-dir": str(data_dir),
             "listen": "127.0.0.1:0",
-            "ready-file": str(ready_file),
+            "ready-file": str(self._ready_file),
         }
         flags = [f"--{name}={value}" for name, value in settings.items()]
         self._data_dir = data_dir
         server = await self._start("server", "peculium_server", "serve", *flags, stdin=DEVNULL)
+        self._server.set_result(server)
+
+    async def listening(self) -> str:
+        """Wait until the server that was started is ready; where it listens, as host:port.
+
+        Raises:
+            ProcessFailed: It does not come up.
+        """
+        server = await self._server
         try:
             async with asyncio.timeout(START_SECONDS_MAX):
-                while not ready_file.exists():
-                    if server.process.returncode is not None:
-                        raise server.failed("the server did not start")
+                while not self._ready_file.exists():  # noqa: ASYNC110 - it is another process's
                     await asyncio.sleep(_POLL_SECONDS)
         except TimeoutError:
             raise server.failed("the server did not become ready") from None
-        self._server.set_result(server)
-        listening: str = json.loads(ready_file.read_text())["listening"]
-        return listening
+        address: str = json.loads(self._ready_file.read_text())["listening"]
+        return address
 
     async def member(self, name: str, module: str) -> Channel:
         """Start a module of the demonstration as a process, with a channel to it."""
@@ -93,7 +95,8 @@ class Processes:
         """
         server = await self._server
         await server.process.wait()
-        raise server.failed("the server ended in the middle of the run")
+        when = "in the middle of the run" if self._ready_file.exists() else "before it was ready"
+        raise server.failed(f"the server ended {when}")
 
     def failed(self, name: str, sentence: str) -> ProcessFailed:
         """What to raise if a process cannot go on: the sentence, and what the process has logged."""

@@ -150,15 +150,15 @@ class _Run:
     async def run(self, data_dir: Path) -> Report:
         """Do everything."""
         # All start at once: each takes its time to load what it needs.
+        if self._settings.target is None:
+            self._say("starting a ledger with a PostgreSQL of its own")
+            await self._processes.server(data_dir)
         provider = await self._processes.member("provider", "peculium_server.demo.provider")
         workers = [
             await self._processes.member(f"worker-{number}", "peculium_server.demo.worker")
             for number in range(1, self._plan.processes + 1)
         ]
-        target = self._settings.target
-        if target is None:
-            self._say("starting a ledger with a PostgreSQL of its own")
-            target = await self._processes.server(data_dir)
+        target = self._settings.target or await self._processes.listening()
         await self._hand_out_work(workers, target, provider)
         async with peculium.aio.connect(target, timeout=OUTAGE_SECONDS_MAX) as client:
             return await self._spend(client, provider, workers)
@@ -236,12 +236,14 @@ def _stop_signals() -> Iterator[asyncio.Future[int]]:
         if not stop.done():
             stop.set_result(number)
 
-    for number in _STOP_SIGNALS:
+    # What this process was told to ignore, by `nohup` for example, it goes on to ignore.
+    heeded = [each for each in _STOP_SIGNALS if signal.getsignal(each) is not signal.SIG_IGN]
+    for number in heeded:
         loop.add_signal_handler(number, note, number)
     try:
         yield stop
     finally:
-        for number in _STOP_SIGNALS:
+        for number in heeded:
             loop.remove_signal_handler(number)
 
 

@@ -28,7 +28,8 @@ class Treasury:
         self._budget = budget
         self._coordinator = coordinator
         self._agents = agents
-        self._numbers = itertools.count(1)
+        self._slice_numbers = itertools.count(1)
+        self._ask_numbers = itertools.count(1)
         # What is idle is looked up and then used: nobody else may use it in between.
         self._lock = asyncio.Lock()
         self._asks: dict[int, asyncio.Future[bool]] = {}
@@ -63,7 +64,7 @@ class Treasury:
                 idle = await self._idle()
                 if idle >= need:
                     amount = share(idle, self._agents, need)
-                    name = f"{agent}.{next(self._numbers)}"
+                    name = f"{agent}.{next(self._slice_numbers)}"
                     child = self._budget.delegate_here(amount, name=name, lease=SLICE_LEASE_SECONDS)
                     return await stack.enter_async_context(child)
                 if idle:
@@ -76,7 +77,7 @@ class Treasury:
         return (await self._budget.info()).balances.available
 
     async def _ask(self, need: int) -> bool:
-        number = next(self._numbers)
+        number = next(self._ask_numbers)
         answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._asks[number] = answer
         await self._coordinator.send(Ask(ask=number, need=need))
