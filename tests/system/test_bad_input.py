@@ -52,6 +52,8 @@ from tests.system.world import (
     make_world,
 )
 
+pytestmark = pytest.mark.timeout(240)
+
 AMOUNT_MAX = 2**62 - 1
 TEN_MIB = 10 * 1024 * 1024
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -196,7 +198,6 @@ def _looks_right(value: Any) -> bool:
     return isinstance(value, bytes) and not any(value) and len(value) in {16, 32}
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_field_that_is_not_as_it_has_to_be_is_refused_by_name(
     shared: Shared, world: World, unchanged: None, method: str
@@ -890,7 +891,6 @@ async def test_calls_that_were_given_up_before_they_were_decided_do_nothing(
 # --- anything at all ---
 
 
-@pytest.mark.timeout(120)
 def test_no_mutation_of_valid_bytes_is_the_servers_failure(wire: Wire) -> None:
     chance = random.Random(2606)  # noqa: S311 - repeatable, not secret
     requests = [

@@ -11,7 +11,9 @@ import pytest
 
 from peculium import BudgetExhausted, aio
 from peculium.aio import Budget, Client, Hold
-from tests.server import RunningServer
+from tests.system.conftest import Shared
+
+pytestmark = pytest.mark.timeout(240)
 
 GRANTED = 10_000
 SPENT_BEFORE = GRANTED * 9 // 10
@@ -29,8 +31,8 @@ class Exhausted(NamedTuple):
 
 
 @pytest.fixture
-async def client(running_server: RunningServer) -> AsyncIterator[Client]:
-    async with aio.connect(running_server.address) as connected:
+async def client(shared: Shared) -> AsyncIterator[Client]:
+    async with aio.connect(shared.server.address) as connected:
         yield connected
 
 
@@ -54,13 +56,13 @@ class Counting:
         return self._batch(*arguments, **options)
 
 
-async def _nearly_spent(client: Client, custody: str) -> Budget:
+async def _nearly_spent(client: Client, name: str, custody: str) -> Budget:
     if custody == "token":
-        made = await client.admin.grant("acme", unit="calls", amount=GRANTED)
+        made = await client.admin.grant(name, unit="calls", amount=GRANTED)
         budget = await client.accept(made.capability)
     else:
-        await client.admin.grant("acme", unit="calls", amount=GRANTED, holder="dev")
-        budget = await client.open("acme")
+        await client.admin.grant(name, unit="calls", amount=GRANTED, holder="dev")
+        budget = await client.open(name)
     await budget.spend(SPENT_BEFORE)
     return budget
 
@@ -84,7 +86,6 @@ def _answer(result: Hold | BaseException) -> int | Exhausted:
     if isinstance(result, Hold):
         return result.amount
     assert isinstance(result, BudgetExhausted)
-    assert result.budget == "acme"
     return Exhausted(result.available, result.held, result.requested, result.remedy)
 
 
@@ -95,7 +96,8 @@ async def test_fifty_reserves_at_once_get_the_answers_of_fifty_one_after_the_oth
 ) -> None:
     chance = random.Random(seed)  # noqa: S311 - repeatable, not secret
     amounts = [chance.choice([1, 7, 40, 150, 400, 1_001]) for _ in range(RESERVES)]
-    budget = await _nearly_spent(client, custody)
+    name = f"{custody}-{seed}"
+    budget = await _nearly_spent(client, name, custody)
     with Counting(client) as counting:
         results = await asyncio.gather(
             *(budget.reserve(amount) for amount in amounts), return_exceptions=True
@@ -106,15 +108,13 @@ async def test_fifty_reserves_at_once_get_the_answers_of_fifty_one_after_the_oth
     assert 0 < len(holds) < RESERVES
     assert (await budget.balances()).held == sum(hold.amount for hold in holds)
     positions = [
-        entry.operation_id
-        async for entry in client.audit.entries("acme")
-        if entry.kind == "RESERVE"
+        entry.operation_id async for entry in client.audit.entries(name) if entry.kind == "RESERVE"
     ]
     assert positions == [hold.receipt.operation_id for hold in holds]
 
 
 async def test_what_was_reserved_at_once_is_settled_at_once(client: Client) -> None:
-    budget = await _nearly_spent(client, "token")
+    budget = await _nearly_spent(client, "settled-at-once", "token")
     holds = await asyncio.gather(*(budget.reserve(20) for _ in range(RESERVES)))
     with Counting(client) as counting:
         await asyncio.gather(*(hold.settle(19) for hold in holds))

@@ -13,6 +13,8 @@ from peculium_server.core.encoding import decode_request
 from peculium_server.core.operations import Kind, Settle
 from tests.server import RunningServer
 
+pytestmark = pytest.mark.timeout(240)
+
 NONSENSE = 10**18
 
 

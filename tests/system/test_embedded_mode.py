@@ -15,6 +15,8 @@ import peculium
 from peculium import Child
 from tests.server import RunningServer, StartServer
 
+pytestmark = pytest.mark.timeout(240)
+
 
 class Shell:
     """The program `peculium`, as it is installed, speaking to a server."""
@@ -36,7 +38,6 @@ class Shell:
         return [json.loads(line) for line in self.says(*arguments, "--json").splitlines()]
 
 
-@pytest.mark.timeout(180)
 def test_a_laptops_ledger_is_granted_spent_shown_verified_and_still_there_after_a_restart(
     start_server: StartServer, own_postgres: Path
 ) -> None:
@@ -71,7 +72,6 @@ def test_a_laptops_ledger_is_granted_spent_shown_verified_and_still_there_after_
     assert (verdict["verified"], verdict["trees"], verdict["entries"]) == (True, 1, 7)
 
 
-@pytest.mark.timeout(180)
 def test_a_laptops_server_that_was_killed_leaves_its_ledger_to_the_next(
     start_server: StartServer, own_postgres: Path
 ) -> None:

@@ -28,11 +28,12 @@ from tests.system.wire import (
     told,
 )
 
+pytestmark = pytest.mark.timeout(240)
+
 STOP_SECONDS_MAX = 30
 BUSY_CALLS = 500
 
 
-@pytest.mark.timeout(180)
 async def test_agents_survive_a_server_that_is_killed_and_nothing_is_lost_or_done_twice(
     start_server: StartServer, database: str
 ) -> None:
@@ -49,7 +50,6 @@ async def test_agents_survive_a_server_that_is_killed_and_nothing_is_lost_or_don
     await check(address, load)
 
 
-@pytest.mark.timeout(180)
 async def test_agents_do_not_notice_that_their_server_is_replaced(
     start_server: StartServer, database: str
 ) -> None:
@@ -88,7 +88,6 @@ class Impolite:
                 self.busy.set()
 
 
-@pytest.mark.timeout(120)
 async def test_a_server_that_drains_answers_everything_that_it_has_done(
     start_server: StartServer, database: str
 ) -> None:
@@ -116,7 +115,6 @@ async def test_a_server_that_drains_answers_everything_that_it_has_done(
         assert wire.verified()
 
 
-@pytest.mark.timeout(180)
 async def test_a_server_recovers_by_itself_from_a_database_that_was_stopped_at_once(
     start_server: StartServer, own_postgres: Path
 ) -> None:

@@ -30,6 +30,8 @@ from tests.system.racers import racing
 from tests.system.wire import Held, Told, Wire, spend_of
 from tests.system.world import ADMIN, AUDIT, LEDGER, METHODS, dump
 
+pytestmark = pytest.mark.timeout(240)
+
 PRINCIPALS = {
     "ops": "admin",
     "gateway": "agent",
@@ -167,7 +169,6 @@ def replica(connection: Connection, barrier: Barrier, address: str, key: str) ->
         assert connection.recv() is None
 
 
-@pytest.mark.timeout(120)
 def test_a_principals_processes_share_its_budget_and_nobody_else_can_use_it(
     guarded: Guarded, ops: Client, crawler: Client
 ) -> None:

@@ -26,6 +26,8 @@ from tests.system.wire import (
     token_id,
 )
 
+pytestmark = pytest.mark.timeout(240)
+
 TRIALS = 20
 FAN_OUT = 4
 DEPTH = 4
@@ -74,7 +76,6 @@ def host(connection: Connection, barrier: Barrier, address: str) -> None:
                 connection.send(("won", accepted.operation_id))
 
 
-@pytest.mark.timeout(120)
 def test_of_two_hosts_with_one_capability_exactly_one_gets_the_budget(
     client: Client, running_server: RunningServer
 ) -> None:

@@ -20,6 +20,8 @@ from peculium import BudgetExhausted
 from tests.server import RunningServer
 from tests.system.racers import racing
 
+pytestmark = pytest.mark.timeout(240)
+
 CHILDREN = 3
 ESTIMATE = 31
 ACTUAL = 23
@@ -95,7 +97,6 @@ def run_trial(running_server: RunningServer) -> Iterator[Run]:
         assert last.verified
 
 
-@pytest.mark.timeout(120)
 def test_the_race_of_three_processes_never_spends_more_than_the_cap(
     run_trial: Run, record_property: Callable[[str, object], None]
 ) -> None:

@@ -28,6 +28,8 @@ from tests.system.wire import (
     token_id,
 )
 
+pytestmark = pytest.mark.timeout(240)
+
 CLIENTS = 64
 ROOTS = 20
 CHILDREN = 10
@@ -150,7 +152,6 @@ async def _storm(
             await wire.channel.close()
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("servers", [1, 2])
 async def test_of_many_clients_with_one_token_exactly_one_wins_and_the_others_are_told_who(
     start_server: StartServer, database: str, servers: int

@@ -27,6 +27,8 @@ from tests.system.wire import (
     told,
 )
 
+pytestmark = pytest.mark.timeout(240)
+
 GRANTED = 1_000_000
 ROUNDS = 20
 RIVALS = 8
