@@ -32,7 +32,7 @@ from peculium._ids import id_bytes, id_text
 from peculium._limits import OPERATIONS_MAX, REQUEST_BYTES_MAX
 from peculium._requests import Asked, HoldTarget, Operation, Target
 from peculium._retry import Failure, Policy, delay_before
-from peculium._translation import refusal, unavailable, with_context
+from peculium._translation import refusal, unavailable
 from peculium._waiting import Pool, Waiting
 from peculium.errors import (
     BudgetExhausted,
@@ -548,9 +548,7 @@ class Coalescer:
                 if ticket.awaited and ticket.future is not None:
                     ticket.future.set_exception(_error(OutcomeUnknown, ticket, failure))
             elif failure.refused is not None:
-                error = with_context(
-                    failure.refused, budget=line.name, operation_id=_operation_id(ticket)
-                )
+                error = failure.refused.concerning(line.name, _operation_id(ticket))
                 self._resolve(ticket, now, error=error)
             else:
                 self._resolve(ticket, now, error=_error(LedgerUnavailable, ticket, failure))

@@ -121,10 +121,11 @@ class Attempts:
         delay = delay_before(self._made, failure, self._policy, self._jitter())
         if delay is not None and now + delay < self._deadline:
             return delay
-        if failure.refused is not None and self._made == 1:
-            raise failure.refused
-        if failure.refused is not None and failure.not_done and not self._maybe_done:
-            raise failure.refused
+        # What is refused for its budget was not recorded before, or that would be the answer; bad
+        # credentials say nothing of an earlier attempt.
+        refused = failure.refused
+        if refused is not None and (isinstance(refused, Refused) or not self._maybe_done):
+            raise refused.concerning(self._budget, self._operation_id)
         raise self._unavailable(failure.message, LedgerUnavailable)
 
     def _unavailable(self, message: str, otherwise: type[Unavailable]) -> Unavailable:

@@ -15,7 +15,6 @@ from peculium.errors import (
     BY_REASON,
     Invalid,
     NotSupported,
-    PeculiumError,
     PermissionDenied,
     Refused,
     Unauthenticated,
@@ -39,8 +38,17 @@ _BY_STATUS: dict[grpc.StatusCode, type[Refused | Invalid]] = {
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.UNIMPLEMENTED: NotSupported,
 }
-# Too large a message, either way: it would be as large the next time.
-_PERMANENT = frozenset({grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.OUT_OF_RANGE})
+# Anything else, for example a message that is too large for somebody, would end the same again.
+_TRANSIENT = frozenset(
+    {
+        grpc.StatusCode.ABORTED,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.UNKNOWN,
+    }
+)
 
 
 def refusal(
@@ -82,19 +90,7 @@ def failure(
         f"{code.name}: {text}",
         not_done=text.startswith(_NEVER_SENT) or (info is not None and info.reason in _NOT_DONE),
         retry_seconds=retry_seconds,
-        permanent=code in _PERMANENT,
-    )
-
-
-def with_context(
-    error: Refused | Invalid, *, budget: str | None, operation_id: str | None
-) -> PeculiumError:
-    """The same error for one of the operations that it answers."""
-    return type(error)(
-        error.message,
-        budget=budget or error.budget,
-        operation_id=operation_id,
-        facts=error.facts,
+        permanent=code not in _TRANSIENT,
     )
 
 

@@ -101,6 +101,12 @@ class PeculiumError(Exception):
     ) -> Self:
         return cls(message, budget=budget, operation_id=operation_id, facts=facts)
 
+    def concerning(self, budget: str | None, operation_id: str | None) -> Self:
+        """The same error, told of one budget and operation."""
+        return self._new(
+            self.message, budget or self.budget, operation_id or self.operation_id, self.facts
+        )
+
     def _number(self, name: str) -> int:
         text = self.facts.get(name, "")
         return int(text) if text.lstrip("-").isdecimal() else 0

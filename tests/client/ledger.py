@@ -275,6 +275,7 @@ class Services(
     def ListBudgets(
         self, request: audit.ListBudgetsRequest, context: Any
     ) -> audit.ListBudgetsResponse:
+        self._note(context)
         trees = self.ledger.trees.values()
         roots = [root for tree in trees if (root := tree.budgets[tree.root_id]) is not None]
         start = int(request.page_token or "0")
