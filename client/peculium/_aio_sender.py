@@ -297,9 +297,12 @@ class Sender:
         self.process.check("client")
         if self._closed and not closing:
             raise Invalid("the client is closed")
+        running = asyncio.get_running_loop()
         if self._loop is None:
-            self._loop = asyncio.get_running_loop()
+            self._loop = running
             self._connect()
+        elif running is not self._loop:
+            raise Invalid("the client belongs to another event loop: make one for each")
         return self._loop
 
     def _connect(self) -> None:

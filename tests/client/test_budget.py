@@ -417,3 +417,12 @@ async def test_a_closed_client_says_so(client: Client, root: Budget) -> None:
     await client.close()
     with pytest.raises(Invalid, match="closed"):
         await root.spend(1)
+
+
+async def test_a_client_stays_on_its_event_loop(client: Client, root: Budget) -> None:
+    def elsewhere() -> None:
+        asyncio.run(root.spend(1))
+
+    with pytest.raises(Invalid, match="another event loop"):
+        await asyncio.to_thread(elsewhere)
+    await root.spend(1)
