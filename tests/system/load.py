@@ -12,6 +12,7 @@ from peculium.aio import Budget, Client
 from peculium.values import Receipt
 
 ESTIMATE = 20
+CALLS_OF_SLICE = 4
 GRANTED = 10**9
 TIMEOUT_SECONDS = 60.0
 """Longer than any fault of a test: nothing may stay unknown."""
@@ -36,6 +37,8 @@ class Provider:
 class Load:
     """Agents at work."""
 
+    roots: tuple[str, str]
+    """What they spend from."""
     provider: Provider = field(default_factory=Provider)
     acknowledged: list[Receipt] = field(default_factory=list)
     """Whatever the ledger has answered to them."""
@@ -51,10 +54,19 @@ class Load:
     async def work(self, budget: Budget) -> None:
         """One agent, until it is told to stop."""
         while not self.stopping.is_set():
-            async with budget.reserve(ESTIMATE, timeout=TIMEOUT_SECONDS) as hold:
-                await self._note(hold.receipt)
-                cost = self.provider.call()
-                await self._note(await hold.settle(cost, timeout=TIMEOUT_SECONDS))
+            await self._call(budget)
+
+    async def work_in_slices(self, budget: Budget) -> None:
+        """One agent that takes a slice of the budget for every few calls, and gives back the rest."""
+        while not self.stopping.is_set():
+            async with budget.delegate_here(CALLS_OF_SLICE * ESTIMATE) as part:
+                for _ in range(CALLS_OF_SLICE):
+                    await self._call(part)
+
+    async def _call(self, budget: Budget) -> None:
+        async with budget.reserve(ESTIMATE) as hold:
+            await self._note(hold.receipt)
+            await self._note(await hold.settle(self.provider.call()))
 
     async def _note(self, receipt: Receipt) -> None:
         async with self._progress:
@@ -63,17 +75,18 @@ class Load:
 
 
 @contextlib.asynccontextmanager
-async def under_load(address: str, *, budgets: int = 6, agents: int = 5) -> AsyncIterator[Load]:
-    """Some agents on each of some budgets held by token, and as many on one that its principal holds.
+async def under_load(address: str, name: str = "load", *, budgets: int = 6) -> AsyncIterator[Load]:
+    """Agents on each of some budgets held by token, and on one that its principal holds.
 
     Leaving ends them after the call that each of them is at.
     """
     async with aio.connect(address, timeout=TIMEOUT_SECONDS) as client:
-        shared = await _make_budgets(client, budgets)
-        load = Load()
+        load = Load((f"{name}-tokens", f"{name}-service"))
+        shared = await _make_budgets(client, load.roots, budgets)
         async with asyncio.TaskGroup() as working:
             for budget in shared:
-                for _ in range(agents):
+                working.create_task(load.work_in_slices(budget))
+                for _ in range(4):
                     working.create_task(load.work(budget))
             try:
                 yield load
@@ -81,15 +94,16 @@ async def under_load(address: str, *, budgets: int = 6, agents: int = 5) -> Asyn
                 load.stopping.set()
 
 
-async def _make_budgets(client: Client, count: int) -> list[Budget]:
-    made = await client.admin.grant("tokens", unit="calls", amount=GRANTED)
+async def _make_budgets(client: Client, roots: tuple[str, str], count: int) -> list[Budget]:
+    tokens, service = roots
+    made = await client.admin.grant(tokens, unit="calls", amount=GRANTED)
     root = await client.accept(made.capability)
     children = await root.delegate(
         [Child(f"run-{number}", GRANTED // 100) for number in range(count)]
     )
-    await client.admin.grant("service", unit="calls", amount=GRANTED, holder="dev")
+    await client.admin.grant(service, unit="calls", amount=GRANTED, holder="dev")
     return [
-        await client.open("service"),
+        await client.open(service),
         *[await client.accept(child.capability) for child in children],
     ]
 
@@ -100,7 +114,7 @@ async def check(address: str, load: Load) -> None:
         spent = held = 0
         recorded: list[str] = []
         kinds: dict[str, int] = {}
-        for root in ("tokens", "service"):
+        for root in load.roots:
             async for budget in client.audit.budgets(root):
                 spent += budget.balances.spent
                 held += budget.balances.held

@@ -63,6 +63,24 @@ async def test_agents_do_not_notice_that_their_server_is_replaced(
     await check(address, load)
 
 
+async def test_a_server_that_is_stopped_in_its_tracks_holds_nobody_up_for_long(
+    start_server: StartServer, database: str
+) -> None:
+    paused, other = (start_server("--database-url", database) for _ in range(2))
+    async with (
+        under_load(paused.address, "first") as first,
+        under_load(other.address, "second") as second,
+    ):
+        await first.progress(100)
+        for _ in range(2):
+            paused.process.send_signal(signal.SIGSTOP)
+            await second.progress(200)
+            paused.process.send_signal(signal.SIGCONT)
+            await first.progress(100)
+    await check(other.address, first)
+    await check(paused.address, second)
+
+
 class Impolite:
     """Spends without the SDK, which would try again, until there is no answer."""
 
