@@ -153,6 +153,17 @@ def test_a_child_with_nothing_available_is_open_too(family: Family) -> None:
     family.ledger.refuse(family.middle.return_all(), Refusal.OPEN_CHILDREN)
 
 
+def test_what_is_below_a_closed_child_does_not_keep_its_parent_open(family: Family) -> None:
+    ledger = family.ledger
+    below = family.bottom.child(15)
+    ledger.do(family.middle.revoke(family.bottom))
+    outcome = ledger.do(family.middle.return_all())
+    _collect_all(ledger, family.root.id)
+    assert outcome.state is BudgetState.CLOSED
+    assert below.money == Balances()
+    assert family.told("available") == (20, 80, 0, 0)
+
+
 def test_a_child_whose_lease_has_ended_is_open_until_it_expires(family: Family) -> None:
     ledger = family.ledger
     leased = family.bottom.child(10, lease_us=HOUR)

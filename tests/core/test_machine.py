@@ -584,5 +584,5 @@ def _earlier(end: int | None, bound: int | None) -> int | None:
     return min((each for each in (end, bound) if each), default=None)
 
 
-Machine.TestCase.settings = settings(max_examples=200, stateful_step_count=50)
+Machine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestMachine = pytest.mark.timeout(300)(Machine.TestCase)

@@ -124,7 +124,7 @@ def _do(ledger: Ledger, tree: Tree, operation: Operation) -> None:
 
 
 @pytest.mark.timeout(300)
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(st.data())
 def test_every_order_ends_in_the_same_balances(data: st.DataObject) -> None:
     ledger, root, operations = _built(data)

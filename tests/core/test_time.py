@@ -231,6 +231,7 @@ def test_a_frozen_budget_ends_its_calls_and_starts_none(
     ledger.pass_time(HOUR)
     ledger.do(frozen.freeze(reason="somebody has to look"))
     assert _refused(ledger, asked, Refusal.BUDGET_FROZEN) == FROZEN
+    assert frozen.budget.state(ledger.now) is BudgetState.FROZEN
     facts = ledger.refuse(below.spend(1), Refusal.BUDGET_FROZEN)
     assert facts["frozen"].replace("-", "") == frozen.id.hex()
     ledger.do(frozen.unfreeze())

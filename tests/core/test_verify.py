@@ -83,7 +83,7 @@ def test_an_altered_column_of_any_entry_is_found_there(index: int, column: str) 
 def test_an_altered_byte_anywhere_is_found(column: str) -> None:
     for index, entry in enumerate(ENTRIES):
         value = getattr(entry, column)
-        for at in range(0, len(value or b""), 5):
+        for at in range(0, len(value or b""), 9):
             entries = list(ENTRIES)
             entries[index] = altered(entry, column, at)
             assert _verify(entries) is not None
@@ -199,6 +199,12 @@ def test_a_row_that_is_missing_or_too_many_is_found() -> None:
     ):
         assert finding is not None
         assert (finding.rule, finding.seq, finding.budget_id) == ("fold", 0, budget_id)
+
+
+def test_of_several_rows_that_are_missing_one_is_told() -> None:
+    for finding in (_verify(budgets=()), _verify(holds=()), _verify(budgets=(), holds=())):
+        assert finding is not None
+        assert (finding.rule, finding.seq) == ("fold", 0)
 
 
 # -- Forgeries: all hashes are computed anew ---------------------------------------------------------------------

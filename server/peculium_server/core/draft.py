@@ -46,8 +46,6 @@ class Draft:
 
     def put_hold(self, hold: Hold) -> None:
         """Take over a changed hold."""
-        if hold.disputed > BALANCE_MAX:
-            raise AmountOverflow(hold.budget_id, "disputed")
         self.holds[hold.hold_id] = hold
 
     def move(self, budget_id: bytes, **changes: int) -> Budget:

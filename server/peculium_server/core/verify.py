@@ -22,7 +22,7 @@ from peculium_server.core.operations import (
     Revoke,
     Role,
 )
-from peculium_server.core.refusals import id_text
+from peculium_server.core.refusals import Refused, id_text
 from peculium_server.core.rules import decide
 from peculium_server.core.shape import check_shape
 from peculium_server.core.state import GENESIS, Accepted, Budget, Entry, Hold, Tree
@@ -239,14 +239,14 @@ class Verifier:
             # A forged time or number that is beyond what dates, or the encoding, can say.
             raise _Broken("decision", f"it cannot be decided again: {error}", first) from error
         if not isinstance(decision, Accepted):
-            answer = getattr(decision, "reason", None)
-            why = "is a replay" if answer is None else f"is refused: {answer.name}"
-            raise _Broken("decision", f"decided again, the operation {why}", first)
+            # An operation that was recorded before was found by its id.
+            assert isinstance(decision, Refused)
+            why = decision.reason.name
+            raise _Broken("decision", f"decided again, the operation is refused: {why}", first)
+        # Each hash covers all parts: if there are more or fewer now, the first one differs.
         for made, part in zip(decision.entries, parts, strict=False):
             if made.hash != part.hash:
                 raise _Broken("decision", "decided again, the operation has another effect", part)
-        if len(decision.entries) != len(parts):
-            raise _Broken("decision", "decided again, the operation has other parts", first)
         self._tree.apply(decision)
 
 
