@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.resources
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import psycopg
 import pytest
@@ -16,6 +17,7 @@ from sqlalchemy import create_engine
 from peculium_server.store import migrate, schema
 from peculium_server.store.errors import StoreError, StoreUnavailable
 
+ROOT = Path(__file__).parents[2]
 PARTITIONED = ("lanes", "budgets", "holds", "entries")
 
 CATALOG = """
@@ -164,3 +166,15 @@ def test_a_revision_says_what_operators_have_to_know(
     header = text.split('"""')[1]
     for said in ("\nWhy: ", "\nLocks: ", "\nDuration: ", "\nUndo: "):
         assert said in header
+
+
+def test_the_reference_names_every_table_column_and_index() -> None:
+    reference = (ROOT / "docs" / "reference" / "schema.md").read_text(encoding="utf-8")
+    said = set(re.findall(r"`([^`]+)`", reference)) | set(re.findall(r"\*\*(\w+)\*\*", reference))
+    for table in schema.metadata.sorted_tables:
+        assert table.name in said
+        for index in table.indexes:
+            assert index.name in said
+        if table.name in PARTITIONED[1:]:
+            keys = {"lane", "root_id", "budget_id", "hold_id"}
+            assert {column.name for column in table.columns} - keys - said == set()
