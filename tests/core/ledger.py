@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from peculium_server.core.batch import Request, decide_group
+from peculium_server.core.batch import Left, Request, decide_group, with_carried
 from peculium_server.core.encoding import decode_effect, decode_request, token_id
 from peculium_server.core.footprint import Footprint
 from peculium_server.core.limits import EAGER_COLLECTIONS_MAX, OPEN_HOLDS_MAX
@@ -176,19 +176,42 @@ class Ledger:
         self, requests: Sequence[Sequence[Operation]], actor: Actor | None = None
     ) -> list[list[Answer]]:
         """Decide several requests on what is loaded once, as a lane does, and commit it."""
-        groups = [
-            [
-                Request(operation, actor or self.actor(operation), index)
-                for index, operation in enumerate(each)
-            ]
-            for each in requests
+        groups = [self._group(operations, 0, actor) for operations in requests]
+        return self._transaction(groups, [{} for _ in requests])
+
+    def cut_batch(
+        self, operations: Sequence[Operation], after: int, actor: Actor | None = None
+    ) -> list[Answer]:
+        """As `batch`, but in two transactions, the first of so many operations."""
+        left: Left = {}
+        first = self._transaction([self._group(operations[:after], 0, actor)], [left])[0]
+        rest = self._group(operations[after:], after, actor)
+        return first + self._transaction([rest], [left])[0]
+
+    def _group(
+        self, operations: Sequence[Operation], first: int, actor: Actor | None
+    ) -> list[Request]:
+        return [
+            Request(operation, actor or self.actor(operation), index)
+            for index, operation in enumerate(operations, start=first)
         ]
-        loaded = self.load([operation for each in requests for operation in each])
+
+    def _transaction(
+        self, groups: Sequence[Sequence[Request]], carried: Sequence[Left]
+    ) -> list[list[Answer]]:
+        loaded = self.load(
+            [
+                with_carried(request.operation, left)
+                for group, left in zip(groups, carried, strict=True)
+                for request in group
+            ]
+        )
         before = {root_id: _copied(tree) for root_id, tree in loaded.items()}
         answers: list[list[Answer]] = []
         accepted: list[Accepted] = []
-        for group in groups:
-            told, more = decide_group(loaded, group, self.now, self.position + len(accepted))
+        for group, left in zip(groups, carried, strict=True):
+            position = self.position + len(accepted)
+            told, more = decide_group(loaded, group, self.now, position, left)
             answers.append(told)
             accepted += more
         if not accepted:

@@ -379,3 +379,44 @@ def test_an_operation_that_is_twice_in_a_transaction_is_done_once(
     assert isinstance(first, Outcome)
     assert second == first._replace(replayed=True)
     assert root.money.spent == 10
+
+
+# -- A request in several transactions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", range(1, 7))
+def test_a_chain_goes_on_over_a_cut_and_is_found_again_wherever_it_was_cut(
+    ledger: Ledger, root: Node, cut: int
+) -> None:
+    reserve, spec = root.reserve(30), root.spec(20)
+    hold = HoldRef(root, reserve.hold_id)
+    child = Node(ledger, root.root_id, spec.budget_id)
+    operations: list[Operation] = [
+        reserve,
+        root.delegate(spec, authority=After(0)),
+        root.spend(90, authority=After(1)),
+        root.spend(10, authority=After(2)),
+        hold.settle(5, authority=After(0)),
+        child.spend(20, authority=After(1)),
+        child.return_all(authority=After(5)),
+    ]
+    first = ledger.cut_batch(operations, cut)
+    assert _refusals(first) == [None, None, Refusal.BUDGET_EXHAUSTED, *[None] * 4]
+    for again in (
+        ledger.batch(operations),
+        *(ledger.cut_batch(operations, other) for other in range(1, 7)),
+    ):
+        for was, is_now in zip(first, again, strict=True):
+            if isinstance(was, Outcome):
+                assert is_now == was._replace(replayed=True)
+        assert _refusals(again)[2] is Refusal.TOKEN_CONSUMED
+
+
+def test_a_cut_chain_is_told_when_somebody_came_between(ledger: Ledger) -> None:
+    root = ledger.grant(100, holder="agent")
+    operations = _chained([root.spend(1), root.spend(2)])
+    ledger.cut_batch(operations[:1], 1)
+    ledger.do(root.recover())
+    answers = ledger.cut_batch(operations, 1)
+    assert _refusals(answers) == [None, Refusal.TOKEN_CONSUMED]
+    assert _facts(answers[1])["fenced_by"] == "agent"

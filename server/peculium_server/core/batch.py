@@ -124,6 +124,17 @@ def _resolve_chain(request: Request, left: Left) -> Operation | Refused:
     return replace(operation, authority=ByToken(token_id))
 
 
+def with_carried(operation: Operation, left: Left) -> Operation:
+    """The operation as its footprint has to be told: by the token that was carried to its transaction.
+
+    What an operation of its own transaction will leave is in that one's footprint.
+    """
+    if not isinstance(operation.authority, After):
+        return operation
+    token_id = left.get((operation.authority.index, *_subject(operation)))
+    return operation if token_id is None else replace(operation, authority=ByToken(token_id))
+
+
 def _subject(operation: Operation) -> tuple[bytes, bytes, bytes | None]:
     """Whose token the operation consumes: root, budget and, if it is a hold's, the hold."""
     hold_id = operation.hold_id if isinstance(operation, Settle | Release | Extend) else None

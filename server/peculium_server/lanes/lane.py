@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, Protocol
 
-from peculium_server.core.batch import Left, Request, decide_group
+from peculium_server.core.batch import Left, Request, decide_group, with_carried
 from peculium_server.core.footprint import Footprint
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
@@ -207,7 +207,7 @@ class Lane:
                 footprint = footprints.get(root_id)
                 if footprint is None:
                     footprint = footprints[root_id] = Footprint()
-                footprint.add(request.operation)
+                footprint.add(with_carried(request.operation, group.before))
         time = asyncio.get_running_loop().time
 
         def decide(loaded: Loaded) -> Sequence[Accepted]:
