@@ -287,7 +287,7 @@ class Tree:
         self.pending: dict[bytes, int] = {}
         """What is available below a budget in those that are not among `budgets`."""
         self.open_holds: dict[bytes, tuple[Hold, ...]] = {}
-        """Live and lapsed holds, at most one more than a Recover lists, by budget."""
+        """Live and lapsed holds, of the lowest ids `OPEN_HOLDS_MAX`, by budget."""
 
     def budget(self, budget_id: bytes) -> Budget:
         """The budget, which is known to exist."""
