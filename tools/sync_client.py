@@ -15,11 +15,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "client" / "peculium" / "aio.py"
 TARGET = ROOT / "client" / "peculium" / "client.py"
-HEADER = '"""The blocking client, for any number of threads. Generated from `aio.py`; do not edit.\n'
+HEADER = (
+    '"""The blocking client, for any number of threads. Generated from `aio.py`; do not edit.\n'
+)
 
 EXCHANGES = (
     (r'\A"""The client for asyncio\..*\n', HEADER),
-    (r"from peculium\._aio_sender import Pending, Sender", "from peculium._sync_sender import Sender"),
+    (
+        r"from peculium\._aio_sender import Pending, Sender",
+        "from peculium._sync_sender import Sender",
+    ),
     (r"\bPending\[(\w+)\]", r"\1"),
     (r"\bPending\((.*)\)$", r"\1"),
     (r"\bfrom grpc\.aio import", "from grpc import"),
