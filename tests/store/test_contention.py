@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from peculium_server.core.outcome import Outcome
-from peculium_server.store import lane
+from peculium_server.store import connect, lane
 from peculium_server.store.errors import StoreContended, StoreUnavailable
 from peculium_server.store.lane import LaneWriter, Loaded
 from peculium_server.store.store import Store
@@ -17,8 +17,14 @@ from peculium_server.store.wire import Connection, Flown, Step
 from tests.store.spender import Spender, spent
 
 
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let writers wait for the lock for as long as a busy machine may take."""
+    monkeypatch.setitem(connect._WRITER_SETTINGS, "lock_timeout", "20s")
+
+
 async def test_writers_that_take_turns_are_never_aborted(
-    store: Store, other_store: Store, spender: Spender
+    store: Store, other_store: Store, spender: Spender, patience: None
 ) -> None:
     root = await spender.grant(store)
     number = store.lane_of(root.root_id)
@@ -54,7 +60,7 @@ async def test_writers_of_different_lanes_never_abort_each_other(
 
 
 async def test_two_servers_share_a_lane_fairly(
-    store: Store, other_store: Store, spender: Spender
+    store: Store, other_store: Store, spender: Spender, patience: None
 ) -> None:
     root = await spender.grant(store)
     number = store.lane_of(root.root_id)

@@ -84,4 +84,4 @@ async def test_ten_thousand_budgets_below_are_summed_up_quickly(
     assert tree.pending[root_id] == total - sum(budget.money.available for budget in loaded)
     open_child = tree.open_child[root_id]
     assert open_child is None or open_child not in tree.budgets
-    assert seconds < 3
+    assert seconds < 5
