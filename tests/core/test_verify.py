@@ -89,6 +89,16 @@ def test_an_altered_byte_anywhere_is_found(column: str) -> None:
             assert _verify(entries) is not None
 
 
+@pytest.mark.parametrize("fewer", [1, 2, 3])
+def test_fewer_parts_than_there_are_are_found(fewer: int) -> None:
+    for index, entry in enumerate(ENTRIES):
+        entries = list(ENTRIES)
+        entries[index] = entry._replace(parts=entry.parts - fewer)
+        finding = _verify(entries)
+        assert finding is not None
+        assert finding.rule == "parts"
+
+
 @pytest.mark.parametrize("balance", range(8))
 def test_an_altered_balance_is_found(balance: int) -> None:
     index = MANY_PARTS[5]

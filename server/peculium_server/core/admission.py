@@ -239,15 +239,15 @@ def named(tree: Tree, budget: Budget) -> dict[str, str]:
 
 def check_reused(tree: Tree, operation: Operation) -> Refused | None:
     """A token id to be produced was never seen in the budget or the request, ids and names are free."""
-    named = set()
+    said = set()
     if isinstance(operation.authority, ByToken):
-        named.add(operation.authority.token_id)
+        said.add(operation.authority.token_id)
     for field, budget_id, token_id in _produced(operation):
-        if token_id in named or _seen(tree, budget_id, token_id):
+        if token_id in said or _seen(tree, budget_id, token_id):
             return Refused(
                 Refusal.TOKEN_ID_REUSED, {"budget": id_text(operation.budget_id), "field": field}
             )
-        named.add(token_id)
+        said.add(token_id)
     match operation:
         case Grant():
             return _check_new(tree, None, (operation,))

@@ -154,6 +154,8 @@ class Verifier:
 
     def _operation(self, parts: list[Entry]) -> None:
         first = parts[0]
+        if first.parts != len(parts):
+            raise _Broken("parts", f"{first.parts} were said, not {len(parts)}", first)
         for part in parts:
             self._check_header(first, part)
         if first.position <= self._position:
