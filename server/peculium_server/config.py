@@ -307,32 +307,6 @@ class Config:
         return f"Config({', '.join(f'{name}={text!r}' for name, text in self.told().items())})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientConfig:
-    """How a program that starts others, and hands its settings on, reaches a server."""
-
-    target: str
-    api_key: str | None
-
-    @classmethod
-    def load(
-        cls, flags: Mapping[str, str | None], environment: Mapping[str, str] | None = None
-    ) -> Self:
-        """Read the settings from flags, by name, and from the environment.
-
-        Raises:
-            ConfigInvalid: Some cannot be used; names every problem.
-        """
-        environment = os.environ if environment is None else environment
-        values, problems = _read(CLIENT_SETTINGS, flags, environment)
-        if problems:
-            raise ConfigInvalid(problems)
-        return cls(**values)
-
-    def __repr__(self) -> str:
-        return f"ClientConfig(target={self.target!r})"
-
-
 def unknown_variables(environment: Mapping[str, str] | None = None) -> list[str]:
     """Variables that look like settings and are none: misspelt, most likely."""
     environment = os.environ if environment is None else environment
