@@ -136,8 +136,21 @@ def _list_holds(*conditions: ColumnElement[bool] | TextClause) -> Executable:
     )
 
 
-def _entry_columns() -> list[ColumnElement[Any]]:
-    """An entry's own columns, and the hash of the one before it of its budget."""
+def _list_entries(*, descending: bool) -> Executable:
+    """A budget's entries by seq, group for group, as the index has them."""
+    seq, group = entries.c.seq, seq_group(entries.c.seq)
+    of_budget = select(*_columns(entries, rows.ENTRY_COLUMNS)).where(
+        *_in_tree(entries), entries.c.budget_id == _BUDGET
+    )
+    if descending:
+        before = of_budget.where(group <= seq_group(_AFTER), seq < _AFTER)
+        return before.order_by(group.desc(), seq.desc()).limit(_LIMIT)
+    behind = of_budget.where(group >= seq_group(_AFTER), seq > _AFTER)
+    return behind.order_by(group, seq).limit(_LIMIT)
+
+
+def _tree_entries() -> Executable:
+    """A tree's entries between two positions of its lane, each with the hash before it of its budget."""
     before = entries.alias("before")
     seq_before = entries.c.seq - literal_column("1")
     previous = (
@@ -151,24 +164,8 @@ def _entry_columns() -> list[ColumnElement[Any]]:
         )
         .scalar_subquery()
     )
-    return [*_columns(entries, rows.ENTRY_COLUMNS), previous]
-
-
-def _list_entries(*, descending: bool) -> Executable:
-    """A budget's entries by seq, group for group, as the index has them."""
-    seq, group = entries.c.seq, seq_group(entries.c.seq)
-    of_budget = select(*_entry_columns()).where(*_in_tree(entries), entries.c.budget_id == _BUDGET)
-    if descending:
-        before = of_budget.where(group <= seq_group(_AFTER), seq < _AFTER)
-        return before.order_by(group.desc(), seq.desc()).limit(_LIMIT)
-    behind = of_budget.where(group >= seq_group(_AFTER), seq > _AFTER)
-    return behind.order_by(group, seq).limit(_LIMIT)
-
-
-def _tree_entries() -> Executable:
-    """A tree's entries between two positions of its lane."""
     return (
-        select(*_entry_columns())
+        select(*_columns(entries, rows.ENTRY_COLUMNS), previous)
         .where(*_in_tree(entries), entries.c.position > _AFTER, entries.c.position <= _UNTIL)
         .order_by(entries.c.position, entries.c.part)
     )
@@ -194,7 +191,7 @@ def _all_holds() -> Executable:
     return select(*_columns(holds, rows.HOLD_COLUMNS)).where(*_in_tree(holds))
 
 
-def _to_entry(row: Sequence[Any]) -> Entry:
+def _to_chained_entry(row: Sequence[Any]) -> Entry:
     return rows.to_entry(row, previous_hash=row[-1] or GENESIS)
 
 
@@ -212,9 +209,9 @@ RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "list_subtree": (_list_subtree(), rows.to_budget),
     "list_open_holds": (_list_holds(OPEN_HOLD), rows.to_hold),
     "list_all_holds": (_list_holds(), rows.to_hold),
-    "list_entries": (_list_entries(descending=False), _to_entry),
-    "list_entries_descending": (_list_entries(descending=True), _to_entry),
-    "tree_entries": (_tree_entries(), _to_entry),
+    "list_entries": (_list_entries(descending=False), rows.to_entry),
+    "list_entries_descending": (_list_entries(descending=True), rows.to_entry),
+    "tree_entries": (_tree_entries(), _to_chained_entry),
     "all_roots": (_all_roots(), _first),
     "all_entries": (_all_entries(), rows.to_entry_as_found),
     "all_budgets": (_all_budgets(), rows.to_budget),

@@ -18,7 +18,7 @@ from psycopg import AsyncRawCursor
 from psycopg_pool import AsyncConnectionPool
 
 from peculium_server.core.limits import BALANCE_MAX, DEPTH_MAX
-from peculium_server.core.state import Budget, Entry, Hold
+from peculium_server.core.state import GENESIS, Budget, Entry, Hold
 from peculium_server.store.connect import conninfo, is_postgres
 from peculium_server.store.errors import (
     LedgerCorrupt,
@@ -248,11 +248,18 @@ class Store:
         descending: bool = False,
     ) -> Page[Entry, int]:
         """A budget's entries by seq."""
-        name = "list_entries_descending" if descending else "list_entries"
-        if after is None:
-            after = BALANCE_MAX if descending else 0
         key = self._key(root_id, budget_id)
-        found = await self._fetch(name, **key, after=after, limit=limit + 1)
+        if descending:
+            after = BALANCE_MAX if after is None else after
+            found = await self._fetch(
+                "list_entries_descending", **key, after=after, limit=limit + 1
+            )
+            found = _chained(found[::-1])[::-1]
+        else:
+            # From the one before on, whose hash the first one follows.
+            after = after or 0
+            found = await self._fetch("list_entries", **key, after=after - 1, limit=limit + 2)
+            found = [entry for entry in _chained(found) if entry.seq > after]
         return _page(found, limit, lambda entry: entry.seq)
 
     async def list_tree_entries(
@@ -267,7 +274,7 @@ class Store:
         end = (await self.standing(lane)).position
         operations: list[list[Entry]] = []
         edge = after if after is not None else (end + 1 if descending else 0)
-        width = limit * 4
+        width = limit + 1
         while len(operations) <= limit and (edge > 1 if descending else edge < end):
             low, high = (edge - 1 - width, edge - 1) if descending else (edge, edge + width)
             found = await self._fetch(
@@ -314,6 +321,16 @@ async def _reading(pool: AsyncConnectionPool[Connection]) -> AsyncIterator[Conne
             yield connection
     except psycopg.Error as error:
         raise translate(error) from error
+
+
+def _chained(entries: list[Entry]) -> list[Entry]:
+    """Give consecutive entries of a budget the hashes that they follow; the first one only its genesis."""
+    previous = GENESIS if entries and entries[0].seq == 1 else b""
+    chained = []
+    for entry in entries:
+        chained.append(entry._replace(previous_hash=previous))
+        previous = entry.hash
+    return chained
 
 
 def _page(found: list[Row], limit: int, key: Callable[[Row], Key]) -> Page[Row, Key]:
