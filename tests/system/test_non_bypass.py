@@ -147,6 +147,29 @@ def test_a_holds_token_settles_its_own_hold_only(wire: Wire) -> None:
     assert wire.budgets()["acme"].balances.held == 20
 
 
+def test_a_parent_that_revokes_ends_all_new_calls_and_lets_those_in_flight_be_paid(
+    client: Client,
+) -> None:
+    made = client.admin.grant("acme", unit="calls", amount=1_000)
+    parent = client.accept(made.capability)
+    made_children = parent.delegate([Child(f"run-{number}", 100) for number in range(8)])
+    children = [client.accept(child.capability) for child in made_children]
+    holds = [child.reserve(30) for child in children]
+    for child in made_children:
+        receipt = parent.revoke(child.ref)
+        assert (receipt.returned, receipt.pending) == (70, 0)
+    for revoked, hold in zip(children, holds, strict=True):
+        with pytest.raises(peculium.BudgetClosed):
+            revoked.reserve(1)
+        hold.settle(10)
+    balances = client.audit.budget("acme").balances
+    assert (balances.available, balances.delegated) == (920, 80)
+    spent = [budget.balances.spent for budget in client.audit.budgets("acme")]
+    assert sum(spent) == 80
+    *_, last = client.audit.verify()
+    assert last.verified
+
+
 def test_money_is_conserved_at_each_level_of_a_deep_tree_from_delegation_to_return(
     client: Client,
 ) -> None:
