@@ -72,7 +72,7 @@ def test_fifty_threads_share_a_handle_and_a_handful_of_requests(
         assert gate.until is not None
         gate.until.set()
         answers = [each.result() for each in asked]
-    assert len(ledger.batches) - before == 2
+    assert len(ledger.batches) - before <= 2
     held = [each for each in answers if isinstance(each, Hold)]
     assert sum(hold.amount for hold in held) == ledger.budget("acme/run").money.held <= 100
     with ThreadPoolExecutor(50) as pool:
