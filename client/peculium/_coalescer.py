@@ -85,6 +85,7 @@ class Place(Enum):
 
     QUEUED = "in its line"
     FLYING = "in a request, or inside its section"
+    PAUSING = "before its next attempt"
     WAITING = "waiting for money to come free"
     PARKED = "of unknown outcome, until its line is used again"
     DONE = "resolved"
@@ -101,8 +102,8 @@ class Line:
     """The live token's; with operations unresolved: the one that the first of them presents."""
     queue: deque[Ticket] = field(default_factory=deque, repr=False)
     parked: list[Ticket] = field(default_factory=list, repr=False)
-    refused: dict[bytes, Ticket] = field(default_factory=dict, repr=False)
-    """Refused after an attempt whose answer was lost: a delayed duplicate may still win, until the
+    refused: dict[bytes, Operation] = field(default_factory=dict, repr=False)
+    """By id: refused after an attempt whose answer was lost: a delayed duplicate may still win, until the
     token that they presented is consumed."""
     flying: int = 0
     """How many of its tickets are on their way; a section counts as one."""
@@ -126,6 +127,8 @@ class Ticket:
     give_up_at: float = math.inf
     """Until when it is pursued."""
     place: Place = Place.QUEUED
+    wake_at: float = 0.0
+    """Until when it pauses or waits."""
     attempts: int = 0
     maybe_done: bool = False
     """An attempt's fate is unknown."""
@@ -133,6 +136,8 @@ class Ticket:
     """Whose money it may wait for."""
     ends: int = 0
     """How often holds had freed money when it was sent."""
+    adopted: bool = False
+    """It was refused here, and turned out to have won later."""
     woken: bool = False
     """It was told that money came free, and has no answer since."""
     failure: Failure | None = None
@@ -185,7 +190,8 @@ class Coalescer:
         self._ready: deque[Line] = deque()
         self._later: list[tuple[float, int, Line]] = []
         self._sleepers: list[tuple[float, int, Ticket]] = []
-        self._sweeps: list[tuple[float, int, Ticket]] = []
+        self._sweeps: list[tuple[float, int, str, Operation]] = []
+        """Reserves that were refused but may win later, and when to release what they made."""
         self._order = itertools.count()
         self._waiting: Waiting[Ticket] = Waiting()
         self._pursued = 0
@@ -210,6 +216,8 @@ class Coalescer:
             return
         if ticket.place is Place.PARKED:
             self._unpark(ticket.line, ticket.give_up_at)
+        elif ticket.place is Place.PAUSING:
+            self._hurry([ticket])
         self._list(ticket.line)
 
     def expire(self, ticket: Ticket, now: float) -> None:
@@ -304,43 +312,58 @@ class Coalescer:
             self._ready.append(heapq.heappop(self._later)[2])
         while self._sleepers and self._sleepers[0][0] <= now:
             ticket = heapq.heappop(self._sleepers)[2]
-            # It may have been woken, and wait once more: then it is on the heap again.
-            if ticket.place is Place.WAITING and ticket.wait_until <= now:
+            # What was woken before may sleep again by now: then it is on the heap once more.
+            if ticket.place is Place.PAUSING and ticket.wake_at <= now:
+                self._hurry([ticket])
+                self._list(ticket.line)
+            elif ticket.place is Place.WAITING and ticket.wake_at <= now:
                 _stop_waiting(ticket)
                 self._resolve(ticket, now, error=ticket.error)
         while self._sweeps and self._sweeps[0][0] <= now:
-            ticket = heapq.heappop(self._sweeps)[2]
-            if ticket.operation is not None:
-                self._release(ticket.line.name, ticket.operation, now)
+            _, _, name, reserve = heapq.heappop(self._sweeps)
+            self._release(name, reserve, now)
 
     def _board(self, line: Line, draft: _Draft, now: float) -> None:
         """Take from a line what may go now."""
+        if line.linear and line.flying:
+            return
         if line.parked and line.queue:
             self._unpark(line, line.queue[-1].give_up_at)
         previous: int | None = None
         while line.queue and not draft.full:
             ticket = line.queue[0]
             if ticket.operation is None:
+                # A section is first in its request, or waits for what is before it in this one.
                 if line.flying == 0:
                     self._enter(line.queue.popleft())
                 return
             if not draft.fits(ticket.operation):
                 return
             line.queue.popleft()
-            if not ticket.awaited and not ticket.maybe_done and ticket.droppable:
-                self._resolve(ticket, now, error=_error(DeadlineExceeded, ticket, _TOO_LATE))
-            elif line.linear and line.secret is None:
-                self._resolve(ticket, now, error=_used_up(ticket))
-            else:
+            if self._may_go(ticket, now):
                 if line.linear:
                     _authorise(ticket.operation.header, line, previous)
-                ticket.place = Place.FLYING
-                ticket.attempts += 1
-                if ticket.wait_until > now:
-                    ticket.pool = self._waiting.pool(ticket.operation.budget_id)
-                    ticket.ends = ticket.pool.ends
-                line.flying += 1
-                previous = draft.add(ticket, ticket.operation)
+                previous = self._add(ticket, ticket.operation, draft, now)
+
+    def _may_go(self, ticket: Ticket, now: float) -> bool:
+        """Whether it still has to be sent, and can; otherwise it is resolved."""
+        line = ticket.line
+        if not ticket.awaited and not ticket.maybe_done and ticket.droppable:
+            self._resolve(ticket, now, error=_error(DeadlineExceeded, ticket, _TOO_LATE))
+            return False
+        if line.linear and line.secret is None:
+            self._resolve(ticket, now, error=_used_up(ticket))
+            return False
+        return True
+
+    def _add(self, ticket: Ticket, operation: Operation, draft: _Draft, now: float) -> int:
+        ticket.place = Place.FLYING
+        ticket.attempts += 1
+        ticket.line.flying += 1
+        if ticket.wait_until > now:
+            ticket.pool = self._waiting.pool(operation.budget_id)
+            ticket.ends = ticket.pool.ends
+        return draft.add(ticket, operation)
 
     def _enter(self, ticket: Ticket) -> None:
         if not ticket.awaited:
@@ -395,7 +418,7 @@ class Coalescer:
                 failure = unavailable(result.unavailable) if case == "unavailable" else _LOST
                 break
             elif consumer in line.refused:
-                winners = [self._adopted(line.refused.pop(consumer), now)]
+                winners = [self._adopted(line, line.refused.pop(consumer), now)]
                 break
             elif _comes(consumer, tickets[told + 1 :]):
                 # One behind it consumed the token in an attempt whose answer was lost, so this one
@@ -414,12 +437,10 @@ class Coalescer:
         else:
             self._fail(line, rest, failure, now)
 
-    def _adopted(self, winner: Ticket, now: float) -> Ticket:
+    def _adopted(self, line: Line, winner: Operation, now: float) -> Ticket:
         """A delayed duplicate of a refused operation has won: its outcome is to be found out."""
-        winner.error = None
-        winner.give_up_at = now + self._finish_seconds
         self._pursued += 1
-        return winner
+        return Ticket(line, winner, None, now, maybe_done=True, adopted=True)
 
     def _apply(self, ticket: Ticket, result: ledger.OperationResult, now: float) -> None:
         match result.WhichOneof("result"):
@@ -438,7 +459,9 @@ class Coalescer:
             return
         if line.linear and not outcome.dry_run:
             line.secret = None if _closed(operation, outcome) else operation.produced
-            line.refused.clear()
+            if not ticket.adopted:
+                # What was refused behind a winner may have won with the token that the winner left.
+                line.refused.clear()
         self._resolve(ticket, now, outcome=outcome)
         woken, in_vain = self._waiting.observe(operation, outcome)
         for waiter in woken:
@@ -459,32 +482,30 @@ class Coalescer:
             # By the one before it in this very line, which gave everything back.
             error = _used_up(ticket)
         self._tried(ticket, now)
+        if ticket.maybe_done and operation is not None:
+            self._beware(line, operation, error, now)
+            ticket.maybe_done = False
         if isinstance(error, BudgetExhausted) and self._waits(ticket, error, now):
             return
-        if ticket.maybe_done and operation is not None:
-            self._beware(ticket, operation, error, now)
         self._resolve(ticket, now, error=error)
         if operation is not None and isinstance(error, _NO_HOLD):
             self._disappoint(self._waiting.forget(operation), now)
 
-    def _beware(
-        self, ticket: Ticket, operation: Operation, error: PeculiumError, now: float
-    ) -> None:
+    def _beware(self, line: Line, operation: Operation, error: PeculiumError, now: float) -> None:
         """A duplicate of a refused operation may still be on its way, and win later."""
-        line = ticket.line
         if isinstance(error, TokenConsumed):
             line.refused.clear()
         elif line.linear:
-            line.refused[operation.operation_id] = ticket
+            line.refused[operation.operation_id] = operation
         if operation.kind == "reserve":
             # No attempt is decided after its time is over, so what it may reserve is there by then.
             due = now + self._policy.attempt_seconds
-            heapq.heappush(self._sweeps, (due, next(self._order), ticket))
+            heapq.heappush(self._sweeps, (due, next(self._order), line.name, operation))
 
     def _waits(self, ticket: Ticket, error: BudgetExhausted, now: float) -> bool:
         """Let a reserve wait if this process's own holds could make it fit in time."""
         pool = ticket.pool
-        if pool is None or ticket.wait_until <= now or ticket.maybe_done or not ticket.awaited:
+        if pool is None or ticket.wait_until <= now or not ticket.awaited:
             return False
         if pool.ends != ticket.ends:
             # Money came free since it was sent: the refusal may be older than that.
@@ -494,10 +515,13 @@ class Coalescer:
         if not pool.may_free(error.requested - error.available):
             return False
         ticket.error = error
-        ticket.place = Place.WAITING
         pool.queue.append((error.requested, ticket))
-        heapq.heappush(self._sleepers, (ticket.wait_until, next(self._order), ticket))
+        self._sleep(ticket, Place.WAITING, ticket.wait_until)
         return True
+
+    def _sleep(self, ticket: Ticket, place: Place, until: float) -> None:
+        ticket.place, ticket.wake_at = place, until
+        heapq.heappush(self._sleepers, (until, next(self._order), ticket))
 
     def _tried(self, ticket: Ticket, now: float) -> None:
         if ticket.woken and ticket.pool is not None:
@@ -533,10 +557,14 @@ class Coalescer:
         if kept and max(ticket.give_up_at for ticket in kept) <= now:
             self._park(line, kept)
             return
-        self._hurry(kept)
-        if kept and not line.listed:
-            line.listed = True
-            heapq.heappush(self._later, (now + delay, next(self._order), line))
+        if not line.linear:
+            for ticket in kept:
+                self._sleep(ticket, Place.PAUSING, now + delay)
+        elif kept:
+            self._hurry(kept)
+            if not line.listed:
+                line.listed = True
+                heapq.heappush(self._later, (now + delay, next(self._order), line))
 
     def _fail_for_good(
         self, line: Line, tickets: list[Ticket], failure: Failure, now: float
@@ -582,13 +610,15 @@ class Coalescer:
             _stop_waiting(ticket)
             self._finish(ticket)
             return ticket.error or _error(DeadlineExceeded, ticket, _TOO_LATE)
-        if ticket.place is not Place.QUEUED or ticket.maybe_done or not ticket.droppable:
+        settled = ticket.place in {Place.QUEUED, Place.PAUSING} and not ticket.maybe_done
+        if not settled or not ticket.droppable:
             return _error(OutcomeUnknown, ticket, ticket.failure)
         if ticket.failure is None:
             error = _error(DeadlineExceeded, ticket, _TOO_LATE)
         else:
             error = _error(LedgerUnavailable, ticket, ticket.failure)
-        ticket.line.queue.remove(ticket)
+        if ticket.place is Place.QUEUED:
+            ticket.line.queue.remove(ticket)
         ticket.error = error
         self._finish(ticket)
         return error

@@ -204,6 +204,31 @@ def test_the_ledgers_own_word_on_when_to_come_back_counts(bench: Bench) -> None:
     bench.send()
 
 
+def test_what_the_ledger_sent_away_does_not_come_back_early_with_others(bench: Bench) -> None:
+    root = bench.root(token=False)
+    first = bench.reserve(root, 10)
+    busy = Failure("the queue is full", not_done=True, retry_seconds=2.5)
+    bench.brain.failed(bench.send(), busy, bench.now)
+    bench.reserve(root, 20)
+    batch = bench.send()
+    assert [op.reserve.amount for op in batch.request.operations] == [20]
+    bench.answer(batch)
+    bench.now += 2.5
+    bench.answer(bench.send())
+    assert first.told.result is not None
+
+
+def test_a_pause_ends_when_its_caller_leaves_or_asks_again(bench: Bench) -> None:
+    root = bench.root(token=False)
+    left, again = bench.reserve(root, 10), bench.reserve(root, 20)
+    bench.brain.failed(bench.send(), Failure("busy", not_done=True, retry_seconds=60), bench.now)
+    bench.brain.expire(left.ticket, bench.now)
+    assert isinstance(left.told.error, LedgerUnavailable)
+    told = Told()
+    bench.brain.wait_again(again.ticket, told, deadline=bench.now + 5)
+    assert [op.reserve.amount for op in bench.send().request.operations] == [20]
+
+
 def test_a_chain_is_replayed_whole_and_tells_every_caller_the_truth(bench: Bench) -> None:
     root = bench.root(50)
     asked = [bench.reserve(root, amount) for amount in (30, 40, 15, 10, 5)]
@@ -329,6 +354,31 @@ def test_an_own_duplicate_that_won_late_is_adopted_and_undone(bench: Bench) -> N
     bench.settle_down()
     assert all(each.told.result for each in others)
     assert bench.live(root) == {each.operation.hold_id for each in others}
+    assert in_step(bench, root)
+
+
+def test_several_own_duplicates_that_won_late_are_adopted_one_after_the_other(
+    bench: Bench,
+) -> None:
+    root = bench.root(50)
+    held = bench.reserve(root, 50)
+    bench.answer(bench.send())
+    asked = [bench.reserve(root, 1) for _ in range(3)]
+    batch = bench.send()
+    stray = wire.BatchRequest()
+    stray.CopyFrom(batch.request)
+    bench.lose_request(batch)
+    bench.now += 0.1
+    bench.answer(bench.send())
+    assert all(isinstance(each.told.error, BudgetExhausted) for each in asked)
+    bench.settle(held, 0)
+    bench.answer(bench.send())
+    bench.ledger.answer(stray)
+    assert len(bench.live(root)) == 3
+    use = bench.reserve(root, 5)
+    bench.settle_down()
+    assert use.told.result is not None
+    assert bench.live(root) == {use.operation.hold_id}
     assert in_step(bench, root)
 
 
@@ -725,6 +775,27 @@ def test_a_refusal_that_is_older_than_the_end_of_a_hold_is_not_believed(bench: B
     bench.brain.completed(asked_first, response, bench.now)
     bench.settle_down()
     assert waiting.told.result is not None
+
+
+def test_a_reserve_waits_also_if_its_first_attempt_was_lost(bench: Bench) -> None:
+    root = bench.root(50)
+    reserved = bench.reserve(root, 40)
+    bench.answer(bench.send())
+    waiting = bench.reserve(root, 30, wait=60)
+    stray = wire.BatchRequest()
+    batch = bench.send()
+    stray.CopyFrom(batch.request)
+    bench.lose_request(batch)
+    bench.now += 0.1
+    bench.answer(bench.send())
+    assert not waiting.told.done()
+    bench.settle(reserved, 0)
+    bench.answer(bench.send())
+    bench.ledger.answer(stray)
+    bench.settle_down()
+    assert waiting.told.result is not None
+    assert bench.live(root) == {waiting.operation.hold_id}
+    assert in_step(bench, root)
 
 
 def test_a_waiter_that_leaves_does_not_hold_up_the_next(bench: Bench) -> None:
