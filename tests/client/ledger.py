@@ -237,7 +237,9 @@ class Services(
         if fault is not None:
             fault.reached.set()
             if fault.until is not None:
-                fault.until.wait(timeout=max(0.0, min(context.time_remaining(), 30.0)))
+                remaining = max(0.0, min(context.time_remaining(), 30.0))
+                if not fault.until.wait(timeout=remaining):
+                    context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the call is over")
             if fault.code is not None:
                 context.abort(fault.code, "the test says so")
         return response

@@ -154,11 +154,14 @@ def test_an_interrupted_call_is_spent_and_an_interrupted_reserve_leaves_no_hold(
 ) -> None:
     with pytest.raises(KeyboardInterrupt), blocking_root.reserve(100):
         raise KeyboardInterrupt
+    # The interrupted call is settled in the background: the gate is for the reserve after it.
+    ledger.wait_for_batches(2)
     gate = ledger.hold_up()
+    main_thread = threading.get_ident()
 
     def interrupt() -> None:
-        gate.reached.wait(10)
-        signal.raise_signal(signal.SIGINT)
+        if gate.reached.wait(10):
+            signal.pthread_kill(main_thread, signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt)
     interrupter.start()
