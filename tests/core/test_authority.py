@@ -315,6 +315,10 @@ def test_recover_lists_only_so_many_holds_and_says_that_there_are_more(ledger: L
     ids = sorted(hold.id for hold in holds if hold is not holds[3])
     assert [hold.hold_id for hold in outcome.holds] == ids[:ROTATIONS_MAX]
     assert outcome.holds_truncated
+    ledger.do(root.recover(holds=(holds[0].rotation(),)))
+    first, second = (entry.effect for entry in ledger.journal[-2:])
+    assert (len(first.holds), first.holds_truncated) == (ROTATIONS_MAX, True)
+    assert (len(second.holds), second.holds_truncated) == (0, False)
     for hold in holds[ROTATIONS_MAX + 1 :]:
         ledger.do(hold.settle())
     outcome = ledger.do(root.recover())

@@ -204,6 +204,9 @@ def test_a_lease_that_has_ended_binds_at_once(ledger: Ledger, root: Node, ancest
     ledger.pass_time(1)
     assert _refused(ledger, asked, Refusal.BUDGET_EXPIRED) == EXPIRED
     assert child.budget.state(ledger.now) is BudgetState.EXPIRED
+    if not ancestor:
+        tried = ledger.do(replace(asked["release"], dry_run=True))
+        assert tried.state is BudgetState.EXPIRED
     ledger.refuse(root.fund(child, 1, lease_us=HOUR), Refusal.BUDGET_EXPIRED)
     facts = ledger.refuse(below.spend(1), Refusal.BUDGET_EXPIRED)
     assert facts["lease_expires_at"] == "2027-01-15T09:00:00.000000Z"

@@ -120,6 +120,27 @@ def test_a_missing_entry_is_found(index: int) -> None:
     assert _verify([*ENTRIES[:index], *ENTRIES[index + 1 :]]) is not None
 
 
+def test_a_missing_operation_is_found_at_the_next_entry_of_its_budget() -> None:
+    index = next(at for at, entry in enumerate(ENTRIES) if entry.kind is Kind.WITHDRAW)
+    following = next(e for e in ENTRIES[index + 1 :] if e.budget_id == ENTRIES[index].budget_id)
+    finding = _verify([*ENTRIES[:index], *ENTRIES[index + 1 :]])
+    assert finding is not None
+    assert (finding.rule, finding.budget_id, finding.seq) == (
+        "seq",
+        following.budget_id,
+        following.seq,
+    )
+    assert finding.detail == f"{ENTRIES[index].seq} was expected"
+
+
+def test_an_operation_of_which_the_last_parts_are_missing_is_found_without_any_row() -> None:
+    index = next(at for at in MANY_PARTS if ENTRIES[at].part == 1)
+    finding = _verify(ENTRIES[:index], (), ())
+    assert finding is not None
+    assert (finding.rule, finding.seq) == ("parts", ENTRIES[index - 1].seq)
+    assert finding.detail == f"{ENTRIES[index].parts - 1} are missing"
+
+
 @pytest.mark.parametrize("index", range(len(ENTRIES)), ids=[_name(entry) for entry in ENTRIES])
 def test_a_doubled_entry_is_found(index: int) -> None:
     assert _verify([*ENTRIES[: index + 1], *ENTRIES[index:]]) is not None

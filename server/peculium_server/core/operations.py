@@ -38,7 +38,7 @@ class Kind(IntEnum):
 
 
 class Role(IntEnum):
-    """What a principal may do. Numbers are part of the entry encoding and never reused."""
+    """What a principal may do."""
 
     AGENT = 1
     ADMIN = 2

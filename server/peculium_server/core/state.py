@@ -20,7 +20,7 @@ GENESIS = bytes(32)
 
 
 class Custody(IntEnum):
-    """How a budget is held. Numbers are part of the entry encoding."""
+    """How a budget is held. Numbers are those of the wire and of the rows."""
 
     TOKEN = 1
     PRINCIPAL = 2
