@@ -325,8 +325,6 @@ class Coalescer:
 
     def _board(self, line: Line, draft: _Draft, now: float) -> None:
         """Take from a line what may go now."""
-        if line.linear and line.flying:
-            return
         if line.parked and line.queue:
             self._unpark(line, line.queue[-1].give_up_at)
         previous: int | None = None
@@ -484,7 +482,6 @@ class Coalescer:
         self._tried(ticket, now)
         if ticket.maybe_done and operation is not None:
             self._beware(line, operation, error, now)
-            ticket.maybe_done = False
         if isinstance(error, BudgetExhausted) and self._waits(ticket, error, now):
             return
         self._resolve(ticket, now, error=error)

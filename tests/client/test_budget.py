@@ -315,6 +315,7 @@ async def test_authority_is_handed_over_and_the_handle_is_dead(
             await use()
         assert moved.value.budget == "acme/run"
     assert len(ledger.batches) == before, "nothing was sent"
+    assert run._line.secret is None, "the secret has left with the capability"
     again = await client.accept(capability)
     assert (await again.balances()).available == 100
 

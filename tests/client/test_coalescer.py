@@ -608,6 +608,25 @@ def test_behind_the_end_of_a_budget_nothing_is_sent(bench: Bench) -> None:
     assert isinstance(late.told.error, CapabilityMoved)
 
 
+def test_an_end_whose_answer_was_lost_is_found_out_together_with_what_comes_behind(
+    bench: Bench,
+) -> None:
+    root = bench.root()
+    operation = requests.delegate(root.target, Asked(), children=[Child("run", 10)])
+    bench.submit(root.line, operation)
+    bench.answer(bench.send())
+    made = operation.children[0]
+    line = Line("the child", linear=True, secret=made.secret)
+    target = requests.Target(root.target.root_id, made.budget_id, by_token=True)
+    ended = bench.submit(line, requests.give_back(target, Asked(), amount=None, cascade=False))
+    bench.lose_answer(bench.send())
+    late = bench.submit(line, requests.give_back(target, Asked(), amount=1, cascade=False))
+    bench.now += 0.1
+    bench.answer(bench.send())
+    assert ended.told.result is not None
+    assert isinstance(late.told.error, CapabilityMoved), "not somebody else consumed the token"
+
+
 def test_an_increment_beyond_what_a_hold_has_left_ends_it(bench: Bench) -> None:
     root = bench.root()
     reserved = bench.reserve(root, 10)
@@ -761,6 +780,46 @@ def test_nobody_waits_once_no_own_hold_is_left(bench: Bench) -> None:
     bench.answer(bench.send())
     assert isinstance(waiting.told.error, BudgetExhausted)
     assert bench.brain.idle
+
+
+def test_nobody_waits_for_a_hold_that_somebody_else_has_ended(bench: Bench) -> None:
+    root = bench.root(50, token=False)
+    reserved = bench.reserve(root, 40)
+    bench.answer(bench.send())
+    waiting = bench.reserve(root, 30, wait=60)
+    bench.answer(bench.send())
+    elsewhere = Bench()
+    elsewhere.ledger = bench.ledger
+    elsewhere.settle(reserved, 40)
+    elsewhere.answer(elsewhere.send())
+    late = bench.settle(reserved, 40)
+    bench.answer(bench.send())
+    assert isinstance(late.told.error, TokenConsumed)
+    assert isinstance(waiting.told.error, BudgetExhausted)
+
+
+def test_who_is_woken_in_a_chain_that_is_answered_in_part_goes_with_the_rest(bench: Bench) -> None:
+    root = bench.root(50)
+    reserved = bench.reserve(root, 40)
+    bench.answer(bench.send())
+    waiting = bench.reserve(root, 30, wait=60)
+    bench.answer(bench.send())
+    hold_id = reserved.operation.hold_id
+    bench.submit(
+        root.line,
+        requests.resolve(root.target, Asked(), hold_id=hold_id, actual=0, reason="a test"),
+    )
+    behind = bench.spend(root, 1)
+    bench.answer_before(bench.send(), 1)
+    batch = bench.send()
+    assert proofs(batch) == ["secret", "after"]
+    bench.spend(root, 2)
+    bench.now += 30
+    assert bench.silent(), "its token is on its way"
+    bench.answer(batch)
+    assert behind.told.result is not None
+    assert waiting.told.result is not None
+    assert in_step(bench, root)
 
 
 def test_a_refusal_that_is_older_than_the_end_of_a_hold_is_not_believed(bench: Bench) -> None:

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -172,6 +173,48 @@ def test_an_interrupted_call_is_spent_and_an_interrupted_reserve_leaves_no_hold(
     gate.until.set()
     blocking.close()
     assert money(ledger) == (900, 0, 100)
+
+
+class Interrupted:
+    """The future of a caller that is interrupted as its answer comes."""
+
+    def exception(self, _: float) -> None:
+        raise KeyboardInterrupt
+
+    def cancel(self) -> None:
+        """Too late."""
+
+    def done(self) -> bool:
+        return True
+
+
+def test_a_reserve_that_is_interrupted_as_its_answer_comes_leaves_no_hold(
+    ledger: Ledger, blocking: Client, blocking_root: Budget, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender = blocking._sender
+    wait = sender.wait
+
+    def interrupted(ticket: Any) -> Any:
+        wait(ticket)
+        ticket.future = Interrupted()
+        return wait(ticket)
+
+    monkeypatch.setattr(sender, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        blocking_root.reserve(100)
+    monkeypatch.undo()
+    blocking.close()
+    assert money(ledger) == (1000, 0, 0)
+
+
+def test_a_budget_is_read_between_operations(blocking_run: Budget) -> None:
+    blocking_run.spend(1)
+    assert blocking_run.info().balances.spent == 1
+    hold = blocking_run.reserve(5)
+    assert [each.hold_id for each in blocking_run.holds()] == [hold.hold_id]
+    blocking_run.spend(1)
+    capability = blocking_run.hand_over()
+    assert capability.ref == blocking_run.ref
 
 
 def test_closing_finishes_what_is_on_its_way(
