@@ -248,7 +248,7 @@ class Sender:
             await asyncio.sleep(attempts.delay(failed, loop.time()))
 
     async def stream(
-        self, method: grpc.aio.UnaryStreamMultiCallable[_Q, _R], request: _Q
+        self, method: grpc.aio.UnaryStreamMultiCallable[_Q, _R], request: _Q, timeout: float | None
     ) -> AsyncIterator[_R]:
         """Call a method that only reads, and take its answers as they come.
 
@@ -257,7 +257,7 @@ class Sender:
         """
         self._begin()
         try:
-            async for answer in method(request, timeout=None, metadata=self._config.metadata):
+            async for answer in method(request, timeout=timeout, metadata=self._config.metadata):
                 yield answer
         except grpc.aio.AioRpcError as error:
             failed = _failure(error)

@@ -197,7 +197,9 @@ class Sender:
                 failed = _failure(error)
             time.sleep(attempts.delay(failed, time.monotonic()))
 
-    def stream(self, method: grpc.UnaryStreamMultiCallable[_Q, _R], request: _Q) -> Iterator[_R]:
+    def stream(
+        self, method: grpc.UnaryStreamMultiCallable[_Q, _R], request: _Q, timeout: float | None
+    ) -> Iterator[_R]:
         """Call a method that only reads, and take its answers as they come.
 
         Raises:
@@ -205,7 +207,7 @@ class Sender:
         """
         self._begin()
         try:
-            yield from method(request, timeout=None, metadata=self._config.metadata)
+            yield from method(request, timeout=timeout, metadata=self._config.metadata)
         except grpc.RpcError as error:
             failed = _failure(error)
             raise failed.refused or LedgerUnavailable(failed.message) from None

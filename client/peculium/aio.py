@@ -1138,17 +1138,20 @@ class Audit:
                 return
             request.page_token = page.next_page_token
 
-    async def verify(self, tree: str | BudgetRef | None = None) -> AsyncIterator[Verification]:
+    async def verify(
+        self, tree: str | BudgetRef | None = None, *, timeout: float | None = None
+    ) -> AsyncIterator[Verification]:
         """Re-run every decision from the entries alone, and compare. The last item has the verdict.
 
         Args:
             tree: A root, or any budget in its tree; absent: the whole ledger.
+            timeout: For all of it, in seconds; absent: as long as it takes.
 
         Raises:
             BudgetUnknown: There is none.
         """
         request = audit_service_pb2.VerifyRequest(tree=None if tree is None else _wire(tree))
-        async for progress in self._sender.stream(self._sender.audit.Verify, request):
+        async for progress in self._sender.stream(self._sender.audit.Verify, request, timeout):
             yield codec.verification(progress)
 
 

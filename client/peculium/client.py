@@ -1134,17 +1134,20 @@ class Audit:
                 return
             request.page_token = page.next_page_token
 
-    def verify(self, tree: str | BudgetRef | None = None) -> Iterator[Verification]:
+    def verify(
+        self, tree: str | BudgetRef | None = None, *, timeout: float | None = None
+    ) -> Iterator[Verification]:
         """Re-run every decision from the entries alone, and compare. The last item has the verdict.
 
         Args:
             tree: A root, or any budget in its tree; absent: the whole ledger.
+            timeout: For all of it, in seconds; absent: as long as it takes.
 
         Raises:
             BudgetUnknown: There is none.
         """
         request = audit_service_pb2.VerifyRequest(tree=None if tree is None else _wire(tree))
-        for progress in self._sender.stream(self._sender.audit.Verify, request):
+        for progress in self._sender.stream(self._sender.audit.Verify, request, timeout):
             yield codec.verification(progress)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from peculium import BudgetFrozen, CapabilityUnknown, Custody, TokenConsumed
+from peculium import BudgetFrozen, CapabilityUnknown, Custody, LedgerUnavailable, TokenConsumed
 from peculium.aio import Budget, Client
 from peculium.errors import BudgetUnknown, Invalid, NameTaken, OnlyForRoots, PermissionDenied
 from tests.client.ledger import Ledger
@@ -86,6 +86,11 @@ async def test_a_verification_tells_its_progress_and_then_its_verdict(
     assert told[-1].findings == ()
     with pytest.raises(BudgetUnknown):
         [each async for each in client.audit.verify("nothing")]
+
+
+async def test_a_verification_takes_no_longer_than_it_may(client: Client, root: Budget) -> None:
+    with pytest.raises(LedgerUnavailable):
+        [each async for each in client.audit.verify(timeout=0.000_001)]
 
 
 def test_permission_is_the_callers_business_and_no_refusal_of_the_budget() -> None:

@@ -50,7 +50,7 @@ def test_a_verb_has_the_same_parameters_and_words(one: Any, other: Any) -> None:
         assert list(ours.parameters.values()) == list(theirs.parameters.values())
 
 
-@pytest.mark.parametrize("name", ["Budget", "Admin", "Client"])
+@pytest.mark.parametrize("name", ["Budget", "Admin", "Audit", "Client"])
 def test_every_verb_takes_a_timeout_by_keyword(name: str) -> None:
     without = {"close", "receiver", "ref", "moved", "admin", "audit"}
     for verb, member in members(getattr(client, name)).items():
