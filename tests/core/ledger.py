@@ -132,12 +132,12 @@ class Ledger:
 
     # -- Makers ---------------------------------------------------------------------------------
 
-    def id(self) -> bytes:
-        """A new UUIDv7 of the ledger's time."""
+    def id(self, version: int = 7) -> bytes:
+        """A new UUID of the ledger's time."""
         self._made += 1
         low = self._made.to_bytes(9)
         milliseconds = (self.now // 1000).to_bytes(6)
-        return milliseconds + bytes((0x70, low[0], 0x80)) + low[2:]
+        return milliseconds + bytes((version << 4, low[0], 0x80)) + low[2:]
 
     def token(self) -> bytes:
         """The token id of a new secret."""
@@ -566,7 +566,7 @@ class Node:
 
     def make(self, type_: type[_O], fields: dict[str, Any]) -> _O:
         header = {
-            "operation_id": self.ledger.id(),
+            "operation_id": self.ledger.id(8 if type_.kind in SYSTEM_KINDS else 7),
             "root_id": self.root_id,
             "budget_id": self.id,
         }

@@ -112,7 +112,8 @@ class Model:
     def state_refuses(self, kind: Kind, budget_id: bytes, now: int) -> Refusal | None:
         line = self.line(budget_id)
         ids = [budget_id, *self.above(budget_id)]
-        if kind not in ON_CLOSED and any(level.closed for level in line):
+        closed = line[0].closed if kind is Kind.EXPIRE else any(level.closed for level in line)
+        if kind not in ON_CLOSED and closed:
             return Refusal.BUDGET_CLOSED
         if kind in STOPPED_BY_THE_LEASE and any(
             level.lease and level.lease <= now for level in line
@@ -165,8 +166,9 @@ class Model:
         for key, net in nets.items():
             self.budgets[key].left, self.budgets[key].owed = max(0, net), max(0, -net)
         top = self.budgets[budget_id]
-        assert top.parent is not None
-        self.budgets[top.parent].own -= top.owed
+        if closing:
+            assert top.parent is not None
+            self.budgets[top.parent].own -= top.owed
         top.closed = True
         below = [key for key in self.below(budget_id) if self.budgets[key].left]
         below.sort(key=lambda key: (len(self.line(key)), key))

@@ -35,7 +35,7 @@ from peculium_server.core.operations import (
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refusal, Refused
 from peculium_server.core.state import Custody, HoldState
-from tests.core.ledger import DAY, HOUR, MINUTE, HoldRef, Ledger, Node
+from tests.core.ledger import DAY, HOUR, MINUTE, SYSTEM_KINDS, HoldRef, Ledger, Node
 from tests.core.model import Model, ModelBudget, ModelHold
 from tests.core.tampering import tampered, tampered_rows
 
@@ -212,9 +212,16 @@ class Machine(RuleBasedStateMachine):
         elif wrong is R.CAPABILITY_UNKNOWN and by_token:
             yield "authority", ByToken(self.ledger.token())
         elif wrong is R.OPERATION_ID_REUSED:
-            was = data.draw(st.sampled_from(self.ledger.journal), "reused")
-            yield "operation_id", was.operation_id
-            yield "labels", (("other", "content"),)
+            # Clients and the ledger itself cannot even try to use each other's.
+            of_system = operation.kind in SYSTEM_KINDS
+            used = [
+                entry.operation_id
+                for entry in self.ledger.journal
+                if (entry.kind in SYSTEM_KINDS) is of_system
+            ]
+            if used:
+                yield "operation_id", data.draw(st.sampled_from(used), "reused")
+                yield "labels", (("other", "content"),)
         elif wrong is R.TOKEN_CONSUMED and by_token and consumed:
             yield "authority", ByToken(data.draw(st.sampled_from(consumed), "consumed"))
         elif wrong is R.TOKEN_ID_REUSED and consumed:

@@ -64,6 +64,11 @@ class World:
         self.ledger = ledger = Ledger(checked=False)
         self.old_id = ledger.id()
         self.root = self.parent = ledger.grant(1_000_000)
+        emptied = self.root.child(1)
+        ledger.do(self.root.revoke(emptied))
+        collect = emptied.collect()
+        ledger.do(collect)
+        self.used_ids = {7: ledger.journal[0].operation_id, 8: collect.operation_id}
         for _ in range(DEPTH_MAX - 2 if R.TREE_TOO_DEEP in faults else 1):
             self.parent = self.parent.child(1_000, lease_us=HOUR, lease_latest_us=2 * HOUR)
         held = {"by_token": False, "holder": "agent"} if row.by_holder else {}
@@ -126,7 +131,7 @@ class World:
         if R.BUDGET_UNKNOWN in faults:
             yield "budget_id", self.ledger.id()
         if R.OPERATION_ID_REUSED in faults:
-            yield "operation_id", self.ledger.journal[0].operation_id
+            yield "operation_id", self.used_ids[operation.operation_id[6] >> 4]
         elif R.OPERATION_TOO_OLD in faults:
             yield "operation_id", self.old_id
         of_hold = operation.kind in HOLD_KINDS

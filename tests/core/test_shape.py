@@ -41,7 +41,7 @@ from peculium_server.core.operations import (
 )
 from peculium_server.core.refusals import Refusal
 from peculium_server.core.shape import check_shape
-from tests.core.ledger import HOUR, Ledger
+from tests.core.ledger import HOUR, SYSTEM_KINDS, Ledger
 
 LEDGER = Ledger()
 ROOT = LEDGER.grant(1_000)
@@ -300,6 +300,7 @@ def test_a_unit_is_a_short_word(unit: str, well: bool) -> None:
 
 # -- Ids and tokens -----------------------------------------------------------------------------------------
 
+ID_OF_SYSTEM = LEDGER.id(8)
 UUID4 = bytes.fromhex("0193000000004000800000000000abcd")
 UUID7_OTHER_VARIANT = bytes.fromhex("0193000000007000c00000000000abcd")
 
@@ -312,8 +313,12 @@ MADE_IDS = [
 
 
 @pytest.mark.parametrize(("name", "own", "field"), MADE_IDS)
-def test_an_id_that_is_made_is_a_uuid7(name: str, own: str, field: str) -> None:
-    for value in (b"", ID[:15], ID + b"\x00", UUID4, UUID7_OTHER_VARIANT, bytes(16)):
+def test_an_id_that_is_made_is_a_uuid7_and_one_of_the_ledgers_own_a_uuid8(
+    name: str, own: str, field: str
+) -> None:
+    """So no client can take the id of what the ledger is going to do."""
+    others = ID if WELL_FORMED[name].kind in SYSTEM_KINDS else ID_OF_SYSTEM
+    for value in (b"", ID[:15], ID + b"\x00", UUID4, UUID7_OTHER_VARIANT, bytes(16), others):
         changes = {"children": {own: value}} if "children" in field else {own: value}
         refused = check_shape(_with(name, changes))
         assert refused is not None

@@ -477,9 +477,12 @@ def _revoke(case: Case, revoke: Revoke, budget: Budget, consumed: bytes | None) 
 
 
 def _expire(case: Case, expire: Expire, budget: Budget, consumed: bytes | None) -> _Decision:
-    refused = check_state(case, expire.kind, budget)
-    if refused is not None:
-        return refused
+    # Below a closed level too: a lease that could never end would be found due for ever.
+    if budget.closed:
+        return Refused(
+            Refusal.BUDGET_CLOSED,
+            named(case.tree, budget) | {"closed": id_text(budget.budget_id)},
+        )
     if not budget.expired(case.at):
         return _not_due(budget, budget.lease_until)
     return _close(case, expire, budget, consumed, budget)

@@ -71,7 +71,9 @@ def _sizes(operation: Operation) -> Iterator[tuple[str, int, int]]:
 
 
 def _problems(operation: Operation) -> Iterator[Problem]:
-    yield from _uuid7("operation_id", operation.operation_id)
+    # Of the ledger's own operations the version is another, so that no client can take their ids.
+    version = 8 if isinstance(operation, Lapse | Expire | Collect) else 7
+    yield from _uuid("operation_id", operation.operation_id, version)
     yield from _id("root_id", operation.root_id)
     yield from _id("budget_id", operation.budget_id)
     yield from _authority(operation)
@@ -84,7 +86,7 @@ def _problems(operation: Operation) -> Iterator[Problem]:
 def _own(operation: Operation) -> Iterator[Problem]:
     match operation:
         case Grant():
-            yield from _uuid7("budget_id", operation.budget_id)
+            yield from _uuid("budget_id", operation.budget_id)
             if operation.root_id != operation.budget_id:
                 yield "budget_id", "must be the root id: a grant makes a root"
             yield from _name("name", operation.name)
@@ -98,7 +100,7 @@ def _own(operation: Operation) -> Iterator[Problem]:
             yield from _duration(
                 "ttl", operation.ttl_us, limits.HOLD_TTL_US_MIN, limits.HOLD_AGE_US_MAX
             )
-            yield from _uuid7("hold_id", operation.hold_id)
+            yield from _uuid("hold_id", operation.hold_id)
             yield from _token("hold_token_id", operation.hold_token_id)
         case Settle():
             yield from _settle(operation)
@@ -222,7 +224,7 @@ def _children(children: tuple[Child, ...]) -> Iterator[Problem]:
     names: set[str] = set()
     for index, child in enumerate(children[: limits.CHILDREN_MAX]):
         prefix = f"children[{index}]."
-        yield from _uuid7(f"{prefix}budget_id", child.budget_id)
+        yield from _uuid(f"{prefix}budget_id", child.budget_id)
         yield from _name(f"{prefix}name", child.name)
         yield from _amount(f"{prefix}amount", child.amount, 0)
         yield from _receiver(prefix, child.token_id, child.holder)
@@ -254,11 +256,11 @@ def _id(field: str, value: bytes) -> Iterator[Problem]:
     yield from _length(field, value, limits.ID_BYTES)
 
 
-def _uuid7(field: str, value: bytes) -> Iterator[Problem]:
+def _uuid(field: str, value: bytes, version: int = 7) -> Iterator[Problem]:
     if len(value) != limits.ID_BYTES:
         yield from _id(field, value)
-    elif value[6] >> 4 != 7 or value[8] >> 6 != 2:  # noqa: PLR2004 - RFC 9562, sections 4.1, 4.2
-        yield field, "must be a UUIDv7"
+    elif value[6] >> 4 != version or value[8] >> 6 != 2:  # noqa: PLR2004 - RFC 9562, section 4.1
+        yield field, f"must be a UUIDv{version}"
 
 
 def _token(field: str, value: bytes | None) -> Iterator[Problem]:
