@@ -19,7 +19,7 @@ class Setting:
 
     def random(self, name: str) -> random.Random:
         """A source of chance of one's own, the same for the same seed and name."""
-        return random.Random(f"{self.seed} {name}")  # noqa: S311 - repeatable, and guards nothing
+        return random.Random(f"{self.seed} {name}")
 
 
 @dataclass
