@@ -24,7 +24,8 @@
     │   ├── OpenChildren            .child
     │   ├── BudgetExhausted         .available .held .requested
     │   ├── AmountOverflow
-    │   └── BatchRefused
+    │   ├── BatchRefused
+    │   └── BudgetChanged           it is not as it was when it was looked at
     ├── Invalid                     the caller's mistake, whoever noticed it; nothing has changed
     │   ├── Malformed               .field .problem
     │   ├── TooLarge
@@ -344,6 +345,13 @@ class BatchRefused(Refused):
     """Another operation of the atomic batch was refused."""
 
     reason = "BATCH_REFUSED"
+
+
+class BudgetChanged(Refused):
+    """The budget is not as it was when it was looked at."""
+
+    reason = "BUDGET_CHANGED"
+    advice = "look again"
 
 
 # --- invalid ---

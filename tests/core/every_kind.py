@@ -56,7 +56,7 @@ MAKE: dict[Kind, Callable[[World], Operation]] = {
     Kind.DELEGATE: lambda world: world.child.delegate(*_children(world)),
     Kind.ACCEPT: lambda world: world.child.accept(),
     Kind.RECOVER: lambda world: world.child.admin_recover(
-        holder="agent", holds=(world.hold.rotation(),)
+        holder="agent", holds=(world.hold.rotation(),), if_seq=world.child.budget.seq
     ),
     Kind.FUND: lambda world: world.root.fund(world.child, 10, lease_us=2 * HOUR),
     Kind.RENEW: lambda world: world.child.renew(2 * HOUR),
@@ -109,7 +109,8 @@ def _work(ledger: Ledger, run: Node, step: Node) -> None:
     first, second, third = (run.hold(amount) for amount in (30, 20, 10))
     ledger.do(first.extend(20 * MINUTE))
     ledger.do(first.settle(5, keep_open=True, reference="é", usage=Usage(), estimated=True))
-    ledger.do(run.recover(holds=(first.rotation(), third.rotation())))
+    seq = run.budget.seq
+    ledger.do(run.recover(holds=(first.rotation(), third.rotation()), if_seq=seq))
     ledger.do(run.resolve(second, 12))
     ledger.do(third.release())
     ledger.do(run.spend(3, reference="call-1", usage=USAGE, labels=LABELS))

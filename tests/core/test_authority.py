@@ -245,6 +245,26 @@ def test_whatever_else_consumed_a_token_fences_nobody(ledger: Ledger) -> None:
     assert facts["consumed_at"] == "2027-01-15T08:00:00.000000Z"
 
 
+def test_of_two_who_recover_what_they_have_seen_one_does(ledger: Ledger) -> None:
+    root = ledger.grant(100, holder="agent")
+    seen = root.budget.seq
+    first, second = root.recover(if_seq=seen), root.recover(if_seq=seen)
+    ledger.do(first)
+    facts = ledger.refuse(second, R.BUDGET_CHANGED)
+    assert (facts["if_seq"], facts["seq"]) == (str(seen), str(seen + 1))
+    assert ledger.do(first).replayed
+    ledger.do(root.recover(if_seq=seen + 1))
+
+
+def test_who_recovers_what_was_used_meanwhile_is_refused(ledger: Ledger) -> None:
+    root = ledger.grant(100, holder="agent")
+    hold = root.hold(10)
+    seen = root.budget.seq
+    ledger.do(hold.settle(1))
+    ledger.refuse(root.recover(if_seq=seen), R.BUDGET_CHANGED)
+    ledger.do(root.recover())
+
+
 def test_recover_lists_the_holds_that_can_still_be_settled(ledger: Ledger) -> None:
     root = ledger.grant(100, holder="alice")
     live, lapsed, settled, released = (root.hold(1) for _ in range(4))

@@ -198,6 +198,11 @@ def _rotations(world: World) -> tuple[Rotation, ...]:
     return (world.hold.rotation(), *world.choose(R.HOLD_UNKNOWN, (unknown,), ()))
 
 
+def _seen(world: World) -> int:
+    """The budget as it is, or as it was one entry before."""
+    return world.budget.budget.seq - int(R.BUDGET_CHANGED in world.faults)
+
+
 def _dispute_much(world: World) -> None:
     """As much as one report can name: a second one passes the bound."""
     if R.AMOUNT_OVERFLOW in world.faults:
@@ -328,7 +333,7 @@ ROWS = {
         by_holder=True,
     ),
     "recover": Row(
-        lambda world: world.budget.recover(holds=_rotations(world)),
+        lambda world: world.budget.recover(holds=_rotations(world), if_seq=_seen(world)),
         (
             *SHAPE,
             R.CAPABILITY_UNKNOWN,
@@ -336,6 +341,7 @@ ROWS = {
             R.TOKEN_ID_REUSED,
             R.HOLD_UNKNOWN,
             R.HOLD_ENDED,
+            R.BUDGET_CHANGED,
         ),
         bound=True,
     ),

@@ -19,8 +19,10 @@ from peculium.v1.audit_service_pb2_grpc import AuditServiceStub
 from peculium.v1.ledger_service_pb2_grpc import LedgerServiceStub
 from peculium_server.core.encoding import token_id
 from peculium_server.core.operations import (
+    Accept,
     ByHolder,
     ByRole,
+    ByToken,
     Child,
     Delegate,
     Freeze,
@@ -137,6 +139,41 @@ async def test_a_budget_is_read_with_its_live_token_which_stays_live(stored: Sto
     )
     for _ in range(2):
         assert (await stub.GetBudget(request)).budget.budget_id == root.budget_id
+
+
+async def test_a_read_tells_when_a_token_was_last_used(stored: Stored) -> None:
+    secret = secrets.token_bytes(32)
+    root = granted("acme", token_id=token_id(secret))
+    await make(stored, root)
+    stub = LedgerServiceStub(stored.channel)
+    request = ledger.LedgerServiceGetBudgetRequest(budget=by_path("acme"), authority=HOLDER)
+    fresh = await stub.GetBudget(request)
+    assert not fresh.HasField("token_used_at")
+    freeze = Freeze(
+        operation_id=new_id(), root_id=root.root_id, budget_id=root.root_id, authority=ByRole()
+    )
+    accept = Accept(
+        operation_id=new_id(),
+        root_id=root.root_id,
+        budget_id=root.root_id,
+        authority=ByToken(token_id(secret)),
+        next_token_id=secrets.token_bytes(32),
+    )
+    accepted = await stub.Accept(message_of(accept, types_pb2.Authority(secret=secret)))
+    await make(stored, freeze)
+    used = await stub.GetBudget(request)
+    assert used.token_used_at == accepted.outcome.at
+    assert used.budget.seq == 3
+    assert used.at.ToNanoseconds() >= used.token_used_at.ToNanoseconds()
+
+
+async def test_of_a_principals_budget_no_use_of_a_token_is_told(stored: Stored) -> None:
+    root = granted("acme")
+    await make(stored, root, reserved(root))
+    request = ledger.LedgerServiceGetBudgetRequest(budget=by_path("acme"), authority=HOLDER)
+    read = await LedgerServiceStub(stored.channel).GetBudget(request)
+    assert not read.HasField("token_used_at")
+    assert read.HasField("at")
 
 
 async def test_who_has_no_authority_learns_nothing(database: str, tmp_path: Path) -> None:

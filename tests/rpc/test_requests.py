@@ -84,6 +84,7 @@ _BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "estimated": st.booleans(),
     "children": st.lists(_child, max_size=3).map(tuple),
     "holds": st.lists(_rotation, max_size=3).map(tuple),
+    "if_seq": st.none() | _int64,
     "descendant_id": _bytes,
     "lease_us": st.none() | _duration,
     "cascade": st.booleans(),
@@ -112,6 +113,8 @@ def _asked(draw: st.DrawFn, by_admin: bool) -> tuple[Operation, types_pb2.Author
         values["next_token_id"] = None
     if kind is Kind.RECOVER and not by_admin:
         values["holder"] = None
+    if kind is Kind.RECOVER and by_admin:
+        values["if_seq"] = None
     return OPERATIONS[kind](authority=authority, **values), proof
 
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from peculium.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -469,8 +470,11 @@ class RecoverRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     NEXT_TOKEN_ID_FIELD_NUMBER: _builtins.int
     HOLDS_FIELD_NUMBER: _builtins.int
+    IF_SEQ_FIELD_NUMBER: _builtins.int
     next_token_id: _builtins.bytes
     """The budget's next token."""
+    if_seq: _builtins.int
+    """Only if the budget has so many entries, as a read has found it. Absent: whatever happened since."""
     @_builtins.property
     def header(self) -> _types_pb2.OperationHeader:
         """What every operation carries. Authority: the holder."""
@@ -485,12 +489,15 @@ class RecoverRequest(_message.Message):
         header: _types_pb2.OperationHeader | None = ...,
         next_token_id: _builtins.bytes = ...,
         holds: _abc.Iterable[_types_pb2.HoldRotation] | None = ...,
+        if_seq: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_seq", b"_if_seq", "header", b"header", "if_seq", b"if_seq"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "holds", b"holds", "next_token_id", b"next_token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_seq", b"_if_seq", "header", b"header", "holds", b"holds", "if_seq", b"if_seq", "next_token_id", b"next_token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__if_seq: _TypeAlias = _typing.Literal["if_seq"]  # noqa: Y015
+    _WhichOneofArgType__if_seq: _TypeAlias = _typing.Literal["_if_seq", b"_if_seq"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__if_seq) -> _WhichOneofReturnType__if_seq | None: ...
 
 Global___RecoverRequest: _TypeAlias = RecoverRequest  # noqa: Y015
 
@@ -1085,6 +1092,8 @@ class LedgerServiceGetBudgetResponse(_message.Message):
 
     BUDGET_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    TOKEN_USED_AT_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def budget(self) -> _types_pb2.Budget:
         """As it is now."""
@@ -1093,15 +1102,27 @@ class LedgerServiceGetBudgetResponse(_message.Message):
     def ledger(self) -> _types_pb2.LedgerPosition:
         """Where in the ledger's history the answer stands."""
 
+    @_builtins.property
+    def token_used_at(self) -> _timestamp_pb2.Timestamp:
+        """When a token of the budget or of one of its holds was last consumed. Absent: the budget is held by its
+        principal, or nobody has used the token that it was made with.
+        """
+
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """The ledger's time of the read."""
+
     def __init__(
         self,
         *,
         budget: _types_pb2.Budget | None = ...,
         ledger: _types_pb2.LedgerPosition | None = ...,
+        token_used_at: _timestamp_pb2.Timestamp | None = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "ledger", b"ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "budget", b"budget", "ledger", b"ledger", "token_used_at", b"token_used_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "ledger", b"ledger"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "budget", b"budget", "ledger", b"ledger", "token_used_at", b"token_used_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -348,6 +348,10 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     """Another operation of the atomic batch was refused.
     {"index": "2", "reason": "BUDGET_EXHAUSTED"}
     """
+    REFUSAL_REASON_BUDGET_CHANGED: _RefusalReason.ValueType  # 31
+    """Recover with `if_seq`: the budget has another number of entries by now.
+    {"budget": "0192...", "path": "acme/run-7", "if_seq": "1", "seq": "3"}
+    """
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
     """Why an operation was refused, in order of precedence: if several apply, the first one is the answer. Numbers are
@@ -477,6 +481,10 @@ REFUSAL_REASON_AMOUNT_OVERFLOW: RefusalReason.ValueType  # 29
 REFUSAL_REASON_BATCH_REFUSED: RefusalReason.ValueType  # 30
 """Another operation of the atomic batch was refused.
 {"index": "2", "reason": "BUDGET_EXHAUSTED"}
+"""
+REFUSAL_REASON_BUDGET_CHANGED: RefusalReason.ValueType  # 31
+"""Recover with `if_seq`: the budget has another number of entries by now.
+{"budget": "0192...", "path": "acme/run-7", "if_seq": "1", "seq": "3"}
 """
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 

@@ -161,6 +161,7 @@ FIELDS: dict[Kind, tuple[_Field, ...]] = {
         _NEXT,
         _HOLDER,
         _Field(23, "holds", _pack_rotations, _unpack_rotations),
+        _same(28, "if_seq", _int),
     ),
     Kind.FUND: (_LABELS, _AMOUNT, _NEXT, _LEASE, _DESCENDANT),
     Kind.RENEW: (_LABELS, _NEXT, _LEASE),

@@ -241,6 +241,8 @@ class Recover(Header):
     next_token_id: bytes | None = None
     holder: str | None = None
     holds: tuple[Rotation, ...] = ()
+    if_seq: int | None = None
+    """Only if the budget has so many entries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

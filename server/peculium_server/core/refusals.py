@@ -47,6 +47,7 @@ class Refusal(IntEnum):
     BUDGET_EXHAUSTED = 28
     AMOUNT_OVERFLOW = 29
     BATCH_REFUSED = 30
+    BUDGET_CHANGED = 31
 
 
 class Rule(NamedTuple):
@@ -140,6 +141,10 @@ RULES: dict[Refusal, Rule] = {
     Refusal.AMOUNT_OVERFLOW: Rule(transient=False, sentence="A balance would pass 2^62."),
     Refusal.BATCH_REFUSED: Rule(
         transient=True, sentence="Another operation of the atomic batch was refused."
+    ),
+    Refusal.BUDGET_CHANGED: Rule(
+        transient=False,
+        sentence="The budget has changed since it was looked at; look again.",
     ),
 }
 

@@ -346,6 +346,11 @@ def _recover(case: Case, recover: Recover, budget: Budget, consumed: bytes | Non
     for hold, _ in rotated:
         if not hold.settleable:
             return _hold_ended(hold)
+    if recover.if_seq not in (None, budget.seq):
+        return Refused(
+            Refusal.BUDGET_CHANGED,
+            named(case.tree, budget) | {"if_seq": str(recover.if_seq), "seq": str(budget.seq)},
+        )
     draft = Draft(case.tree, case.at)
     ended: list[tuple[bytes, Hold]] = []
     for hold, rotation in rotated:

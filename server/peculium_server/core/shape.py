@@ -208,6 +208,8 @@ def _recover(operation: Recover) -> Iterator[Problem]:
             yield "holder", "is set by an admin only"
     else:
         yield from _receiver("", operation.next_token_id, operation.holder, "next_token_id")
+    if operation.if_seq is not None:
+        yield from _amount("if_seq", operation.if_seq, 1)
     seen = set()
     for index, rotation in enumerate(operation.holds[: limits.ROTATIONS_MAX]):
         yield from _id(f"holds[{index}].hold_id", rotation.hold_id)

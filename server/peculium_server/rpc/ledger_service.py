@@ -45,7 +45,13 @@ from peculium_server.rpc.calls import CallRefused, CallUnimplemented
 from peculium_server.rpc.operating import Operator
 from peculium_server.rpc.pages import page_token, read_page
 from peculium_server.rpc.reading import Reader
-from peculium_server.rpc.responses import write_answer, write_budget, write_hold, write_position
+from peculium_server.rpc.responses import (
+    write_answer,
+    write_budget,
+    write_hold,
+    write_position,
+    write_use,
+)
 from peculium_server.store.store import Store
 
 
@@ -125,6 +131,7 @@ class LedgerService(ledger_service_pb2_grpc.LedgerServiceServicer):
         response = LedgerServiceGetBudgetResponse()
         write_budget(line.budget, line.path, line.state, response.budget)
         write_position(position, response.ledger)
+        write_use(await self._reader.last_use(line.budget), line.at, response)
         return response
 
     async def ListHolds(self, request: ListHoldsRequest, context: Any) -> ListHoldsResponse:

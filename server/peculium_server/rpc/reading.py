@@ -10,7 +10,7 @@ from peculium.v1 import types_pb2
 from peculium_server.core.limits import DEPTH_MAX, ID_BYTES, NAME_BYTES_MAX
 from peculium_server.core.operations import ByHolder, ByToken
 from peculium_server.core.refusals import Refusal, Refused, id_text
-from peculium_server.core.state import Budget, BudgetState
+from peculium_server.core.state import Budget, BudgetState, Custody
 from peculium_server.lanes.answers import Position
 from peculium_server.rpc.calls import CallRefused, actor
 from peculium_server.rpc.requests import decode_authority
@@ -27,6 +27,8 @@ class Line(NamedTuple):
     """Names from the root downwards."""
     state: BudgetState
     """What it allows, its ancestors considered."""
+    at: int
+    """The ledger's time of the read."""
 
 
 class Reader:
@@ -64,6 +66,16 @@ class Reader:
         if read is None:
             raise CallRefused(Refused(Refusal.BUDGET_UNKNOWN, {"budget": _said(reference)}))
         return read
+
+    async def last_use(self, budget: Budget) -> int | None:
+        """When a token of a token-held budget was last consumed, as of now or later than it was read.
+
+        Whoever finds that there was none, and that the budget has no more entries than were read before,
+        knows that nobody has used it.
+        """
+        if budget.custody is Custody.PRINCIPAL:
+            return None
+        return await self._store.last_use(budget.root_id, budget.budget_id)
 
     async def lines(self, budgets: Sequence[Budget]) -> list[Line]:
         """The lines of budgets that were read from one tree, or of roots."""
@@ -126,7 +138,7 @@ def _line(ancestry: Sequence[Budget], now: int) -> Line:
     """The budget first, the root last."""
     path = tuple(budget.name for budget in reversed(ancestry))
     # The numbers of the states ascend with their strictness.
-    return Line(ancestry[0], path, max(budget.state(now) for budget in ancestry))
+    return Line(ancestry[0], path, max(budget.state(now) for budget in ancestry), now)
 
 
 def _said(reference: types_pb2.BudgetRef) -> str:

@@ -295,6 +295,7 @@ def _recover(request: ledger_service_pb2.RecoverRequest) -> Recover:
         **_proven(request.header),
         next_token_id=request.next_token_id or None,
         holds=_rotations(request.holds),
+        if_seq=request.if_seq if request.HasField("if_seq") else None,
     )
 
 

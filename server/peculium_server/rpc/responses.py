@@ -97,6 +97,15 @@ def write_position(position: Position, message: types_pb2.LedgerPosition) -> Non
     message.position = position.number
 
 
+def write_use(
+    used_at: int | None, at: int, message: ledger_service_pb2.LedgerServiceGetBudgetResponse
+) -> None:
+    """Write when a token-held budget was last used, and when that was asked."""
+    _write_time(at, message.at)
+    if used_at is not None:
+        _write_time(used_at, message.token_used_at)
+
+
 def write_balances(money: Balances, message: types_pb2.Balances) -> None:
     """Write the money of a budget, or differences of it; what is zero is left out."""
     # An absent message would read as zeros too, but a reader tells "no money" from "not told".

@@ -53,6 +53,7 @@ CODES: Final[dict[Refusal, grpc.StatusCode]] = {
     Refusal.AMOUNT_OVERFLOW: grpc.StatusCode.FAILED_PRECONDITION,
     # Not ABORTED, for the same reason.
     Refusal.BATCH_REFUSED: grpc.StatusCode.FAILED_PRECONDITION,
+    Refusal.BUDGET_CHANGED: grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 

@@ -149,6 +149,17 @@ def _list_entries(*, descending: bool) -> Executable:
     return behind.order_by(group, seq).limit(_LIMIT)
 
 
+def _last_use() -> Executable:
+    """The time of a budget's latest entry that ended a token, from the end of the index."""
+    seq = entries.c.seq
+    return (
+        select(entries.c.at)
+        .where(*_in_tree(entries), entries.c.budget_id == _BUDGET, entries.c.consumed.is_not(None))
+        .order_by(seq_group(seq).desc(), seq.desc())
+        .limit(literal_column("1"))
+    )
+
+
 def _tree_entries() -> Executable:
     """A tree's entries between two positions of its lane, each with the hash before it of its budget."""
     before = entries.alias("before")
@@ -211,6 +222,7 @@ RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "list_all_holds": (_list_holds(), rows.to_hold),
     "list_entries": (_list_entries(descending=False), rows.to_entry),
     "list_entries_descending": (_list_entries(descending=True), rows.to_entry),
+    "last_use": (_last_use(), _first),
     "tree_entries": (_tree_entries(), _to_chained_entry),
     "all_roots": (_all_roots(), _first),
     "all_entries": (_all_entries(), rows.to_entry_as_found),

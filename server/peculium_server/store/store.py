@@ -262,6 +262,11 @@ class Store:
             found = [entry for entry in _chained(found) if entry.seq > after]
         return _page(found, limit, lambda entry: entry.seq)
 
+    async def last_use(self, root_id: bytes, budget_id: bytes) -> int | None:
+        """When a token of the budget or of one of its holds was last consumed; None: never."""
+        found = await self._fetch("last_use", **self._key(root_id, budget_id))
+        return found[0] if found else None
+
     async def list_tree_entries(
         self, root_id: bytes, *, limit: int, after: int | None = None, descending: bool = False
     ) -> Page[Entry, int]:
