@@ -524,6 +524,15 @@ def a_rotation_of_another_budgets_hold(world: World) -> tuple[str, Message]:
     )
 
 
+@case("BUDGET_CHANGED")
+def a_recovery_of_what_was_used_since_it_was_seen(world: World) -> tuple[str, Message]:
+    return LEDGER + "Recover", ledger.RecoverRequest(
+        header=header(world.owned.root_id, world.owned.budget_id, HOLDER),
+        next_token_id=token_id(new_secret()),
+        if_seq=1_000_000,
+    )
+
+
 @case("ID_TAKEN")
 def a_second_hold_with_one_id(world: World) -> tuple[str, Message]:
     return LEDGER + "Reserve", ledger.ReserveRequest(
