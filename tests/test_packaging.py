@@ -32,7 +32,7 @@ assert ledger.ReserveRequest.FromString(sent.SerializeToString()) == sent
 import google.protobuf
 print(google.protobuf.__version__, peculium.__file__)
 """
-ABSENT = ("alembic", "opentelemetry.sdk", "psycopg", "psycopg_pool", "rich", "sqlalchemy", "typer")
+ABSENT = ("alembic", "opentelemetry.sdk", "psycopg", "rich", "sqlalchemy", "typer")
 FIND_WHAT_SHOULD_BE_ABSENT = f"""
 import importlib.util
 def there(name):

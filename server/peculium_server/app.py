@@ -22,7 +22,7 @@ from peculium_server.store.errors import StoreError
 from peculium_server.store.store import Store
 
 PROBE_SECONDS: Final = 2.0
-"""How often the server makes sure that the database answers, for its health service."""
+"""How often the server makes sure that the database takes commits, for its health service."""
 PROBE_SECONDS_MAX: Final = 5.0
 """A database that takes longer to say where it stands is not one to send callers to."""
 
@@ -118,7 +118,7 @@ async def _store(config: Config, dsn: str, tell: Tell) -> AsyncIterator[Store]:
         tell("WARNING: a database that may forget what it has recorded is accepted, as told")
     store = await Store.open(
         dsn,
-        pool_size=config.database_connections,
+        readers=config.database_connections,
         unsafe_settings_allowed=config.unsafe_settings,
     )
     try:
@@ -128,20 +128,23 @@ async def _store(config: Config, dsn: str, tell: Tell) -> AsyncIterator[Store]:
 
 
 async def _tell_health(server: Server, store: Store) -> None:
-    """Keep the health service true: the server is of use as long as the database answers."""
+    """Keep the health service true: the server is of use as long as the database takes commits."""
     serving: bool | None = None
     while True:
         try:
             async with asyncio.timeout(PROBE_SECONDS_MAX):
-                await store.standing(0)
-            answers = True
+                await store.probe()
+            works = True
         except (StoreError, TimeoutError) as error:
-            answers = False
+            works = False
             if serving is not False:
-                _logger.warning("the database does not answer: %s", error)
-        if answers is not serving:
-            await server.tell_serving(serving=answers)
-            serving = answers
+                reason = str(error) or f"no answer in {PROBE_SECONDS_MAX:g} s"
+                _logger.warning("not serving, since the database takes no commits: %s", reason)
+        if works is not serving:
+            if works and serving is not None:
+                _logger.warning("serving again")
+            await server.tell_serving(serving=works)
+            serving = works
         await asyncio.sleep(PROBE_SECONDS)
 
 

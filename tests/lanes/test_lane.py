@@ -10,7 +10,12 @@ from peculium_server.core.refusals import Refusal, Refused
 from peculium_server.lanes import lane as lane_module
 from peculium_server.lanes.answers import Unanswered, Unavailability
 from peculium_server.lanes.lane import Answered, DeadlinePassed, Lane
-from peculium_server.store.errors import LedgerCorrupt, StoreContended, StoreUnavailable
+from peculium_server.store.errors import (
+    LedgerCorrupt,
+    StatementRefused,
+    StoreContended,
+    StoreUnavailable,
+)
 from tests.lanes.memory import ADMIN, MemoryWriter, grant, request, reserve, spend
 
 QUEUE = 1_000
@@ -206,7 +211,9 @@ async def test_without_the_store_every_caller_of_the_commit_is_told_why(
     assert isinstance(await lane.submit([request(spend(root))], {}, None), Answered)
 
 
-@pytest.mark.parametrize("failure", [LedgerCorrupt("rows"), ZeroDivisionError("a bug")])
+@pytest.mark.parametrize(
+    "failure", [LedgerCorrupt("rows"), StatementRefused("42501"), ZeroDivisionError("a bug")]
+)
 async def test_a_failure_befalls_only_the_request_that_causes_it(
     lane: Lane, writer: MemoryWriter, failure: Exception
 ) -> None:

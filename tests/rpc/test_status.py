@@ -13,7 +13,8 @@ from google.rpc.status_pb2 import Status as StatusMessage
 from peculium.v1 import types_pb2
 from peculium_server.core.refusals import RULES, Refusal, Refused
 from peculium_server.lanes.answers import SENTENCES, Unanswered, Unavailability, without_store
-from peculium_server.rpc import status
+from peculium_server.rpc import interceptors, status
+from peculium_server.rpc.calls import CALL, Call
 from peculium_server.store import errors
 
 TAKEN_FOR_TRY_AGAIN = {
@@ -107,8 +108,11 @@ MADE: dict[type[errors.StoreError], errors.StoreError] = {
     errors.StoreContended: errors.StoreContended(10),
     errors.SchemaOutdated: errors.SchemaOutdated(None, "0001"),
     errors.SettingsUnsafe: errors.SettingsUnsafe({"fsync": "off"}),
+    errors.StatementRefused: errors.StatementRefused("42501"),
     errors.LedgerCorrupt: errors.LedgerCorrupt("rows"),
 }
+NOBODY_ANSWERED = (errors.StoreUnavailable, errors.StoreContended)
+"""What may be otherwise when the same operation is sent again; anything else is for an operator."""
 
 
 def test_every_error_of_the_store_is_known_here() -> None:
@@ -116,13 +120,26 @@ def test_every_error_of_the_store_is_known_here() -> None:
 
 
 @pytest.mark.parametrize("error", MADE.values(), ids=lambda error: type(error).__name__)
-def test_an_error_of_the_store_says_nothing_of_the_database(error: errors.StoreError) -> None:
-    unanswered = without_store(error)
-    contended = isinstance(error, errors.StoreContended)
-    assert unanswered.reason is (
-        Unavailability.CONTENDED if contended else Unavailability.DATABASE_UNAVAILABLE
-    )
-    assert unanswered.facts == ({"attempts": "10"} if contended else {})
+def test_only_an_outage_of_the_database_asks_to_try_again(error: errors.StoreError) -> None:
+    CALL.set(Call("a method", "ab12"))
+    sent, [info, *retry] = details(interceptors._status("a method", error))
+    assert isinstance(info, ErrorInfo)
+    if isinstance(error, NOBODY_ANSWERED):
+        assert sent.code == grpc.StatusCode.UNAVAILABLE.value[0]
+        assert [type(detail) for detail in retry] == [RetryInfo]
+        assert info.metadata == without_store(error).facts
+    else:
+        assert sent.code == grpc.StatusCode.INTERNAL.value[0]
+        assert info.metadata == {"request": "ab12"}
+        assert not retry
+    assert str(error) not in sent.message
+
+
+def test_an_outage_and_other_writers_in_the_way_are_told_apart() -> None:
+    gone = without_store(errors.StoreUnavailable("gone"))
+    assert (gone.reason, gone.facts) == (Unavailability.DATABASE_UNAVAILABLE, {})
+    contended = without_store(errors.StoreContended(10))
+    assert (contended.reason, contended.facts) == (Unavailability.CONTENDED, {"attempts": "10"})
 
 
 def test_a_bug_is_told_by_nothing_but_the_requests_id() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 
 import psycopg
@@ -11,8 +12,8 @@ from psycopg.pq import PGconn
 
 from peculium_server.core.operations import Grant
 from peculium_server.core.outcome import Outcome
-from peculium_server.store import connect, lane
-from peculium_server.store.errors import LedgerCorrupt, StoreUnavailable
+from peculium_server.store import connect, lane, wire
+from peculium_server.store.errors import LedgerCorrupt, StatementRefused, StoreUnavailable
 from peculium_server.store.lane import Loaded
 from peculium_server.store.store import Store
 from peculium_server.store.wire import Connection, Flown, Step
@@ -302,3 +303,150 @@ def test_writers_ask_for_a_primary_whatever_they_are_told() -> None:
     )
     assert asked["target_session_attrs"] == "read-write"
     assert asked["keepalives_idle"] == "9"
+
+
+async def test_a_statement_that_the_database_refuses_is_no_outage(
+    store: Store, spender: Spender, root: Grant, database: str
+) -> None:
+    writer = store.writer(store.lane_of(root.root_id))
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await admin.execute("ALTER TABLE entries RENAME TO misplaced")
+        with pytest.raises(StatementRefused) as raised:
+            await spender.spend(writer, root)
+        assert raised.value.state == "42P01"
+        with pytest.raises(StatementRefused):
+            await store.list_entries(root.root_id, root.root_id, limit=1)
+        await admin.execute("ALTER TABLE misplaced RENAME TO entries")
+    await spender.spend(writer, root)
+    assert await spent(store, root) == 1
+
+
+async def test_statements_that_a_change_of_the_schema_has_spoilt_are_made_anew(
+    store: Store, spender: Spender, root: Grant, database: str
+) -> None:
+    """Postgres refuses to execute what was prepared for columns of other types."""
+    writer = store.writer(store.lane_of(root.root_id))
+    await spender.spend(writer, root)
+    await store.budget(root.root_id, root.root_id)
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await admin.execute("ALTER TABLE budgets ALTER COLUMN name TYPE varchar(200)")
+    with pytest.raises(StoreUnavailable):
+        await spender.spend(writer, root)
+    with pytest.raises(StoreUnavailable):
+        await store.budget(root.root_id, root.root_id)
+    await spender.spend(writer, root)
+    assert await spent(store, root) == 2
+
+
+async def test_a_read_does_not_wait_for_a_lock_for_as_long_as_it_is_kept(
+    store: Store, root: Grant, database: str
+) -> None:
+    async with await psycopg.AsyncConnection.connect(database) as hoarder:
+        await hoarder.execute("LOCK TABLE budgets IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(StoreUnavailable, match="locked"):
+            await store.budget(root.root_id, root.root_id)
+        await hoarder.rollback()
+    assert await store.budget(root.root_id, root.root_id)
+
+
+async def test_reads_that_were_given_up_leave_nothing_behind(
+    store: Store, root: Grant, database: str
+) -> None:
+    """Neither is a connection lost to those who come later, nor does a session wait on for nobody."""
+    async with await psycopg.AsyncConnection.connect(database) as hoarder:
+        await hoarder.execute("LOCK TABLE budgets IN ACCESS EXCLUSIVE MODE")
+        for _ in range(8):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.05):
+                    await store.budget(root.root_id, root.root_id)
+        await hoarder.rollback()
+    assert await store.budget(root.root_id, root.root_id)
+    async with asyncio.timeout(20), await psycopg.AsyncConnection.connect(database) as admin:
+        while await _sessions_at_work(admin):
+            # What the statistics say is kept for a transaction.
+            await admin.rollback()
+
+
+async def _sessions_at_work(admin: psycopg.AsyncConnection) -> int:
+    cursor = await admin.execute(
+        "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'peculium'"
+        " AND state <> 'idle' AND datname = current_database()"
+    )
+    [(count,)] = await cursor.fetchall()
+    return int(count)
+
+
+async def test_a_verification_that_is_broken_off_gives_its_connection_back(
+    store: Store, root: Grant
+) -> None:
+    async def break_off() -> None:
+        async with store.snapshot() as snapshot:
+            async for _ in snapshot.entries_in_order(root.root_id):
+                raise ZeroDivisionError
+
+    for _ in range(8):
+        with pytest.raises(ZeroDivisionError):
+            await break_off()
+    assert await store.budget(root.root_id, root.root_id)
+
+
+async def test_who_waits_for_a_connection_in_vain_is_told_so(
+    store: Store, root: Grant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "READER_WAIT_SECONDS_MAX", 0.05)
+    async with contextlib.AsyncExitStack() as taken:
+        for _ in range(4):
+            await taken.enter_async_context(store.snapshot())
+        with pytest.raises(StoreUnavailable, match="in use"):
+            await store.budget(root.root_id, root.root_id)
+    assert await store.budget(root.root_id, root.root_id)
+
+
+async def test_an_answer_that_does_not_come_is_not_waited_for_without_end(
+    store: Store, spender: Spender, root: Grant, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever keeps the connection up, such as a proxy whose other side is gone."""
+    monkeypatch.setattr(wire, "ANSWER_SECONDS_MAX", 0.2)
+    async with await psycopg.AsyncConnection.connect(database) as hoarder:
+        await hoarder.execute("LOCK TABLE entries IN ACCESS EXCLUSIVE MODE")
+        with pytest.raises(StoreUnavailable):
+            await store.list_entries(root.root_id, root.root_id, limit=1)
+        await hoarder.rollback()
+    await spender.spend(store.writer(store.lane_of(root.root_id)), root)
+
+
+async def test_another_ledger_in_the_same_place_is_not_read_from(
+    store: Store, root: Grant, database: str
+) -> None:
+    assert await store.budget(root.root_id, root.root_id)
+    async with await psycopg.AsyncConnection.connect(database) as admin:
+        await admin.execute("UPDATE ledger SET incarnation = gen_random_uuid()")
+    await terminate(database)
+    with pytest.raises(LedgerCorrupt, match="another ledger"):
+        await store.budget(root.root_id, root.root_id)
+
+
+async def test_a_probe_commits_and_changes_nothing(store: Store, database: str) -> None:
+    before = await store.standing(0)
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        rows = await _version_of_lane(admin, 0)
+        await store.probe()
+        assert await _version_of_lane(admin, 0) != rows
+    assert (await store.standing(0)).position == before.position
+
+
+async def _version_of_lane(admin: psycopg.AsyncConnection, lane: int) -> object:
+    cursor = await admin.execute("SELECT xmin, ctid FROM lanes WHERE lane = %s", [lane])
+    return await cursor.fetchone()
+
+
+async def test_a_probe_finds_what_only_writers_would_notice(store: Store, database: str) -> None:
+    await store.probe()
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        await terminate(database)
+        with pytest.raises(StoreUnavailable):
+            await store.probe()
+        await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+    await store.probe()

@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
-from peculium_server.store.errors import StoreContended, StoreError
+from peculium_server.store.errors import StoreContended, StoreUnavailable
 
 CONTENDED_RETRY_MS: Final = 50
 UNAVAILABLE_RETRY_MS: Final = 1_000
@@ -68,8 +68,8 @@ class Answer(NamedTuple):
     """None where the ledger was not asked: a malformed operation, or no answer."""
 
 
-def without_store(error: StoreError) -> Unanswered:
-    """What to say when the store does not do what it is asked."""
+def without_store(error: StoreUnavailable | StoreContended) -> Unanswered:
+    """What to say when the store cannot do what it is asked just now."""
     if isinstance(error, StoreContended):
         facts = {"attempts": str(error.attempts)}
         return Unanswered(Unavailability.CONTENDED, facts, CONTENDED_RETRY_MS)

@@ -19,7 +19,7 @@ from peculium_server.core.refusals import Refused
 from peculium_server.core.state import Accepted
 from peculium_server.lanes.answers import Unanswered, Unavailability, without_store
 from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows
-from peculium_server.store.errors import LedgerCorrupt, StoreError
+from peculium_server.store.errors import StoreContended, StoreUnavailable
 from peculium_server.store.lane import Loaded
 
 COMMIT_OPERATIONS_MAX: Final = 256
@@ -177,9 +177,7 @@ class Lane:
         """Decide and save groups as one transaction, and tell each what became of it."""
         try:
             position = await self._run(groups)
-        except LedgerCorrupt as error:
-            await self._isolate(groups, error)
-        except StoreError as error:
+        except (StoreUnavailable, StoreContended) as error:
             unanswered = without_store(error)
             _logger.warning("lane %d: %s", self.number, error)
             for group in groups:

@@ -30,7 +30,7 @@ from peculium_server.rpc.calls import (
     CallUnimplemented,
 )
 from peculium_server.rpc.permissions import PERMISSIONS
-from peculium_server.store.errors import LedgerCorrupt, StoreError
+from peculium_server.store.errors import StoreContended, StoreUnavailable
 
 _AUTHORIZATION: Final = "authorization"
 _SCHEME: Final = "bearer"
@@ -140,7 +140,7 @@ def _status(method: str, error: Exception) -> status.Status:
             return status.of_unimplemented(error.what)
         case DeadlinePassed():
             return status.of_late()
-        case StoreError() if not isinstance(error, LedgerCorrupt):
+        case StoreUnavailable() | StoreContended():
             return status.of_unanswered(without_store(error))
         case _:
             request_id = CALL.get().request_id

@@ -5,6 +5,7 @@
     ├── StoreContended     other writers of the lane were in the way too often
     ├── SchemaOutdated     the database is not at the schema that this version was written for
     ├── SettingsUnsafe     the database could forget what it has committed
+    ├── StatementRefused   a right that is missing, a table that is not there, or a bug
     └── LedgerCorrupt      a row that has to be there is not, or is not as it has to be
 
 What these say is fit for callers. A driver's own text can carry connection settings and rows, so it
@@ -17,7 +18,6 @@ import logging
 import re
 
 import psycopg
-from psycopg import errors
 
 _logger = logging.getLogger(__name__)
 
@@ -65,29 +65,47 @@ class SettingsUnsafe(StoreError):
         """The offending settings, with their values."""
 
 
+class StatementRefused(StoreError):
+    """The database works, and refuses what it was asked: waiting does not help, an operator has to."""
+
+    def __init__(self, state: str) -> None:
+        super().__init__(f"the database refused a statement (SQLSTATE {state})")
+        self.state = state
+        """The SQLSTATE."""
+
+
 class LedgerCorrupt(StoreError):
     """Rows contradict each other: tampering, a partial restore, or a bug. Nothing was done."""
 
 
-_CONTENTION = frozenset({"40001", "40P01", "55P03"})
+_LOCK_NOT_AVAILABLE = "55P03"
+_CONTENTION = frozenset({"40001", "40P01", _LOCK_NOT_AVAILABLE})
 """Serialization failure, deadlock, and a lock that was not had in time."""
+
+_RESULT_AMBIGUOUS = "40003"
+"""What CockroachDB says when it does not know whether a commit was done."""
+
+_ENDS_THE_SESSION = frozenset({"FATAL", "PANIC"})
 
 _UNIQUE_VIOLATION = "23505"
 _OUR_TABLES = re.compile(r"(ledger|lanes|roots|budgets|holds|entries)(_\d+)?")
 """The tables and their partitions: a violation is reported of the partition."""
 
+_OUT_OF_RESOURCES = "53"
 _UNAVAILABLE = {
     "08": "the connection broke",
     "28": "it refuses these credentials",
     "3D": "it does not exist",
-    "53": "it is out of resources: disk, memory or connections",
+    _OUT_OF_RESOURCES: "it is out of resources: disk, memory or connections",
     "57": "it was shut down or ended the session, or a statement took too long",
     "58": "its system failed",
     # A standby refuses SERIALIZABLE and writes.
     "0A": "it is a standby",
     "25": "it is read-only, or ended the session",
+    "40": "other transactions were in the way",
+    _LOCK_NOT_AVAILABLE: "another session keeps what is needed locked",
 }
-"""By SQLSTATE class."""
+"""By SQLSTATE, or its class."""
 
 _CORRUPT = frozenset({"22003", "22012", "23502", "23514", "XX001", "XX002"})
 """A check that failed, those by division included, and pages or indexes that Postgres found broken."""
@@ -101,14 +119,23 @@ def is_contention(error: psycopg.Error) -> bool:
 
 
 def is_lost(error: psycopg.Error) -> bool:
-    """Say whether the connection is gone with the error, and with it the answer."""
+    """Say whether the connection is gone with the error, and with it the answer.
+
+    Whatever ends the session counts: a server that panics over a commit, for want of disk say, may find
+    that commit in its log when it recovers.
+    """
     if error.sqlstate is None:
         return isinstance(error, psycopg.OperationalError)
-    if isinstance(error, errors.QueryCanceled):
-        return False
-    return error.sqlstate[:2] in {"08", "57"} or isinstance(
-        error, errors.IdleInTransactionSessionTimeout
+    return (
+        error.diag.severity_nonlocalized in _ENDS_THE_SESSION
+        or error.sqlstate[:2] == "08"
+        or error.sqlstate == _RESULT_AMBIGUOUS
     )
+
+
+def is_starved(error: psycopg.Error) -> bool:
+    """Say whether the database lacks disk or memory for what it was asked."""
+    return (error.sqlstate or "")[:2] == _OUT_OF_RESOURCES
 
 
 def translate(error: psycopg.Error, *, outcome_unknown: bool = False) -> StoreError:
@@ -126,7 +153,8 @@ def translate(error: psycopg.Error, *, outcome_unknown: bool = False) -> StoreEr
     if state in _CORRUPT:
         named = error.diag.constraint_name or error.diag.table_name or "a row was not as expected"
         return LedgerCorrupt(f"the database refused a change (SQLSTATE {state}): {named}")
-    if state[:2] in _UNAVAILABLE:
-        problem = f"the database cannot be used: {_UNAVAILABLE[state[:2]]} (SQLSTATE {state})"
-        return StoreUnavailable(problem, outcome_unknown=outcome_unknown)
-    return StoreError(f"the database refused a statement (SQLSTATE {state})")
+    known = _UNAVAILABLE.get(state) or _UNAVAILABLE.get(state[:2])
+    if known is None and not outcome_unknown and not is_lost(error):
+        return StatementRefused(state)
+    problem = f"the database cannot be used: {known or 'it gave up a statement'} (SQLSTATE {state})"
+    return StoreUnavailable(problem, outcome_unknown=outcome_unknown)

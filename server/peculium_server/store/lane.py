@@ -22,12 +22,13 @@ from psycopg.pq import ConnStatus, TransactionStatus
 
 from peculium_server.core.footprint import Footprint
 from peculium_server.core.state import Accepted, Tree
-from peculium_server.store.connect import connect_writer, is_postgres
+from peculium_server.store.connect import Connecting, connect_writer, is_postgres
 from peculium_server.store.errors import (
     StoreContended,
     StoreUnavailable,
     is_contention,
     is_lost,
+    is_starved,
     translate,
 )
 from peculium_server.store.load import Ancestors, Loading
@@ -78,6 +79,8 @@ class _Run:
     decide: Callable[[Loaded], Sequence[Accepted]]
     in_doubt: bool = False
     """A commit was sent, and its answer is missing."""
+    tries: bool = False
+    """The lane's row is written, whatever was decided: it is about whether it can be."""
 
 
 class LaneWriter:
@@ -90,7 +93,10 @@ class LaneWriter:
         self._statements = of_lane(lane)
         self._ancestors = Ancestors()
         self._turn = asyncio.Lock()
+        self._connecting = Connecting(lambda: connect_writer(self._dsn, self._incarnation))
         self._connection: Connection | None = None
+        self.starved_at = float("-inf")
+        """When the database last lacked the means to save something, on the event loop's clock."""
         self._postgres = self._locked = False
         self._position = 0
         self._replan_at: int | None = None
@@ -121,7 +127,27 @@ class LaneWriter:
             StoreContended: Aborted in favour of other writers too often; nothing was saved.
             LedgerCorrupt: Rows contradict each other; nothing was saved.
         """
-        run = _Run(footprints, decide)
+        return await self._run(_Run(footprints, decide), deadline)
+
+    async def probe(self) -> None:
+        """Commit without changing anything, to find out whether that is possible.
+
+        Raises:
+            StoreUnavailable: It is not.
+            StoreContended: As of `run`.
+            LedgerCorrupt: As of `run`.
+        """
+        await self._run(_Run({}, lambda _: (), tries=True), None)
+
+    async def close(self) -> None:
+        """Close the connection, after the run that uses it."""
+        async with self._turn:
+            await self._connecting.close()
+            if self._connection is not None:
+                await self._connection.close()
+                self._connection = None
+
+    async def _run(self, run: _Run, deadline: float | None) -> int:
         try:
             async with asyncio.timeout_at(deadline), self._turn:
                 return await self._persist(run)
@@ -129,13 +155,6 @@ class LaneWriter:
             raise StoreUnavailable(
                 "the database did not answer in time", outcome_unknown=run.in_doubt
             ) from None
-
-    async def close(self) -> None:
-        """Close the connection, after the run that uses it."""
-        async with self._turn:
-            if self._connection is not None:
-                await self._connection.close()
-                self._connection = None
 
     async def _persist(self, run: _Run) -> int:
         """Repeat the transaction as often as that can help."""
@@ -158,6 +177,11 @@ class LaneWriter:
                     if not run.in_doubt and (fresh or lost > 1):
                         raise translate(error) from error
                 else:
+                    if is_starved(error):
+                        self.starved_at = clock()
+                    # Whatever it is, a new session may be without it: prepared statements that a
+                    # change of the schema has spoilt, or a database that became read-only.
+                    self._drop()
                     raise translate(error, outcome_unknown=run.in_doubt) from error
                 if run.in_doubt and clock() > give_up_at:
                     raise translate(error, outcome_unknown=True) from error
@@ -174,7 +198,7 @@ class LaneWriter:
         try:
             loading = await self._load(connection, run)
             accepted = run.decide(Loaded(loading.trees, loading.now, loading.position))
-            if not accepted and not run.in_doubt:
+            if not accepted and not run.in_doubt and not run.tries:
                 await self._end(connection, [_COMMIT])
                 return loading.position
             # In doubt, the position is written even if nothing else is: an earlier commit that is
@@ -228,6 +252,11 @@ class LaneWriter:
         if connection.pgconn.status != ConnStatus.OK:
             self._connection = None
 
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.pgconn.finish()
+            self._connection = None
+
     def _locking(self) -> list[list[Step]]:
         return [[self._lock]] if self._postgres else []
 
@@ -236,7 +265,7 @@ class LaneWriter:
 
     async def _connected(self) -> Connection:
         if self._connection is None:
-            self._connection = await connect_writer(self._dsn, self._incarnation)
+            self._connection = await self._connecting.connection()
             self._postgres = is_postgres(self._connection)
             self._replan_at = None
         return self._connection

@@ -15,15 +15,15 @@ from uuid import UUID
 
 import psycopg
 from psycopg import AsyncRawCursor
-from psycopg_pool import AsyncConnectionPool
 
 from peculium_server.core.limits import BALANCE_MAX, DEPTH_MAX
 from peculium_server.core.state import GENESIS, Budget, Entry, Hold
-from peculium_server.store.connect import conninfo, is_postgres
+from peculium_server.store.connect import Readers, connect_reader, is_postgres
 from peculium_server.store.errors import (
     LedgerCorrupt,
     SchemaOutdated,
     SettingsUnsafe,
+    StoreUnavailable,
     translate,
 )
 from peculium_server.store.lane import LaneWriter
@@ -39,7 +39,9 @@ Key = TypeVar("Key")
 _NIL = bytes(16)
 """Less than every id."""
 
-_POOL_WAIT_SECONDS = 5.0
+_STARVED_SECONDS = 10.0
+"""For so long after the database lacked the means to save something it is not one to rely upon."""
+
 _STREAM_ROWS = 1_000
 """Rows that are fetched at once, so that memory stays bounded."""
 
@@ -110,18 +112,16 @@ class Snapshot:
 class Store:
     """An open ledger."""
 
-    def __init__(
-        self, dsn: str, pool: AsyncConnectionPool[Connection], incarnation: bytes, lanes: int
-    ) -> None:
+    def __init__(self, dsn: str, readers: Readers, incarnation: bytes, lanes: int) -> None:
         self.incarnation = incarnation
         """16 bytes, made with the ledger: a restored copy keeps them, another ledger has others."""
         self.lanes = lanes
-        self._pool = pool
+        self._readers = readers
         self._writers = [LaneWriter(dsn, incarnation, lane) for lane in range(lanes)]
 
     @classmethod
     async def open(
-        cls, dsn: str, *, pool_size: int = 4, unsafe_settings_allowed: bool = False
+        cls, dsn: str, *, readers: int = 4, unsafe_settings_allowed: bool = False
     ) -> Self:
         """Connect to a ledger, and make sure that it can be relied upon.
 
@@ -133,32 +133,25 @@ class Store:
         found = await asyncio.to_thread(current, dsn)
         if found != head():
             raise SchemaOutdated(found, head())
-        pool = AsyncConnectionPool(
-            conninfo(dsn),
-            connection_class=Connection,
-            kwargs={"autocommit": True},
-            min_size=1,
-            max_size=pool_size,
-            timeout=_POOL_WAIT_SECONDS,
-            check=AsyncConnectionPool.check_connection,
-            open=False,
-        )
-        await pool.open()
         try:
-            async with _reading(pool) as connection:
+            async with await connect_reader(dsn, None) as connection:
                 if not unsafe_settings_allowed:
                     await _check_settings(connection)
                 (ledger,) = await connection.fetch(Step(LEDGER))
-        except BaseException:
-            await pool.close()
-            raise
-        return cls(dsn, pool, ledger.incarnation, ledger.lanes)
+        except psycopg.Error as error:
+            raise translate(error) from error
+        return cls(
+            dsn,
+            Readers(dsn, ledger.incarnation, readers),
+            ledger.incarnation,
+            ledger.lanes,
+        )
 
     async def close(self) -> None:
         """Close all connections, those of the writers too."""
         for writer in self._writers:
             await writer.close()
-        await self._pool.close()
+        await self._readers.close()
 
     def lane_of(self, root_id: bytes) -> int:
         """The lane that a root's operations are committed in."""
@@ -168,8 +161,21 @@ class Store:
         """The writer of a lane; the same one each time."""
         return self._writers[lane]
 
+    async def probe(self) -> None:
+        """Read, and commit, as operations do; nothing is changed by it.
+
+        Raises:
+            StoreError: Callers would not be served either.
+        """
+        await self.standing(0)
+        await self._writers[0].probe()
+        # A commit that changes a row in its place finds room where one that adds rows may not.
+        since = asyncio.get_running_loop().time() - _STARVED_SECONDS
+        if any(writer.starved_at > since for writer in self._writers):
+            raise StoreUnavailable("the database lacks the means to save what is accepted")
+
     async def standing(self, lane: int) -> Standing:
-        """The clock, and the position that the lane has by now; also tells whether there is an answer."""
+        """The clock, and the position that the lane has by now."""
         found = await self._fetch("standing", lane=lane)
         if not found:
             raise LedgerCorrupt(f"lane {lane} has no position")
@@ -180,7 +186,7 @@ class Store:
         top, *names = path.split("/")
         if len(names) >= DEPTH_MAX:
             return None
-        async with _reading(self._pool) as connection:
+        async with self._reading() as connection:
             found = await connection.fetch(Step(STATEMENTS["root_named"], {"name": top}))
             if not found:
                 return None
@@ -301,31 +307,29 @@ class Store:
     @contextlib.asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Snapshot]:
         """The ledger at one instant, for verification."""
-        async with _reading(self._pool) as connection:
+        async with self._reading() as connection:
             await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            try:
-                ((now, _),) = await connection.fetch(Step(STATEMENTS["standing"], {"lane": 0}))
-                yield Snapshot(connection, now, self.lanes)
-            finally:
-                if not connection.closed:
-                    await connection.execute("ROLLBACK")
+            # It takes as long as whoever asked takes to read it.
+            await connection.execute("SET LOCAL statement_timeout = 0")
+            ((now, _),) = await connection.fetch(Step(STATEMENTS["standing"], {"lane": 0}))
+            yield Snapshot(connection, now, self.lanes)
+            await connection.execute("COMMIT")
 
     def _key(self, root_id: bytes, budget_id: bytes) -> dict[str, Any]:
         return {"lane": self.lane_of(root_id), "root_id": root_id, "budget_id": budget_id}
 
     async def _fetch(self, name: str, **values: Any) -> list[Any]:
-        async with _reading(self._pool) as connection:
+        async with self._reading() as connection:
             return await connection.fetch(Step(STATEMENTS[name], values))
 
-
-@contextlib.asynccontextmanager
-async def _reading(pool: AsyncConnectionPool[Connection]) -> AsyncIterator[Connection]:
-    """A connection for a read; what fails in it is told as the store's error."""
-    try:
-        async with pool.connection() as connection:
-            yield connection
-    except psycopg.Error as error:
-        raise translate(error) from error
+    @contextlib.asynccontextmanager
+    async def _reading(self) -> AsyncIterator[Connection]:
+        """A connection for a read; what fails in it is told as the store's error."""
+        try:
+            async with self._readers.connection() as connection:
+                yield connection
+        except psycopg.Error as error:
+            raise translate(error) from error
 
 
 def _chained(entries: list[Entry]) -> list[Entry]:

@@ -9,10 +9,11 @@ Ids stay 16 raw bytes and times stay integers of microseconds on the way.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import psycopg
 from psycopg import abc, errors
@@ -162,9 +163,19 @@ Result = list[Any]
 Flown = list[Result] | errors.Error
 """What became of a segment: the result of each statement, or the error of the first that failed."""
 
+Waited = TypeVar("Waited")
+
+ANSWER_SECONDS_MAX = 15.0
+"""A flight without an answer for so long is lost. The database ends each of its statements before that
+(see `statement_timeout`), so it is gone, or whatever is between keeps the connection up without it."""
+_WAKE_SECONDS = 10.0
+
 
 class Connection(psycopg.AsyncConnection[TupleRow]):
-    """A connection that sends flights. Autocommit: what begins a transaction says so."""
+    """A connection that sends flights. Autocommit: what begins a transaction says so.
+
+    Whoever is cancelled while it waits for an answer leaves a closed connection behind.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -180,16 +191,28 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
         case: outside of a transaction block each segment is a transaction of its own.
 
         Raises:
-            psycopg.OperationalError: The connection broke; what was sent may have been done.
+            psycopg.OperationalError: The connection broke, or nothing came back for longer than any
+                statement may take; what was sent may have been done.
         """
-        flown: list[Flown]
         try:
-            flown = await wait_async(self._fly(segments), self.pgconn.socket, 10.0)
-        except BaseException:
+            async with asyncio.timeout(ANSWER_SECONDS_MAX):
+                return await wait_async(self._fly(segments), self.pgconn.socket, _WAKE_SECONDS)
+        except BaseException as error:
             # Cancelled or broken on the way: answers may still come that nobody waits for.
             self.pgconn.finish()
+            if isinstance(error, TimeoutError):
+                raise psycopg.OperationalError("no answer") from None
             raise
-        return flown
+
+    async def wait(
+        self, gen: PQGen[Waited], interval: float = _WAKE_SECONDS, timeout: float | None = None
+    ) -> Waited:
+        """Wait as psycopg does; but who is cancelled does not wait for the database to notice."""
+        try:
+            return await wait_async(gen, self.pgconn.socket, interval, timeout)
+        except asyncio.CancelledError:
+            self.pgconn.finish()
+            raise
 
     async def fetch(self, step: Step) -> Result:
         """The rows of a single statement.
