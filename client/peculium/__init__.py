@@ -21,10 +21,12 @@ from peculium.errors import (
     BudgetExhausted,
     BudgetExpired,
     BudgetFrozen,
+    BudgetHeld,
     CapabilityMoved,
     CapabilityUnknown,
     Invalid,
     LedgerUnavailable,
+    LedgerWentBack,
     NotCopyable,
     OutcomeUnknown,
     PeculiumError,
@@ -36,6 +38,8 @@ from peculium.errors import (
 )
 from peculium.money import USD_NANOS, Price, PriceList, Usage, usd
 from peculium.values import (
+    FENCE,
+    SKIP,
     Balances,
     BudgetInfo,
     BudgetState,
@@ -46,12 +50,15 @@ from peculium.values import (
     Finding,
     HoldInfo,
     HoldState,
+    IfHeld,
     LedgerPosition,
     Receipt,
     Verification,
 )
 
 __all__ = [
+    "FENCE",
+    "SKIP",
     "USD_NANOS",
     "Admin",
     "Audit",
@@ -61,6 +68,7 @@ __all__ = [
     "BudgetExhausted",
     "BudgetExpired",
     "BudgetFrozen",
+    "BudgetHeld",
     "BudgetInfo",
     "BudgetRef",
     "BudgetState",
@@ -76,9 +84,11 @@ __all__ = [
     "Hold",
     "HoldInfo",
     "HoldState",
+    "IfHeld",
     "Invalid",
     "LedgerPosition",
     "LedgerUnavailable",
+    "LedgerWentBack",
     "NotCopyable",
     "OutcomeUnknown",
     "PeculiumError",

@@ -15,6 +15,7 @@ import grpc
 from peculium._coalescer import Batch, Coalescer, Line, Ticket
 from peculium._config import CLOSE_SECONDS_DEFAULT, Config
 from peculium._handles import Process
+from peculium._history import History
 from peculium._requests import Operation
 from peculium._retry import Attempts, Failure, Policy
 from peculium._translation import failure
@@ -110,7 +111,13 @@ class Sender:
         self.timeout = config.timeout
         self._config = config
         self._policy = policy or Policy()
-        self._brain = Coalescer(policy=self._policy, jitter=_jitter, flights_max=FLIGHTS_MAX)
+        self._history = History()
+        self._brain = Coalescer(
+            policy=self._policy,
+            jitter=_jitter,
+            flights_max=FLIGHTS_MAX,
+            history=self._history,
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: grpc.aio.Channel | None = None
         self._closed = False
@@ -241,10 +248,14 @@ class Sender:
         )
         while True:
             seconds = attempts.timeout(loop.time())
+            known = self._history.known()
             try:
-                return await method(request, timeout=seconds, metadata=self._config.metadata)
+                response = await method(request, timeout=seconds, metadata=self._config.metadata)
             except grpc.aio.AioRpcError as error:
                 failed = _failure(error)
+            else:
+                self._history.observe(known, response)
+                return response
             await asyncio.sleep(attempts.delay(failed, loop.time()))
 
     async def stream(
@@ -297,6 +308,8 @@ class Sender:
         self.process.check("client")
         if self._closed and not closing:
             raise Invalid("the client is closed")
+        if not closing:
+            self._history.check()
         running = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = running

@@ -28,6 +28,7 @@ from enum import Enum
 from typing import Protocol
 
 from peculium import _requests as requests
+from peculium._history import History, Known
 from peculium._ids import id_bytes, id_text
 from peculium._limits import OPERATIONS_MAX, REQUEST_BYTES_MAX
 from peculium._requests import Asked, HoldTarget, Operation, Target
@@ -39,9 +40,11 @@ from peculium.errors import (
     CapabilityMoved,
     CapabilityUnknown,
     DeadlineExceeded,
+    DescendantUnknown,
     HoldEnded,
     HoldUnknown,
     LedgerUnavailable,
+    LedgerWentBack,
     OutcomeUnknown,
     PeculiumError,
     TokenConsumed,
@@ -60,6 +63,8 @@ _TIMEOUT_LEAST_SECONDS = 0.001
 
 _NO_HOLD = (CapabilityUnknown, HoldEnded, HoldUnknown, TokenConsumed)
 """What is answered about a hold that was never made, or has ended."""
+_NOTHING_LEFT = (*_NO_HOLD, DescendantUnknown)
+"""What is answered to who undoes what was never done."""
 
 _log = logging.getLogger("peculium")
 
@@ -166,6 +171,8 @@ class Batch:
     """In the request's order; those of one line are together."""
     timeout: float
     """How long the attempt may take, in seconds."""
+    known: Known
+    """What the answers have to know, too."""
 
 
 _Answered = tuple[Ticket, ledger.OperationResult]
@@ -180,9 +187,11 @@ class Coalescer:
         policy: Policy,
         jitter: Callable[[], float],
         flights_max: int,
+        history: History,
         finish_seconds: float = FINISH_SECONDS,
     ) -> None:
         self._policy = policy
+        self._history = history
         self._jitter = jitter
         self._flights_max = flights_max
         self._finish_seconds = finish_seconds
@@ -190,8 +199,8 @@ class Coalescer:
         self._ready: deque[Line] = deque()
         self._later: list[tuple[float, int, Line]] = []
         self._sleepers: list[tuple[float, int, Ticket]] = []
-        self._sweeps: list[tuple[float, int, str, Operation]] = []
-        """Reserves that were refused but may win later, and when to release what they made."""
+        self._sweeps: list[tuple[float, int, Line, Operation]] = []
+        """Operations that were refused but may win later, and when to undo what they made."""
         self._order = itertools.count()
         self._waiting: Waiting[Ticket] = Waiting()
         self._pursued = 0
@@ -255,6 +264,10 @@ class Coalescer:
 
     def next_batch(self, now: float) -> Batch | None:
         """What to send now, if anything."""
+        went_back = self._history.went_back
+        if went_back is not None:
+            self._stop(went_back, now)
+            return None
         self._rouse(now)
         if self._flights >= self._flights_max:
             return None
@@ -270,7 +283,7 @@ class Coalescer:
         awaited = [ticket.deadline for ticket in draft.tickets if ticket.awaited]
         limit = max(awaited or [ticket.give_up_at for ticket in draft.tickets])
         timeout = max(min(limit - now, self._policy.attempt_seconds), _TIMEOUT_LEAST_SECONDS)
-        return Batch(draft.request, draft.tickets, timeout)
+        return Batch(draft.request, draft.tickets, timeout, self._history.known())
 
     def wake_at(self) -> float | None:
         """When there may be something to do although nothing else happens before."""
@@ -283,6 +296,11 @@ class Coalescer:
             self.failed(batch, _LOST, now)
             return
         self._flights -= 1
+        try:
+            self._history.observe_batch(batch.known, response)
+        except LedgerWentBack as error:
+            self._disbelieve(batch, error, now)
+            return
         pairs = zip(batch.tickets, response.results, strict=True)
         for _, group in itertools.groupby(pairs, key=lambda pair: id(pair[0].line)):
             answered = list(group)
@@ -305,6 +323,33 @@ class Coalescer:
             self._fail(line, tickets, failure, now)
             self._list(line)
 
+    # --- a ledger that went back in time ---
+
+    def _disbelieve(self, batch: Batch, error: LedgerWentBack, now: float) -> None:
+        """Take the answers to a batch for none: neither what was accepted nor what was refused may last."""
+        for ticket in batch.tickets:
+            ticket.line.flying -= 1
+            self._resolve(ticket, now, error=_told_of(error, ticket))
+
+    def _stop(self, error: LedgerWentBack, now: float) -> None:
+        """Send nothing more: whatever waits, in whatever place, is told why."""
+        lines = [*self._ready, *(line for _, _, line in self._later)]
+        sleeping = [ticket for _, _, ticket in self._sleepers]
+        self._ready.clear()
+        self._later.clear()
+        self._sleepers.clear()
+        self._sweeps.clear()
+        for ticket in sleeping:
+            if ticket.place is Place.WAITING:
+                _stop_waiting(ticket)
+            if ticket.place in {Place.WAITING, Place.PAUSING}:
+                self._resolve(ticket, now, error=_told_of(error, ticket))
+        for line in lines:
+            line.listed = False
+            while line.queue:
+                ticket = line.queue.popleft()
+                self._resolve(ticket, now, error=_told_of(error, ticket))
+
     # --- sending ---
 
     def _rouse(self, now: float) -> None:
@@ -320,8 +365,8 @@ class Coalescer:
                 _stop_waiting(ticket)
                 self._resolve(ticket, now, error=ticket.error)
         while self._sweeps and self._sweeps[0][0] <= now:
-            _, _, name, reserve = heapq.heappop(self._sweeps)
-            self._release(name, reserve, now)
+            _, _, line, operation = heapq.heappop(self._sweeps)
+            self._take_back(line, operation, now)
 
     def _board(self, line: Line, draft: _Draft, now: float) -> None:
         """Take from a line what may go now."""
@@ -339,7 +384,7 @@ class Coalescer:
                 return
             line.queue.popleft()
             if self._may_go(ticket, now):
-                if line.linear:
+                if line.linear and ticket.operation.kind != "recover":
                     _authorise(ticket.operation.header, line, previous)
                 previous = self._add(ticket, ticket.operation, draft, now)
 
@@ -494,10 +539,11 @@ class Coalescer:
             line.refused.clear()
         elif line.linear:
             line.refused[operation.operation_id] = operation
-        if operation.kind == "reserve":
-            # No attempt is decided after its time is over, so what it may reserve is there by then.
+        if operation.kind == "reserve" or (operation.kind == "delegate" and not line.linear):
+            # No attempt is decided after its time is over, so what it may make is there by then. The
+            # children of a token's line are found when its next operation is told who was before it.
             due = now + self._policy.attempt_seconds
-            heapq.heappush(self._sweeps, (due, next(self._order), line.name, operation))
+            heapq.heappush(self._sweeps, (due, next(self._order), line, operation))
 
     def _waits(self, ticket: Ticket, error: BudgetExhausted, now: float) -> bool:
         """Let a reserve wait if this process's own holds could make it fit in time."""
@@ -639,7 +685,7 @@ class Coalescer:
             self._wake(ticket)
         elif outcome is not None:
             self._undo(ticket, now)
-        elif ticket.future is None and not isinstance(error, _NO_HOLD):
+        elif ticket.future is None and not isinstance(error, _NOTHING_LEFT):
             _log.warning("what was to be done in the background was not: %s", error)
 
     def _wake(self, ticket: Ticket) -> None:
@@ -654,8 +700,10 @@ class Coalescer:
     def _undo(self, ticket: Ticket, now: float) -> None:
         """Give back what an operation took for a caller that is gone."""
         operation, outcome, line = ticket.operation, ticket.outcome, ticket.line
-        if operation is None or outcome is None or outcome.dry_run:
-            return
+        if operation is not None and outcome is not None and not outcome.dry_run:
+            self._take_back(line, operation, now)
+
+    def _take_back(self, line: Line, operation: Operation, now: float) -> None:
         if operation.kind == "reserve":
             self._release(line.name, operation, now)
         elif operation.kind == "delegate" and not (line.linear and line.secret is None):
@@ -746,6 +794,10 @@ def _used_up(ticket: Ticket) -> CapabilityMoved:
         budget=ticket.line.name,
         operation_id=_operation_id(ticket),
     )
+
+
+def _told_of(error: LedgerWentBack, ticket: Ticket) -> LedgerWentBack:
+    return error.concerning(ticket.line.name, _operation_id(ticket))
 
 
 def _error(cls: type[PeculiumError], ticket: Ticket, failure: Failure | None) -> PeculiumError:

@@ -264,11 +264,23 @@ def accept(target: Target, asked: Asked) -> Operation:
 
 
 @_repeatable
-def recover(target: Target, asked: Asked, *, holds: Mapping[bytes, bytes]) -> Operation:
-    """Give a budget a new token on its holder's word; `holds` are new secrets by hold id."""
+def recover(
+    target: Target,
+    asked: Asked,
+    *,
+    holds: Mapping[bytes, bytes],
+    if_seq: int | None = None,
+) -> Operation:
+    """Give a budget a new token on its holder's word, perhaps only if it has so many entries.
+
+    `holds` are new secrets by hold id.
+    """
     produced = new_secret()
     request = ledger.RecoverRequest(
-        header=header(target, asked), next_token_id=token_id(produced), holds=_rotations(holds)
+        header=header(target, asked),
+        next_token_id=token_id(produced),
+        holds=_rotations(holds),
+        if_seq=if_seq,
     )
     message = ledger.Operation(recover=request)
     return _operation("recover", message, message.recover.header, produced=produced)

@@ -22,6 +22,7 @@ import grpc
 from peculium._coalescer import Batch, Coalescer, Line, Ticket
 from peculium._config import CLOSE_SECONDS_DEFAULT, Config
 from peculium._handles import Process
+from peculium._history import History
 from peculium._requests import Operation
 from peculium._retry import Attempts, Failure, Policy
 from peculium._translation import failure
@@ -60,7 +61,13 @@ class Sender:
         self.timeout = config.timeout
         self._config = config
         self._policy = policy or Policy()
-        self._brain = Coalescer(policy=self._policy, jitter=_jitter, flights_max=FLIGHTS_MAX)
+        self._history = History()
+        self._brain = Coalescer(
+            policy=self._policy,
+            jitter=_jitter,
+            flights_max=FLIGHTS_MAX,
+            history=self._history,
+        )
         self._inbox: SimpleQueue[_Task] = SimpleQueue()
         self._opening = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -191,10 +198,14 @@ class Sender:
         )
         while True:
             seconds = attempts.timeout(time.monotonic())
+            known = self._history.known()
             try:
-                return method(request, timeout=seconds, metadata=self._config.metadata)
+                response = method(request, timeout=seconds, metadata=self._config.metadata)
             except grpc.RpcError as error:
                 failed = _failure(error)
+            else:
+                self._history.observe(known, response)
+                return response
             time.sleep(attempts.delay(failed, time.monotonic()))
 
     def stream(
@@ -244,6 +255,8 @@ class Sender:
         self.process.check("client")
         if self._closed and not closing:
             raise Invalid("the client is closed")
+        if not closing:
+            self._history.check()
         if self._thread is None:
             with self._opening:
                 if self._thread is None:

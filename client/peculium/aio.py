@@ -8,8 +8,9 @@ may raise what `peculium.errors` draws: `Refused`, `Invalid` or `Unavailable`.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
@@ -18,14 +19,19 @@ from peculium._aio_sender import Pending, Sender
 from peculium._coalescer import Line, Ticket
 from peculium._config import TIMEOUT_SECONDS_DEFAULT, Tls, configure
 from peculium._handles import Handle, caller
-from peculium._ids import id_text, new_id, token_id
-from peculium._limits import PAGE_SIZE_MAX
+from peculium._ids import id_text, new_id, new_secret, token_id
+from peculium._limits import PAGE_SIZE_MAX, ROTATIONS_MAX
 from peculium._requests import Asked, HoldTarget, Operation, Target
 from peculium._trace import traceparent
 from peculium.capability import BudgetRef, Capability, Receiver
 from peculium.errors import (
+    BudgetChanged,
+    BudgetClosed,
+    BudgetExpired,
+    BudgetHeld,
     CapabilityMoved,
     DeadlineExceeded,
+    HoldEnded,
     Invalid,
     LedgerUnavailable,
     NotTokenHeld,
@@ -38,11 +44,13 @@ from peculium.v1 import audit_service_pb2, ledger_service_pb2, types_pb2
 from peculium.values import (
     Balances,
     BudgetInfo,
+    BudgetState,
     Child,
     Custody,
     Delegated,
     EntryInfo,
     HoldInfo,
+    IfHeld,
     Receipt,
     Seconds,
     Verification,
@@ -72,6 +80,9 @@ class _Telling(Protocol):
 
 _Request = TypeVar("_Request", bound=_Asking)
 _Response = TypeVar("_Response", bound=_Telling)
+
+_LOOKS_MAX = 8
+"""How often a budget is looked at again that changes between the look and the claim."""
 
 _log = logging.getLogger("peculium")
 
@@ -196,7 +207,7 @@ class Client:
         """Take a token-held budget back on its holder's word, whoever has its token now.
 
         The older token is fenced: its next use is `TokenConsumed`, with `fenced_by`. Holds that can
-        still be settled are listed by `holds()`.
+        still be settled are listed by `holds()`; `reattach()` gives handles of them.
 
         Args:
             budget: Its path, or its reference.
@@ -207,26 +218,70 @@ class Client:
             NotTokenHeld: It is held by its principal: open it.
         """
         ref = budget if isinstance(budget, BudgetRef) else (await self._find(budget, timeout)).ref
-        asked = requests.recover(
-            Target(ref.root_id, ref.budget_id, by_token=False), _asked(), holds={}
-        )
-        ticket = await self._resolved(
-            ("recover", ref.budget_id), Line(str(ref), linear=False), asked, timeout
-        )
-        return Budget(
-            self._sender,
-            ref,
-            Target(ref.root_id, ref.budget_id, by_token=True),
-            _own_line(ref, ticket),
-        )
+        return await self._recover(ref, None, timeout)
+
+    async def claim(
+        self,
+        budget: str | BudgetRef,
+        *,
+        if_held: IfHeld,
+        idle: Seconds | None = None,
+        timeout: float | None = None,
+    ) -> Budget:
+        """Become the one who holds a token-held budget, for a job that a queue may deliver twice.
+
+        A budget counts as held from the first use of its token on: its acceptance, a recovery, or any
+        operation. Of any number who claim it at once with `SKIP`, one gets it.
+
+        Args:
+            budget: Its path, or its reference. This client's principal is its holder.
+            if_held: `FENCE`: take it over, as `recover`; `SKIP`: leave it to whoever holds it.
+            idle: With `SKIP`: it does not count as held any more when it has no live holds and nobody
+                has used it for so many seconds, by the ledger's clock; absent: it does for ever.
+            timeout: In seconds, for each call that it takes.
+
+        Raises:
+            BudgetHeld: Somebody holds it (with `SKIP`).
+            BudgetClosed: The job is done: it was given back, or revoked.
+            BudgetExpired: Its lease has ended.
+            CapabilityUnknown: There is no such budget, or its holder is another.
+            NotTokenHeld: It is held by its principal: open it.
+        """
+        looks = 1
+        while True:
+            found = await self._look(budget, timeout)
+            info = codec.budget_info(found.budget, found.ledger)
+            _check_open(info)
+            fence = if_held is IfHeld.FENCE or ("recover", info.ref.budget_id) in self._unresolved
+            if not fence and _is_held(found, idle):
+                raise _held(found, info)
+            try:
+                return await self._recover(info.ref, None if fence else info.seq, timeout)
+            except BudgetChanged:
+                if looks == _LOOKS_MAX:
+                    raise
+                looks += 1
+
+    async def _recover(self, ref: BudgetRef, if_seq: int | None, timeout: float | None) -> Budget:
+        target = Target(ref.root_id, ref.budget_id, by_token=False)
+        asked = requests.recover(target, _asked(), holds={}, if_seq=if_seq)
+        line = Line(str(ref), linear=False)
+        ticket = await self._resolved(("recover", ref.budget_id), line, asked, timeout)
+        by_token = Target(ref.root_id, ref.budget_id, by_token=True)
+        return Budget(self._sender, ref, by_token, _own_line(ref, ticket))
 
     async def _find(self, path: str, timeout: float | None) -> BudgetInfo:
+        found = await self._look(path, timeout)
+        return codec.budget_info(found.budget, found.ledger)
+
+    async def _look(
+        self, budget: str | BudgetRef, timeout: float | None
+    ) -> ledger_service_pb2.LedgerServiceGetBudgetResponse:
         request = ledger_service_pb2.LedgerServiceGetBudgetRequest(
-            budget=types_pb2.BudgetRef(path=path), authority=requests.authority(None)
+            budget=_wire(budget), authority=requests.authority(None)
         )
         sender = self._sender
-        response = await sender.unary(sender.ledger.GetBudget, request, timeout, budget=path)
-        return codec.budget_info(response.budget, response.ledger)
+        return await sender.unary(sender.ledger.GetBudget, request, timeout, budget=str(budget))
 
     async def _resolved(
         self, key: tuple[str, bytes], line: Line, operation: Operation, timeout: float | None
@@ -324,7 +379,11 @@ class Budget(Handle):
         wait: float | None,
     ) -> Hold:
         ticket = await self._sender.wait(self._sender.submit(self._line, operation, timeout, wait))
-        return Hold(self._sender, self._line.name, ticket, unbilled)
+        receipt = _receipt(ticket)
+        if receipt.hold is None:
+            raise AssertionError("a reservation has a hold")
+        line = Line(self._line.name, linear=True, secret=operation.hold_secret)
+        return Hold(self._sender, self._ref.root_id, line, receipt, receipt.hold, unbilled)
 
     async def spend(
         self,
@@ -631,6 +690,64 @@ class Budget(Handle):
                     return found
                 request.page_token = page.next_page_token
 
+    async def reattach(
+        self,
+        holds: Iterable[HoldInfo] | None = None,
+        *,
+        unbilled: Sequence[type[BaseException]] = (),
+        timeout: float | None = None,
+    ) -> list[Hold]:
+        """Get handles of holds whose own are lost, for example with the process that had them.
+
+        Each hold gets a new token: whoever has an older handle of it is fenced, so do this before
+        reserving from this handle. Those that are ended meanwhile by their older handles are left
+        out. Settle or release each; what nobody knows anything of is best left to lapse.
+
+        Args:
+            holds: As `holds()` lists them; absent: all that can still be settled.
+            unbilled: As in `reserve`, for each of them.
+            timeout: In seconds, for each call that it takes.
+
+        Raises:
+            NotTokenHeld: The budget is held by its principal: `resolve` ends its holds without handles.
+            CapabilityUnknown: This client's principal is not the budget's holder.
+            HoldUnknown: The budget has no such hold.
+        """
+        self._check()
+        if not self._target.by_token:
+            raise NotTokenHeld(
+                "the budget is held by its principal: its holds are ended by `resolve`, without handles",
+                budget=self._about,
+            )
+        left = await self.holds(timeout=timeout) if holds is None else list(holds)
+        made: list[Hold] = []
+        while left:
+            part = left[:ROTATIONS_MAX]
+            try:
+                made += await self._rotated(part, tuple(unbilled), timeout)
+            except HoldEnded:
+                # By its older handle, meanwhile. The rest gets fewer, and never more.
+                ids = {hold.hold_id for hold in left}
+                left = [hold for hold in await self.holds(timeout=timeout) if hold.hold_id in ids]
+            else:
+                left = left[ROTATIONS_MAX:]
+        return made
+
+    async def _rotated(
+        self,
+        holds: list[HoldInfo],
+        unbilled: tuple[type[BaseException], ...],
+        timeout: float | None,
+    ) -> list[Hold]:
+        secrets = {hold.hold_id: new_secret() for hold in holds}
+        target = Target(self._ref.root_id, self._ref.budget_id, by_token=False)
+        receipt = await self._do(requests.recover(target, _asked(), holds=secrets), timeout)
+        lines = [Line(self._about, linear=True, secret=secrets[hold.hold_id]) for hold in holds]
+        return [
+            Hold(self._sender, self._ref.root_id, line, receipt, hold, unbilled)
+            for line, hold in zip(lines, holds, strict=True)
+        ]
+
     async def _take_out(self, timeout: float | None) -> Capability:
         async with self._sender.section(self._line, timeout) as secret:
             if secret is None:
@@ -662,23 +779,29 @@ class Hold(Handle):
     """Money set aside for one call, and the only right to settle it.
 
     Attributes:
-        receipt: What the reservation did.
+        receipt: What the reservation did, or the recovery that gave it a handle again.
+        info: As it was reserved, or found.
     """
 
     def __init__(
-        self, sender: Sender, name: str, ticket: Ticket, unbilled: tuple[type[BaseException], ...]
+        self,
+        sender: Sender,
+        root_id: bytes,
+        line: Line,
+        receipt: Receipt,
+        info: HoldInfo,
+        unbilled: tuple[type[BaseException], ...],
     ) -> None:
         super().__init__(sender.process, "hold")
-        operation = _operation(ticket)
         self._sender = sender
-        self._budget_name = name
-        self._target = HoldTarget(operation.root_id, operation.budget_id, operation.hold_id)
-        self._line = Line(name, linear=True, secret=operation.hold_secret)
+        self._target = HoldTarget(root_id, info.budget_id, info.hold_id)
+        self._line = line
         self._unbilled = unbilled
         self._end: Ticket | None = None
         """The settle or release whose outcome is not known here yet."""
-        self.receipt = _receipt(ticket)
-        if self.receipt.dry_run:
+        self.receipt = receipt
+        self.info = info
+        if receipt.dry_run:
             self._moved = "was a dry run: nothing is set aside"
 
     async def __aenter__(self) -> Self:
@@ -719,23 +842,16 @@ class Hold(Handle):
         return self._target.hold_id
 
     @property
-    def info(self) -> HoldInfo:
-        """As it was reserved."""
-        if self.receipt.hold is None:
-            raise AssertionError("a reservation has a hold")
-        return self.receipt.hold
-
-    @property
     def amount(self) -> int:
         """As reserved, in the tree's unit."""
         return self.info.amount
 
     @property
     def _about(self) -> str:
-        return self._budget_name
+        return self._line.name
 
     def __repr__(self) -> str:
-        return f"<Hold {id_text(self.hold_id)} of {self._budget_name}>"
+        return f"<Hold {id_text(self.hold_id)} of {self._about}>"
 
     async def settle(
         self,
@@ -1213,6 +1329,34 @@ def _wire(budget: str | BudgetRef) -> types_pb2.BudgetRef:
     if isinstance(budget, BudgetRef):
         return types_pb2.BudgetRef(root_id=budget.root_id, budget_id=budget.budget_id)
     return types_pb2.BudgetRef(path=budget)
+
+
+def _check_open(info: BudgetInfo) -> None:
+    if info.state is BudgetState.CLOSED:
+        raise BudgetClosed("the budget, or one above it, is closed", budget=info.path)
+    if info.state is BudgetState.EXPIRED:
+        raise BudgetExpired(
+            "the lease of the budget, or of one above it, has ended", budget=info.path
+        )
+
+
+def _is_held(
+    found: ledger_service_pb2.LedgerServiceGetBudgetResponse, idle: Seconds | None
+) -> bool:
+    if not found.HasField("token_used_at"):
+        return False
+    if idle is None or found.budget.holds_live:
+        return True
+    length = idle if isinstance(idle, timedelta) else timedelta(seconds=idle)
+    return codec.at(found.at) - codec.at(found.token_used_at) < length
+
+
+def _held(found: ledger_service_pb2.LedgerServiceGetBudgetResponse, info: BudgetInfo) -> BudgetHeld:
+    facts = {
+        "used_at": codec.at(found.token_used_at).isoformat(),
+        "holds_live": str(info.holds_live),
+    }
+    return BudgetHeld("somebody else holds the budget", budget=info.path, facts=facts)
 
 
 def _closed(budget: str) -> CapabilityMoved:

@@ -25,7 +25,8 @@
     │   ├── BudgetExhausted         .available .held .requested
     │   ├── AmountOverflow
     │   ├── BatchRefused
-    │   └── BudgetChanged           it is not as it was when it was looked at
+    │   ├── BudgetChanged           it is not as it was when it was looked at
+    │   └── BudgetHeld              .used_at .holds_live
     ├── Invalid                     the caller's mistake, whoever noticed it; nothing has changed
     │   ├── Malformed               .field .problem
     │   ├── TooLarge
@@ -40,10 +41,11 @@
     │   ├── PriceUnknown            (a LookupError, too)
     │   ├── InsecureCredentials     an API key would travel in clear text
     │   └── NoCurrentBudget         (a LookupError, too)
-    └── Unavailable                 no answer: no permission to spend
+    └── Unavailable                 no answer that holds: no permission to spend
         ├── LedgerUnavailable       nothing was done
         ├── DeadlineExceeded        nothing was done: the time ran out first
-        └── OutcomeUnknown          it may have been done
+        ├── OutcomeUnknown          it may have been done
+        └── LedgerWentBack          it forgot what it acknowledged; .lane .seen .told
 
 Every error has `budget` (path or id), `operation_id`, `remedy` and `facts`.
 """
@@ -123,6 +125,13 @@ def _rebuilt(
     return cls._new(message, budget, operation_id, facts)
 
 
+def _time(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
+
+
 # --- refused ---
 
 
@@ -175,11 +184,7 @@ class TokenConsumed(Refused):
     @property
     def consumed_at(self) -> datetime | None:
         """When, by the ledger's clock."""
-        text = self.facts.get("consumed_at", "")
-        try:
-            return datetime.fromisoformat(text)
-        except ValueError:
-            return None
+        return _time(self.facts.get("consumed_at", ""))
 
     @property
     def fenced_by(self) -> str | None:
@@ -354,6 +359,22 @@ class BudgetChanged(Refused):
     advice = "look again"
 
 
+class BudgetHeld(Refused):
+    """Somebody else holds the budget, and it was to be claimed only if nobody does."""
+
+    advice = "leave the job to whoever works on it; or claim it with FENCE"
+
+    @property
+    def used_at(self) -> datetime | None:
+        """When its token was last used, by the ledger's clock."""
+        return _time(self.facts.get("used_at", ""))
+
+    @property
+    def holds_live(self) -> int:
+        """How many of its holds are live."""
+        return self._number("holds_live")
+
+
 # --- invalid ---
 
 
@@ -455,7 +476,7 @@ class NoCurrentBudget(Invalid, LookupError):
 
 
 class Unavailable(PeculiumError):
-    """There was no answer from the ledger. No answer is no permission to spend."""
+    """There was no answer from the ledger that holds. No answer is no permission to spend."""
 
     advice = "try again later"
 
@@ -477,6 +498,31 @@ class OutcomeUnknown(Unavailable):
     """
 
     advice = "the next verb on the same handle finds out what happened"
+
+
+class LedgerWentBack(Unavailable):
+    """The ledger knows less than it told before: it was restored to its past, or lags behind.
+
+    What it acknowledged since may be lost, and the operation that noticed may have been done or not.
+    The client asks it for nothing more: every later verb raises this, too. Trying again does not help.
+    """
+
+    advice = "have an operator find out which ledger is the right one, then make a new client"
+
+    @property
+    def lane(self) -> int:
+        """The lane in which it was noticed."""
+        return self._number("lane")
+
+    @property
+    def seen(self) -> int:
+        """How many operations the lane was told to have, before the question was asked."""
+        return self._number("seen")
+
+    @property
+    def told(self) -> int:
+        """How many it was told to have in the answer."""
+        return self._number("told")
 
 
 def _leaves(branch: type[Refused | Invalid]) -> dict[str, type[Refused | Invalid]]:

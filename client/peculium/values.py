@@ -52,6 +52,19 @@ class HoldState(Enum):
         return cls.UNKNOWN
 
 
+class IfHeld(Enum):
+    """What `claim` does about a budget that somebody holds."""
+
+    FENCE = "fence"
+    """Take it over: whoever holds it cannot use it any more."""
+    SKIP = "skip"
+    """Leave it alone: raise `BudgetHeld`."""
+
+
+FENCE = IfHeld.FENCE
+SKIP = IfHeld.SKIP
+
+
 @dataclass(frozen=True, slots=True)
 class Balances:
     """The money of one budget.

@@ -6,6 +6,7 @@ hold and replays compare as they really do. What is made up here is only the sto
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import deque
@@ -27,12 +28,20 @@ from peculium.v1 import (
     ledger_service_pb2_grpc,
     types_pb2,
 )
+from peculium_server.core import sweeping
 from peculium_server.core.batch import Request, decide_group
 from peculium_server.core.footprint import Footprint
-from peculium_server.core.operations import Actor, ByHolder, ByToken, Operation, Role
+from peculium_server.core.operations import (
+    SYSTEM,
+    Actor,
+    ByHolder,
+    ByToken,
+    Operation,
+    Role,
+)
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refusal, Refused
-from peculium_server.core.state import Budget, Hold, Tree
+from peculium_server.core.state import Budget, Custody, Hold, Tree
 from peculium_server.lanes.answers import Answer, Position, Unanswered, Unavailability
 from peculium_server.rpc import responses, status
 from peculium_server.rpc.requests import decode, decode_authority, decode_batched
@@ -86,7 +95,10 @@ class Ledger:
         self.batches: list[wire.BatchRequest] = []
         self.keys: list[str | None] = []
         self.principal = PRINCIPAL
+        self.incarnation = INCARNATION
         self.position = 0
+        self.ahead_us = 0
+        """How far the ledger's clock is ahead of this machine's."""
         self.lock = threading.Lock()
         self.arrived = threading.Condition(self.lock)
 
@@ -124,7 +136,7 @@ class Ledger:
             trees: dict[bytes, Tree] = {}
             for request in group:
                 self._load(request.operation, trees)
-            now = time.time_ns() // 1000
+            now = self.now()
             answers, accepted = decide_group(trees, group, now, self.position)
             self.position += len(accepted)
             told = iter(answers)
@@ -148,6 +160,41 @@ class Ledger:
     def grant(self, request: admin.GrantRequest) -> None:
         """Make a root, without a connection."""
         [answer] = self.decide([decode(request)], Actor(self.principal, Role.ADMIN))
+        assert isinstance(answer.result, Outcome), answer
+
+    def now(self) -> int:
+        """The ledger's clock."""
+        return time.time_ns() // 1000 + self.ahead_us
+
+    def standing(self) -> Position:
+        """Where the ledger stands."""
+        return Position(self.incarnation, 0, self.position)
+
+    def backup(self) -> Callable[[], None]:
+        """Keep what there is now; call what is returned to go back to it."""
+        trees, position = copy.deepcopy(self.trees), self.position
+
+        def restore() -> None:
+            with self.lock:
+                self.trees, self.position = trees, position
+
+        return restore
+
+    def last_use(self, budget: Budget) -> int | None:
+        """When a token of a token-held budget was last consumed."""
+        if budget.custody is Custody.PRINCIPAL:
+            return None
+        consumed = self.trees[budget.root_id].consumed
+        uses = [use.at for key, use in consumed.items() if use and key[0] == budget.budget_id]
+        return max(uses, default=None)
+
+    def lapse(self, hold_id: bytes) -> None:
+        """Let a hold's time be over."""
+        [tree] = [tree for tree in self.trees.values() if tree.holds[hold_id] is not None]
+        hold = tree.holds[hold_id]
+        assert hold is not None
+        lapse = sweeping.lapse(tree.root_id, hold.budget_id, hold_id)
+        [answer] = self.decide([lapse], SYSTEM)
         assert isinstance(answer.result, Outcome), answer
 
     def _load(self, operation: Operation, trees: dict[bytes, Tree]) -> None:
@@ -180,7 +227,7 @@ class Ledger:
     def _answer(self, answer: Outcome | Refused) -> Answer:
         position = None
         if isinstance(answer, Outcome):
-            position = Position(INCARNATION, 0, self.position)
+            position = self.standing()
         return Answer(answer, position)
 
     # --- what a test looks at ---
@@ -251,7 +298,8 @@ class Services(
         response = wire.LedgerServiceGetBudgetResponse()
         budget = self._authorised(request.budget, request.authority, context)
         self._write(budget, response.budget)
-        responses.write_position(Position(INCARNATION, 0, self.ledger.position), response.ledger)
+        responses.write_position(self.ledger.standing(), response.ledger)
+        responses.write_use(self.ledger.last_use(budget), self.ledger.now(), response)
         return response
 
     def ListHolds(self, request: wire.ListHoldsRequest, context: Any) -> wire.ListHoldsResponse:
@@ -262,6 +310,7 @@ class Services(
         page = wire.ListHoldsResponse(next_page_token=str(start + 2) if found[start + 2 :] else "")
         for hold in found[start : start + 2]:
             responses.write_hold(hold, page.holds.add())
+        responses.write_position(self.ledger.standing(), page.ledger)
         return page
 
     def _get_for_audit(
@@ -348,7 +397,8 @@ class Services(
 
     def _write(self, budget: Budget, message: types_pb2.Budget) -> None:
         path = self.ledger.names(budget)
-        state = budget.state(time.time_ns() // 1000)
+        levels = self.ledger.trees[budget.root_id].line(budget)
+        state = max(level.state(self.ledger.now()) for level in levels)
         responses.write_budget(budget, path, state, message)
 
     def _note(self, context: Any) -> None:

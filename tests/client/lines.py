@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from peculium import _requests as requests
 from peculium._coalescer import Batch, Coalescer, Line, Ticket
+from peculium._history import History
 from peculium._requests import Asked, Operation, Target
 from peculium._retry import Failure, Policy
 from tests.client.ledger import PRINCIPAL, Ledger
@@ -64,10 +65,12 @@ class Bench:
     def __init__(self, *, flights_max: int = 3, finish_seconds: float = 20.0) -> None:
         self.now = 1000.0
         self.ledger = Ledger()
+        self.history = History()
         self.brain = Coalescer(
             policy=POLICY,
             jitter=lambda: 1.0,
             flights_max=flights_max,
+            history=self.history,
             finish_seconds=finish_seconds,
         )
 
@@ -135,6 +138,10 @@ class Bench:
 
     def answer(self, batch: Batch) -> None:
         self.brain.completed(batch, self.ledger.answer(batch.request), self.now)
+
+    def answer_all(self, *_: Asking) -> None:
+        """Send what was asked, and answer it."""
+        self.answer(self.send())
 
     def answer_before(self, batch: Batch, index: int) -> None:
         """Decide the whole batch, and tell the answers before an index only."""
