@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
-from pathlib import Path
 
 import grpc
-import psutil
 import pytest
 
 from peculium.v1 import ledger_service_pb2 as ledger
-from peculium_server.embedded import EmbeddedPostgres
-from peculium_server.store import migrate
 from tests.server import StartServer
 from tests.system.load import check, under_load
 from tests.system.wire import (
@@ -131,37 +126,3 @@ async def test_a_server_that_drains_answers_everything_that_it_has_done(
         recorded = {id_text(entry.operation_id) for entry in entries}
         assert recorded == impolite.answered | {id_text(grant.header.operation_id)}
         assert wire.verified()
-
-
-async def test_a_server_recovers_by_itself_from_a_database_that_was_stopped_at_once(
-    start_server: StartServer, own_postgres: Path
-) -> None:
-    postgres = EmbeddedPostgres.start(own_postgres)
-    migrate.upgrade(postgres.dsn)
-    server = start_server("--database-url", postgres.dsn)
-    async with under_load(server.address) as load, AioWire(server.address) as outsider:
-        for _ in range(2):
-            await load.progress(100)
-            await asyncio.to_thread(_stop_at_once, postgres)
-            refused = await _outcome(outsider)
-            assert refused == Told(grpc.StatusCode.UNAVAILABLE, "DATABASE_UNAVAILABLE", {})
-            postgres = await asyncio.to_thread(EmbeddedPostgres.start, own_postgres)
-        await load.progress(100)
-    await check(server.address, load)
-    assert server.process.poll() is None
-    postgres.stop()
-
-
-def _stop_at_once(postgres: EmbeddedPostgres) -> None:
-    """What pg_ctl calls an immediate stop: no goodbye, and the next start recovers."""
-    os.kill(postgres.pid, signal.SIGQUIT)
-    psutil.Process(postgres.pid).wait(STOP_SECONDS_MAX)
-
-
-async def _outcome(connection: AioWire) -> Told | None:
-    """How a new grant ends just now."""
-    try:
-        await connection.admin.Grant(grant_of("unlucky", 1, holder="dev"), timeout=STOP_SECONDS_MAX)
-    except grpc.aio.AioRpcError as error:
-        return told(error)
-    return None

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 import grpc
 from google.protobuf.message import Message
-from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 
 from peculium._ids import id_text, new_id, new_secret, token_id
@@ -217,6 +217,9 @@ class AioWire:
         self.admin: admin_service_pb2_grpc.AdminServiceAsyncStub = (
             admin_service_pb2_grpc.AdminServiceStub(self.channel)
         )
+        self.audit: audit_service_pb2_grpc.AuditServiceAsyncStub = (
+            audit_service_pb2_grpc.AuditServiceStub(self.channel)
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -228,13 +231,25 @@ class AioWire:
 def told(error: grpc.RpcError) -> Told:
     """What a failed call says."""
     failed: Any = error
-    for key, value in failed.trailing_metadata() or ():
-        if key == _DETAILS_KEY:
-            for detail in Status.FromString(value).details:
-                info = ErrorInfo()
-                if detail.Unpack(info):
-                    return Told(failed.code(), info.reason, dict(info.metadata))
+    info = ErrorInfo()
+    if any(detail.Unpack(info) for detail in _details(failed)):
+        return Told(failed.code(), info.reason, dict(info.metadata))
     return Told(failed.code(), "", {})
+
+
+def retry_seconds(error: grpc.RpcError) -> float | None:
+    """When a failed call asks to be tried again; None if it does not."""
+    retry = RetryInfo()
+    if any(detail.Unpack(retry) for detail in _details(error)):
+        return retry.retry_delay.ToTimedelta().total_seconds()
+    return None
+
+
+def _details(error: Any) -> list[Any]:
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            return list(Status.FromString(value).details)
+    return []
 
 
 def reason_of(refused: types_pb2.Refused) -> str:
@@ -268,6 +283,7 @@ __all__ = [
     "new_secret",
     "reason_of",
     "reserve_of",
+    "retry_seconds",
     "spend_of",
     "token_id",
     "told",
