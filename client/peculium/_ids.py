@@ -14,10 +14,16 @@ from peculium._limits import SECRET_BYTES
 _TOKEN_DOMAIN = b"peculium.token.v1\x00"
 _RANDOM_BITS = 74
 _STEP_BITS = 32
+_BACK_MS_MAX = 60_000
+"""A clock that goes back farther was far off before: ids that went on from there would be too far from
+the ledger's time for as long as the process lives."""
 
 
 class _Clock:
-    """Makes UUIDv7 values that rise within the process, also within one millisecond."""
+    """Makes UUIDv7 values that rise within the process, also within one millisecond.
+
+    They rise although the clock goes back a little, and follow it when it goes back far.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -27,7 +33,8 @@ class _Clock:
         milliseconds = time.time_ns() // 1_000_000
         with self._lock:
             ordered = milliseconds << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
-            if ordered <= self._last:
+            ahead = (self._last >> _RANDOM_BITS) - milliseconds
+            if ordered <= self._last and ahead <= _BACK_MS_MAX:
                 # A random step keeps the ids unguessable; a carry borrows from the next millisecond.
                 ordered = self._last + 1 + secrets.randbits(_STEP_BITS)
             self._last = ordered
@@ -50,7 +57,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def new_id() -> bytes:
-    """Make a UUIDv7 that is greater than every one this process made before."""
+    """Make a UUIDv7 that is greater than those that this process made before, by the same clock."""
     return _clock.next()
 
 

@@ -169,6 +169,16 @@ class OperationTooOld(Refused):
     reason = "OPERATION_TOO_OLD"
     advice = "set this machine's clock"
 
+    @property
+    def age_seconds(self) -> int:
+        """How old the operation is by the ledger's clock; below zero if it was made by one ahead of it."""
+        return self._number("age_seconds")
+
+    @property
+    def limit_seconds(self) -> int:
+        """How old it may be."""
+        return self._number("limit_seconds")
+
 
 class TokenConsumed(Refused):
     """The token was consumed by another operation: this handle is not the owner any more."""

@@ -15,6 +15,7 @@ from peculium.errors import (
     LiveHolds,
     NameTaken,
     OpenChildren,
+    OperationTooOld,
     OutcomeUnknown,
     PeculiumError,
     Refused,
@@ -78,6 +79,8 @@ def test_facts_are_typed() -> None:
     assert LiveHolds("no", facts={"holds_live": "3", "held": "1200"}).held == 1200
     assert OpenChildren("no", facts={"child": "0192"}).child == "0192"
     assert NameTaken("no", facts={"name": "run-7"}).name == "run-7"
+    ahead = OperationTooOld("no", facts={"age_seconds": "-3600", "limit_seconds": "600"})
+    assert (ahead.age_seconds, ahead.limit_seconds) == (-3600, 600)
 
 
 def test_facts_that_were_not_told_are_not_made_up() -> None:

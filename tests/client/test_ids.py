@@ -37,10 +37,25 @@ def test_ids_rise_and_never_repeat_also_between_threads() -> None:
 
 def test_ids_rise_although_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     first = _ids.new_id()
-    monkeypatch.setattr(time, "time_ns", lambda: 1_000_000_000)
+    now = time.time_ns()
+    monkeypatch.setattr(time, "time_ns", lambda: now - 30 * 1_000_000_000)
     later = [_ids.new_id() for _ in range(100)]
     assert sorted([first, *later]) == [first, *later]
     assert uuid.UUID(bytes=later[-1]).version == 7
+
+
+def test_ids_follow_a_clock_that_was_an_hour_ahead_and_is_set_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = time.time_ns()
+    clock = _ids._Clock()
+    monkeypatch.setattr(time, "time_ns", lambda: now + 3_600 * 1_000_000_000)
+    ahead = clock.next()
+    monkeypatch.setattr(time, "time_ns", lambda: now)
+    right = [clock.next() for _ in range(100)]
+    assert int.from_bytes(ahead[:6]) == (now // 1_000_000) + 3_600_000
+    assert {int.from_bytes(made[:6]) for made in right} <= {now // 1_000_000, now // 1_000_000 + 1}
+    assert sorted(set(right)) == right
 
 
 def test_a_forked_child_makes_ids_of_its_own() -> None:
