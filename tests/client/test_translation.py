@@ -96,12 +96,6 @@ def test_a_definite_status_without_details_is_believed(
     assert failed.not_done
 
 
-def test_what_the_ledger_does_not_do_is_told_with_its_details() -> None:
-    sent = status.of_unimplemented("atomic batches")
-    failed = failure(sent.code, sent.details, sent.trailing_metadata)
-    assert type(failed.refused) is errors.NotSupported
-
-
 @pytest.mark.parametrize(
     "code",
     [

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from peculium_server.core.batch import Left, Request, decide_group, with_carried
+from peculium_server.core.batch import (
+    Left,
+    Request,
+    check_atomic,
+    decide_atomic,
+    decide_group,
+    with_carried,
+)
 from peculium_server.core.encoding import decode_effect, decode_request, token_id
 from peculium_server.core.footprint import Footprint
 from peculium_server.core.limits import EAGER_COLLECTIONS_MAX, OPEN_HOLDS_MAX
@@ -21,6 +28,7 @@ from peculium_server.core.operations import (
     Accept,
     Actor,
     After,
+    AtomicBatch,
     Authority,
     ByHolder,
     ByRole,
@@ -178,6 +186,32 @@ class Ledger:
         """Decide several requests on what is loaded once, as a lane does, and commit it."""
         groups = [self._group(operations, 0, actor) for operations in requests]
         return self._transaction(groups, [{} for _ in requests])
+
+    def atomic(
+        self,
+        operations: Sequence[Operation],
+        *,
+        batch_id: bytes | None = None,
+        actor: Actor | None = None,
+    ) -> list[Answer]:
+        """Ask for several operations as one atomic batch; answers in the same order."""
+        batch = AtomicBatch(batch_id or self.id(), len(operations))
+        named = [replace(operation, batch=batch) for operation in operations]
+        group = self._group(named, 0, actor)
+        refused = check_atomic(group)
+        if refused is not None:
+            return refused
+        loaded = self.load(named)
+        before = {root_id: _copied(tree) for root_id, tree in loaded.items()}
+        positions = {0: self.position}
+        answers, accepted = decide_atomic(loaded, group, self.now, lambda _: 0, positions)
+        if not accepted:
+            after = {root_id: _copied(tree) for root_id, tree in loaded.items()}
+            assert after == before, "a refusal or a replay has changed something"
+        assert positions == {0: self.position + len(accepted)}
+        for each in accepted:
+            self.commit(each)
+        return answers
 
     def cut_batch(
         self, operations: Sequence[Operation], after: int, actor: Actor | None = None

@@ -27,6 +27,7 @@ from peculium_server.core.encoding import (
 from peculium_server.core.operations import (
     OPERATIONS,
     After,
+    AtomicBatch,
     ByHolder,
     ByRole,
     ByToken,
@@ -81,6 +82,7 @@ BY_NAME: dict[str, st.SearchStrategy[Any]] = {
     "budget_id": ID,
     "authority": st.builds(ByToken, TOKEN) | st.just(ByHolder()) | st.just(ByRole()),
     "labels": LABELS,
+    "batch": st.none() | st.builds(AtomicBatch, ID, st.integers(1, 256)),
     "trace_id": st.none() | ID,
     "name": SAID,
     "unit": SAID,
@@ -218,7 +220,7 @@ HEADER = {field.name for field in fields(Header)}
 @pytest.mark.parametrize("kind", Kind)
 def test_every_field_of_a_kind_has_a_key(kind: Kind) -> None:
     own = {field.name for field in fields(OPERATIONS[kind])} - HEADER
-    assert {field.name for field in FIELDS[kind]} == own | {"labels"}
+    assert {field.name for field in FIELDS[kind]} == own | {"labels", "batch"}
 
 
 def test_a_key_means_the_same_in_every_kind() -> None:
@@ -282,6 +284,9 @@ def _bytes(value: str | None) -> bytes | None:
 
 def _packed(value: Any, told: str) -> Any:
     """A JSON value as the page tells to encode it."""
+    if told.startswith("array of the atomic batch"):
+        batch_id, size = value
+        return [bytes.fromhex(batch_id), size]
     if told.startswith("array of rotations"):
         return [[bytes.fromhex(hold), bytes.fromhex(token)] for hold, token in value]
     if told.startswith("map of balances"):

@@ -10,6 +10,7 @@ import pytest
 from peculium_server.core.admission import NOT_COMPARED
 from peculium_server.core.operations import (
     Actor,
+    AtomicBatch,
     ByHolder,
     ByToken,
     Child,
@@ -28,7 +29,7 @@ from tests.core.every_kind import MAKE, USAGE, World
 from tests.core.ledger import ADMIN, HOUR, SYSTEM_KINDS, Answer, HoldRef, Ledger, Node
 
 
-def _otherwise(world: World, field: str, was: Any) -> Any:
+def _otherwise(world: World, field: str, was: Any) -> Any:  # noqa: PLR0911 - one for each type
     """Another value of a field."""
     match was:
         case bytes():
@@ -41,6 +42,8 @@ def _otherwise(world: World, field: str, was: Any) -> Any:
             return replace(was, cached_tokens=2)
         case str():
             return "another"
+        case None if field == "batch":
+            return AtomicBatch(world.id, 2)
         case _:
             return (("another", "label"),) if field == "labels" else was[1:]
 

@@ -11,6 +11,7 @@ from typing import Any
 from peculium_server.core.encoding import token_id
 from peculium_server.core.limits import AMOUNT_MAX
 from peculium_server.core.operations import (
+    AtomicBatch,
     ByHolder,
     ByRole,
     ByToken,
@@ -29,9 +30,9 @@ _AUTHORITY: dict[type, int] = {ByToken: 1, ByHolder: 2, ByRole: 3}
 
 
 def made() -> dict[str, Any]:
-    """What the code makes of a tree that has seen every kind, and of one with the largest amounts."""
+    """What the code makes of every kind, of the largest amounts, and of an atomic batch."""
     ledger, _ = lived()
-    entries = [*ledger.journal, *_wide().journal]
+    entries = [*ledger.journal, *_wide().journal, *_together().journal]
     operations: dict[bytes, list[Entry]] = {}
     for entry in entries:
         operations.setdefault(entry.root_id + entry.operation_id, []).append(entry)
@@ -52,6 +53,14 @@ def _wide() -> Ledger:
     child = root.child(AMOUNT_MAX // 2, overrun_factor=0)
     ledger.do(child.hold(1).settle(AMOUNT_MAX))
     ledger.do(root.hold(1).settle(AMOUNT_MAX))
+    return ledger
+
+
+def _together() -> Ledger:
+    ledger = Ledger()
+    ledger.pass_time(2 * HOUR)
+    first, second = ledger.grant(10), ledger.grant(20)
+    ledger.atomic([first.reserve(10), second.reserve(20)])
     return ledger
 
 
@@ -104,7 +113,7 @@ def _done(effect: Effect) -> dict[str, Any]:
     return {name: _plain(value) for name, value in told.items() if value}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:  # noqa: PLR0911 - one case for each type
     """As JSON has it."""
     match value:
         case bytes():
@@ -115,6 +124,8 @@ def _plain(value: Any) -> Any:
             return {name: _plain(each) for name, each in told.items() if each}
         case Usage() | Child():
             return _said({name: _plain(each) for name, each in _attributes(value).items()})
+        case AtomicBatch():
+            return [value.batch_id.hex(), value.size]
         case Rotation():
             return [value.hold_id.hex(), value.next_token_id.hex()]
         case ((str(), str()), *_):

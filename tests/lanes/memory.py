@@ -23,7 +23,7 @@ from peculium_server.core.operations import (
     Spend,
 )
 from peculium_server.core.state import Accepted, Tree
-from peculium_server.store.lane import Loaded
+from peculium_server.store.lane import Loaded, LoadedLanes
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -71,22 +71,23 @@ class MemoryWriter:
         await self.gate.wait()
         while True:
             self.attempts += 1
-            loaded = Loaded({root: self._tree(root) for root in footprints}, NOW, self.position)
+            trees = {root: self.copy_of(root) for root in footprints}
+            loaded = Loaded(trees, NOW, self.position)
             saved = decide(loaded)
             if self.conflicts:
                 self.conflicts -= 1
                 continue
             if self.failures and (failure := self.failures.pop(0)) is not None:
                 raise failure
-            self._save(loaded, saved)
+            self.save(trees, saved)
+            self.transactions.append(len(saved))
             return self.position
 
-    def _save(self, loaded: Loaded, saved: Sequence[Accepted]) -> None:
-        self.trees |= loaded.trees
+    def save(self, trees: Mapping[bytes, Tree], saved: Sequence[Accepted]) -> None:
+        self.trees |= trees
         self.position += len(saved)
-        self.transactions.append(len(saved))
 
-    def _tree(self, root_id: bytes) -> Tree:
+    def copy_of(self, root_id: bytes) -> Tree:
         """A copy, for an attempt that is not committed must leave no trace."""
         tree = Tree(root_id)
         known = self.trees.get(root_id)
@@ -98,6 +99,46 @@ class MemoryWriter:
         return tree
 
 
+class MemoryLanesWriter:
+    """Commits to all lanes of a ledger in memory at once."""
+
+    def __init__(self, writers: Sequence[MemoryWriter]) -> None:
+        self._writers = writers
+        self.transactions: list[int] = []
+        """How many operations each transaction has committed."""
+        self.conflicts = 0
+        """How many of the next attempts are aborted and repeated."""
+        self.deadlines: list[float | None] = []
+        self.gate = asyncio.Event()
+        """Cleared: transactions wait before they decide."""
+        self.gate.set()
+
+    async def run(
+        self,
+        footprints: Mapping[int, Mapping[bytes, Footprint]],
+        decide: Callable[[LoadedLanes], Sequence[Accepted]],
+        deadline: float | None,
+    ) -> Mapping[int, int]:
+        self.deadlines.append(deadline)
+        await self.gate.wait()
+        while True:
+            trees = {
+                root: self._writers[lane].copy_of(root)
+                for lane, roots in footprints.items()
+                for root in roots
+            }
+            positions = {lane: self._writers[lane].position for lane in footprints}
+            saved = decide(LoadedLanes(trees, NOW, positions))
+            if not self.conflicts:
+                break
+            self.conflicts -= 1
+        self.transactions.append(len(saved))
+        for lane, roots in footprints.items():
+            here = [one for one in saved if one.operation.root_id in roots]
+            self._writers[lane].save({root: trees[root] for root in roots}, here)
+        return {lane: self._writers[lane].position for lane in footprints}
+
+
 class MemoryStore:
     """A ledger of two lanes in memory; the last bit of the root id says which."""
 
@@ -106,12 +147,16 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.writers = [MemoryWriter() for _ in range(self.lanes)]
+        self.wide = MemoryLanesWriter(self.writers)
 
     def lane_of(self, root_id: bytes) -> int:
         return root_id[-1] & 1
 
     def writer(self, lane: int) -> MemoryWriter:
         return self.writers[lane]
+
+    def lanes_writer(self) -> MemoryLanesWriter:
+        return self.wide
 
 
 def new_id(lane: int = 0) -> bytes:

@@ -153,13 +153,8 @@ async def test_a_batch_answers_each_operation_by_itself(wire: Wire) -> None:
             grpc.StatusCode.INVALID_ARGUMENT,
             "MALFORMED",
         ),
-        (
-            ledger.BatchRequest(operations=[ledger.Operation()], atomic=True),
-            grpc.StatusCode.UNIMPLEMENTED,
-            "UNIMPLEMENTED",
-        ),
     ],
-    ids=["empty", "too large", "an id without atomic", "atomic"],
+    ids=["empty", "too large", "an id without atomic"],
 )
 async def test_a_batch_that_is_none_is_refused_as_a_whole(
     wire: Wire, batch: ledger.BatchRequest, code: grpc.StatusCode, reason: str

@@ -209,7 +209,7 @@ async def test_a_database_that_is_gone_is_told_at_once_and_used_when_it_is_back(
 ) -> None:
     writer = store.writer(store.lane_of(root.root_id))
     nowhere = "host=127.0.0.1 port=1 dbname=none"
-    monkeypatch.setattr(writer, "_dsn", nowhere)
+    monkeypatch.setattr(writer._writer, "_dsn", nowhere)
     await terminate(database)
     with pytest.raises(StoreUnavailable) as raised:
         await spender.spend(writer, root)

@@ -141,19 +141,20 @@ async def test_plans_are_made_again_as_a_lane_grows(
     store: Store, spender: Spender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = await spender.grant(store)
-    writer = store.writer(store.lane_of(root.root_id))
+    lane = store.lane_of(root.root_id)
+    writer = store.writer(lane)
     fly = Connection.fly
     replanned: list[int] = []
 
     async def watch(self: Connection, *segments: Sequence[Step]) -> list[Flown]:
         if segments[0] and segments[0][0].statement.name == b"replan":
-            replanned.append(writer._position)
+            replanned.append((await store.standing(lane)).position)
         return await fly(self, *segments)
 
     monkeypatch.setattr(Connection, "fly", watch)
     for _ in range(210):
         await spender.spend(writer, root)
-    assert replanned == [64, 192]
+    assert replanned == [65, 193]
 
 
 # -- The order of writing -----------------------------------------------------------------------------

@@ -805,7 +805,7 @@ def test_what_the_rules_forbid_is_refused_as_the_reference_says(
 
 def test_there_is_a_case_for_every_reason_of_the_reference() -> None:
     # The first two are refused before the request is looked at; the others come with lapsing of
-    # holds, the ledger's own operations and atomic batches.
+    # holds, the ledger's own operations and atomic batches, which have tests of their own.
     elsewhere = {"UNAUTHENTICATED", "PERMISSION_DENIED", "HOLD_LAPSED", "NOT_DUE", "BATCH_REFUSED"}
     assert {reason for _, reason, _ in CASES} | elsewhere == set(REFERENCE)
 
@@ -838,16 +838,48 @@ def test_what_is_wrong_with_one_operation_of_a_batch_is_told_of_it_alone(
     assert results[3].outcome.dry_run
 
 
-def test_an_atomic_batch_is_unimplemented_and_does_nothing(
+def test_an_atomic_batch_with_one_operation_that_is_refused_does_nothing_at_all(
     shared: Shared, world: World, unchanged: None
 ) -> None:
-    operation = ledger.Operation(spend=spend_of(world.acme, 1))
-    answer = shared.wire.send(
-        LEDGER + "Batch",
-        ledger.BatchRequest(operations=[operation], atomic=True, operation_id=new_id()),
-    )
-    assert isinstance(answer, Told)
-    assert answer.code is grpc.StatusCode.UNIMPLEMENTED
+    operations = [
+        ledger.Operation(spend=spend_of(world.acme, 1)),
+        ledger.Operation(spend=spend_of(world.other, 10**9)),
+    ]
+    results = shared.wire.ledger.Batch(
+        ledger.BatchRequest(operations=operations, atomic=True, operation_id=new_id())
+    ).results
+    assert [reason_of(result.refused) for result in results] == [
+        "BATCH_REFUSED",
+        "BUDGET_EXHAUSTED",
+    ]
+    assert dict(results[0].refused.metadata) == {"index": "1", "reason": "BUDGET_EXHAUSTED"}
+
+
+@pytest.mark.parametrize(
+    ("batch_id", "second", "index", "field"),
+    [
+        (b"", ledger.Operation(), 1, "operation"),
+        (b"", None, 0, "batch.operation_id"),
+        (bytes(16), None, 0, "batch.operation_id"),
+    ],
+    ids=["an operation that is none", "no id", "an id that is no UUIDv7"],
+)
+def test_an_atomic_batch_that_is_malformed_says_where(
+    shared: Shared,
+    world: World,
+    unchanged: None,
+    batch_id: bytes,
+    second: ledger.Operation | None,
+    index: int,
+    field: str,
+) -> None:
+    fine = ledger.Operation(spend=spend_of(world.acme, 1))
+    operations = [fine, second or ledger.Operation(spend=spend_of(world.other, 1))]
+    results = shared.wire.ledger.Batch(
+        ledger.BatchRequest(operations=operations, atomic=True, operation_id=batch_id)
+    ).results
+    assert results[index].refused.metadata["field"] == field
+    assert reason_of(results[1 - index].refused) == "BATCH_REFUSED"
 
 
 # --- calls that nobody waits for ---

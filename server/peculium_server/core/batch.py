@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from peculium_server.core.admission import check_role
@@ -64,30 +64,137 @@ def decide_group(
     accepted: list[Accepted] = []
     left = {} if left is None else left
     for request in group:
-        operation = _resolve_chain(request, left)
-        if isinstance(operation, Refused):
-            answers.append(operation)
-            continue
-        answer: Outcome | Refused
-        malformed = check_shape(operation)
-        if malformed is not None:
-            answer = malformed
-        else:
-            tree = trees[operation.root_id]
-            decision = decide(tree, operation, request.actor, now, position + len(accepted) + 1)
-            if isinstance(decision, Accepted):
-                answer = tell(operation, decision.entries)
-                if not operation.dry_run:
-                    _apply(trees, decision)
-                    accepted.append(decision)
-            else:
-                answer = decision
+        answer, decision = _decide_next(trees, request, now, position + len(accepted) + 1, left)
         answers.append(answer)
-        if isinstance(operation.authority, ByToken):
-            left[request.index, *_subject(operation)] = operation.authority.token_id
-        if isinstance(answer, Outcome) and not operation.dry_run:
-            _leave(request.index, operation, answer, left)
+        if decision is not None:
+            accepted.append(decision)
     return answers, accepted
+
+
+def decide_atomic(
+    trees: dict[bytes, Tree],
+    batch: Sequence[Request],
+    now: int,
+    lane_of: Callable[[bytes], int],
+    positions: dict[int, int],
+) -> tuple[list[Outcome | Refused], list[Accepted]]:
+    """Decide the operations of an atomic batch in order: all of them happen, or none.
+
+    The first refusal is that of the batch. A batch that was accepted before replays as a whole; if only
+    some of its operations are recorded, it has other content than it had then. In a dry run each
+    operation sees what those before it would do.
+
+    Args:
+        trees: By root id, what the operations' footprints name. Of an accepted batch all operations
+            are applied, of a refused one none.
+        batch: All operations of the batch; see `check_atomic`.
+        now: The database's clock, read after the trees.
+        lane_of: The lane of a root.
+        positions: By lane, operations committed before these; counted on if the batch is accepted.
+
+    Returns:
+        An answer for each operation, and everything to save.
+    """
+    answers: list[Outcome | Refused] = []
+    accepted: list[Accepted] = []
+    left: Left = {}
+    changed = {root_id: trees[root_id].copy() for root_id in {_root_of(each) for each in batch}}
+    ahead = dict(positions)
+    for request in batch:
+        lane = lane_of(_root_of(request))
+        answer, decision = _decide_next(
+            changed, request, now, ahead[lane] + 1, left, rehearsed=True
+        )
+        if isinstance(answer, Outcome) and answers:
+            answer = _check_recorded_alike(request, answer, answers[0])
+        if isinstance(answer, Refused):
+            return refuse_batch(request.index, answer, size=len(batch)), []
+        answers.append(answer)
+        if decision is not None:
+            accepted.append(decision)
+            ahead[lane] += 1
+    if batch[0].operation.dry_run:
+        return answers, []
+    trees |= changed
+    positions |= ahead
+    return answers, accepted
+
+
+def check_atomic(batch: Sequence[Request]) -> list[Outcome | Refused] | None:
+    """Refuse an atomic batch that no state of the ledger could accept."""
+    for request in batch:
+        refused = check_shape(request.operation)
+        if refused is None and request.operation.dry_run is not batch[0].operation.dry_run:
+            problem = "must be the same in all operations of an atomic batch"
+            refused = Refused(Refusal.MALFORMED, {"field": "dry_run", "problem": problem})
+        if refused is not None:
+            return refuse_batch(request.index, refused, size=len(batch))
+    return None
+
+
+def refuse_batch(index: int, refused: Refused, *, size: int) -> list[Outcome | Refused]:
+    """The answers to an atomic batch in which one operation is refused, and so all of them."""
+    facts = {"index": str(index), "reason": refused.reason.name}
+    answers: list[Outcome | Refused] = [Refused(Refusal.BATCH_REFUSED, facts)] * size
+    answers[index] = refused
+    return answers
+
+
+def _root_of(request: Request) -> bytes:
+    return request.operation.root_id
+
+
+def _check_recorded_alike(
+    request: Request, answer: Outcome, first: Outcome | Refused
+) -> Outcome | Refused:
+    """Refuse an operation that is new where the first of the batch is recorded, or the reverse."""
+    assert isinstance(first, Outcome)
+    if answer.replayed == first.replayed:
+        return answer
+    batch = request.operation.batch
+    assert batch is not None
+    field = f"operations[{request.index}].operation_id"
+    return Refused(
+        Refusal.OPERATION_ID_REUSED, {"operation": id_text(batch.batch_id), "field": field}
+    )
+
+
+def _decide_next(
+    trees: dict[bytes, Tree],
+    request: Request,
+    now: int,
+    position: int,
+    left: Left,
+    *,
+    rehearsed: bool = False,
+) -> tuple[Outcome | Refused, Accepted | None]:
+    """Decide one operation after those before it, and take over what it changes and leaves.
+
+    What a dry run would change is taken over where all of it is only `rehearsed`.
+    """
+    operation = _resolve_chain(request, left)
+    if isinstance(operation, Refused):
+        return operation, None
+    answer: Outcome | Refused
+    accepted: Accepted | None = None
+    malformed = check_shape(operation)
+    if malformed is not None:
+        answer = malformed
+    else:
+        tree = trees[operation.root_id]
+        decision = decide(tree, operation, request.actor, now, position)
+        if isinstance(decision, Accepted):
+            answer = tell(operation, decision.entries)
+            if rehearsed or not operation.dry_run:
+                _apply(trees, decision)
+                accepted = decision
+        else:
+            answer = decision
+    if isinstance(operation.authority, ByToken):
+        left[request.index, *_subject(operation)] = operation.authority.token_id
+    if isinstance(answer, Outcome) and (rehearsed or not operation.dry_run):
+        _leave(request.index, operation, answer, left)
+    return answer, accepted
 
 
 def _apply(trees: dict[bytes, Tree], accepted: Accepted) -> None:

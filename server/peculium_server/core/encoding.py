@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from peculium_server.core import cbor
 from peculium_server.core.operations import (
     OPERATIONS,
+    AtomicBatch,
     Authority,
     ByHolder,
     ByRole,
@@ -98,6 +99,15 @@ def _unpack_rotations(packed: Any) -> tuple[Rotation, ...]:
     )
 
 
+def _pack_batch(batch: AtomicBatch) -> cbor.Value:
+    return [batch.batch_id, batch.size]
+
+
+def _unpack_batch(packed: Any) -> AtomicBatch:
+    batch_id, size = _list(packed)
+    return AtomicBatch(_bytes(batch_id), _int(size))
+
+
 def _same(key: int, name: str, unpack: Callable[[Any], Any]) -> _Field:
     return _Field(key, name, _plain, unpack)
 
@@ -118,6 +128,8 @@ _LEASE = _same(19, "lease_us", _int)
 _DESCENDANT = _same(24, "descendant_id", _bytes)
 _REASON = _same(26, "reason", _str)
 
+_BATCH = _Field(27, "batch", _pack_batch, _unpack_batch)
+
 _USAGE = (
     _same(1, "provider", _str),
     _same(2, "model", _str),
@@ -137,12 +149,13 @@ _CHILD = (
     _same(22, "budget_id", _bytes),
 )
 FIELDS: dict[Kind, tuple[_Field, ...]] = {
-    Kind.GRANT: (_LABELS, _AMOUNT, _NAME, _same(16, "unit", _str), _TOKEN, _HOLDER),
-    Kind.TOP_UP: (_LABELS, _AMOUNT),
-    Kind.WITHDRAW: (_LABELS, _AMOUNT),
-    Kind.RESERVE: (_LABELS, _AMOUNT, _TTL, _NEXT, _HOLD, _same(7, "hold_token_id", _bytes)),
+    Kind.GRANT: (_LABELS, _BATCH, _AMOUNT, _NAME, _same(16, "unit", _str), _TOKEN, _HOLDER),
+    Kind.TOP_UP: (_LABELS, _BATCH, _AMOUNT),
+    Kind.WITHDRAW: (_LABELS, _BATCH, _AMOUNT),
+    Kind.RESERVE: (_LABELS, _BATCH, _AMOUNT, _TTL, _NEXT, _HOLD, _same(7, "hold_token_id", _bytes)),
     Kind.SETTLE: (
         _LABELS,
+        _BATCH,
         _HOLD,
         _ACTUAL,
         _same(9, "keep_open", _bool),
@@ -151,28 +164,34 @@ FIELDS: dict[Kind, tuple[_Field, ...]] = {
         _USAGE_FIELD,
         _same(13, "estimated", _bool),
     ),
-    Kind.RELEASE: (_LABELS, _HOLD),
-    Kind.EXTEND: (_LABELS, _TTL, _HOLD, _NEXT_HOLD),
-    Kind.SPEND: (_LABELS, _AMOUNT, _NEXT, _REFERENCE, _USAGE_FIELD),
-    Kind.DELEGATE: (_LABELS, _NEXT, _Field(14, "children", _pack_children, _unpack_children)),
-    Kind.ACCEPT: (_LABELS, _NEXT),
+    Kind.RELEASE: (_LABELS, _BATCH, _HOLD),
+    Kind.EXTEND: (_LABELS, _BATCH, _TTL, _HOLD, _NEXT_HOLD),
+    Kind.SPEND: (_LABELS, _BATCH, _AMOUNT, _NEXT, _REFERENCE, _USAGE_FIELD),
+    Kind.DELEGATE: (
+        _LABELS,
+        _BATCH,
+        _NEXT,
+        _Field(14, "children", _pack_children, _unpack_children),
+    ),
+    Kind.ACCEPT: (_LABELS, _BATCH, _NEXT),
     Kind.RECOVER: (
         _LABELS,
+        _BATCH,
         _NEXT,
         _HOLDER,
         _Field(23, "holds", _pack_rotations, _unpack_rotations),
         _same(28, "if_seq", _int),
     ),
-    Kind.FUND: (_LABELS, _AMOUNT, _NEXT, _LEASE, _DESCENDANT),
-    Kind.RENEW: (_LABELS, _NEXT, _LEASE),
-    Kind.RETURN: (_LABELS, _AMOUNT, _NEXT, _same(25, "cascade", _bool)),
-    Kind.REVOKE: (_LABELS, _NEXT, _DESCENDANT),
-    Kind.RESOLVE: (_LABELS, _NEXT, _HOLD, _ACTUAL, _REASON),
-    Kind.FREEZE: (_LABELS, _REASON),
-    Kind.UNFREEZE: (_LABELS, _REASON),
-    Kind.LAPSE: (_LABELS, _HOLD),
-    Kind.EXPIRE: (_LABELS,),
-    Kind.COLLECT: (_LABELS,),
+    Kind.FUND: (_LABELS, _BATCH, _AMOUNT, _NEXT, _LEASE, _DESCENDANT),
+    Kind.RENEW: (_LABELS, _BATCH, _NEXT, _LEASE),
+    Kind.RETURN: (_LABELS, _BATCH, _AMOUNT, _NEXT, _same(25, "cascade", _bool)),
+    Kind.REVOKE: (_LABELS, _BATCH, _NEXT, _DESCENDANT),
+    Kind.RESOLVE: (_LABELS, _BATCH, _NEXT, _HOLD, _ACTUAL, _REASON),
+    Kind.FREEZE: (_LABELS, _BATCH, _REASON),
+    Kind.UNFREEZE: (_LABELS, _BATCH, _REASON),
+    Kind.LAPSE: (_LABELS, _BATCH, _HOLD),
+    Kind.EXPIRE: (_LABELS, _BATCH),
+    Kind.COLLECT: (_LABELS, _BATCH),
 }
 """The attributes of each kind, beside the header's; key 1 is the authority. Keys are never reused."""
 

@@ -97,6 +97,15 @@ class Usage:
     cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class AtomicBatch:
+    """The batch that an operation is accepted with, or not at all."""
+
+    batch_id: bytes
+    size: int
+    """How many operations it has."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Header:
     """What every operation carries."""
@@ -108,6 +117,7 @@ class Header:
     labels: Labels = ()
     dry_run: bool = False
     trace_id: bytes | None = None
+    batch: AtomicBatch | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from peculium_server.core import limits
 from peculium_server.core.operations import (
     Accept,
     After,
+    AtomicBatch,
     ByHolder,
     ByRole,
     ByToken,
@@ -80,7 +81,15 @@ def _problems(operation: Operation) -> Iterator[Problem]:
     yield from _labels("labels", operation.labels)
     if operation.trace_id is not None:
         yield from _length("trace_id", operation.trace_id, limits.ID_BYTES)
+    if operation.batch is not None:
+        yield from _batch(operation.batch)
     yield from _own(operation)
+
+
+def _batch(batch: AtomicBatch) -> Iterator[Problem]:
+    yield from _uuid7("batch.operation_id", batch.batch_id)
+    if not 1 <= batch.size <= limits.OPERATIONS_MAX:
+        yield "batch.size", f"must be 1 to {limits.OPERATIONS_MAX}"
 
 
 def _own(operation: Operation) -> Iterator[Problem]:

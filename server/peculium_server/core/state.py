@@ -7,6 +7,7 @@ named tuples because a decision copies a few of them for every operation.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -288,6 +289,13 @@ class Tree:
         """What is available below a budget in those that are not among `budgets`."""
         self.open_holds: dict[bytes, tuple[Hold, ...]] = {}
         """Live and lapsed holds, of the lowest ids `OPEN_HOLDS_MAX`, by budget."""
+
+    def copy(self) -> Tree:
+        """The same, to be changed apart from it: all values are frozen."""
+        other = copy(self)
+        for name, known in vars(self).items():
+            setattr(other, name, copy(known))
+        return other
 
     def budget(self, budget_id: bytes) -> Budget:
         """The budget, which is known to exist."""

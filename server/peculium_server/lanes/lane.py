@@ -1,4 +1,4 @@
-"""Group commit on one lane: whatever waits when the lane becomes free is one transaction.
+"""Group commit: whatever waits when a lane becomes free is one transaction.
 
 No timer decides how many that are: alone, an operation waits for nothing; under load, those that came
 during the last commit share the next one.
@@ -9,10 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
-from peculium_server.core.batch import Left, Request, decide_group, with_carried
+from peculium_server.core.batch import (
+    Left,
+    Request,
+    decide_atomic,
+    decide_group,
+    with_carried,
+)
 from peculium_server.core.footprint import Footprint
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
@@ -20,7 +26,7 @@ from peculium_server.core.state import Accepted
 from peculium_server.lanes.answers import Unanswered, Unavailability, without_store
 from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows
 from peculium_server.store.errors import StoreContended, StoreUnavailable
-from peculium_server.store.lane import Loaded
+from peculium_server.store.lane import Loaded, LoadedLanes
 
 COMMIT_OPERATIONS_MAX: Final = 256
 """Operations in one transaction: more gain little, and each waits for all."""
@@ -51,16 +57,35 @@ class Writer(Protocol):
         ...
 
 
+class LanesWriter(Protocol):
+    """What atomic batches need of the store."""
+
+    async def run(
+        self,
+        footprints: Mapping[int, Mapping[bytes, Footprint]],
+        decide: Callable[[LoadedLanes], Sequence[Accepted]],
+        deadline: float | None,
+    ) -> Mapping[int, int]:
+        """Load, decide and save as one transaction; see `peculium_server.store.lane.LanesWriter`."""
+        ...
+
+
 class Answered:
-    """What became of a group: an answer for each of its operations, and the lane's position."""
+    """What became of a group: an answer for each of its operations, and where the lanes stand."""
 
-    __slots__ = ("left", "position", "results")
+    __slots__ = ("left", "positions", "results")
 
-    def __init__(self, results: Sequence[Outcome | Refused], left: Left, position: int) -> None:
+    def __init__(
+        self,
+        results: Sequence[Outcome | Refused],
+        left: Left,
+        positions: Mapping[int, int],
+    ) -> None:
         self.results = results
         self.left = left
         """The tokens that these and earlier operations of the request left for later ones."""
-        self.position = position
+        self.positions = positions
+        """Of the lanes concerned."""
 
 
 class _Group:
@@ -101,12 +126,11 @@ class _Group:
             self.answered.set_exception(error)
 
 
-class Lane:
-    """One lane's queue and the task that empties it."""
+class _Queue:
+    """Groups that wait for a transaction, and the task that commits as many as one may hold."""
 
-    def __init__(self, number: int, writer: Writer, *, queue_rows_max: int) -> None:
-        self.number = number
-        self._writer = writer
+    def __init__(self, name: str, *, queue_rows_max: int) -> None:
+        self._name = name
         self._queue_rows_max = queue_rows_max
         self._waiting: deque[_Group] = deque()
         self._waiting_rows = 0
@@ -120,7 +144,7 @@ class Lane:
         To cancel the future is to say that the caller has gone: what was not decided by then never is.
 
         Args:
-            requests: Well-formed; all their roots belong to this lane.
+            requests: Well-formed; all their roots belong to this lane, or they are an atomic batch.
             before: The tokens that earlier operations of the same client request have left.
             deadline: On the event loop's clock; past it nothing is begun.
 
@@ -132,13 +156,13 @@ class Lane:
         answered: asyncio.Future[Answered | Unanswered] = loop.create_future()
         group = _Group(requests, before, deadline, answered)
         if self._waiting and self._waiting_rows + group.rows > self._queue_rows_max:
-            facts = {"lane": str(self.number), "queued": str(self._waiting_rows)}
+            facts = {"lane": self._name, "queued": str(self._waiting_rows)}
             group.answer(Unanswered(Unavailability.QUEUE_FULL, facts, QUEUE_FULL_RETRY_MS))
             return answered
         self._waiting.append(group)
         self._waiting_rows += group.rows
         if self._task is None:
-            self._task = loop.create_task(self._work(), name=f"lane {self.number}")
+            self._task = loop.create_task(self._work(), name=f"lane {self._name}")
         return answered
 
     async def idle(self) -> None:
@@ -176,10 +200,10 @@ class Lane:
     async def _commit(self, groups: Sequence[_Group]) -> None:
         """Decide and save groups as one transaction, and tell each what became of it."""
         try:
-            position = await self._run(groups)
+            positions = await self._run(groups)
         except (StoreUnavailable, StoreContended) as error:
             unanswered = without_store(error)
-            _logger.warning("lane %d: %s", self.number, error)
+            _logger.warning("lane %s: %s", self._name, error)
             for group in groups:
                 group.answer(unanswered)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is one group's, not the lane's
@@ -187,7 +211,7 @@ class Lane:
         else:
             for group in groups:
                 if group.results is not None:
-                    group.answer(Answered(group.results, group.left, position))
+                    group.answer(Answered(group.results, group.left, positions))
 
     async def _isolate(self, groups: Sequence[_Group], error: Exception) -> None:
         """Let a failure that is nobody's in particular befall only the group that causes it."""
@@ -197,7 +221,20 @@ class Lane:
         for group in groups:
             await self._commit([group])
 
-    async def _run(self, groups: Sequence[_Group]) -> int:
+    async def _run(self, groups: Sequence[_Group]) -> Mapping[int, int]:
+        """Decide the groups and save what is accepted, in one transaction; where the lanes stand then."""
+        raise NotImplementedError
+
+
+class Lane(_Queue):
+    """One lane's queue: requests in it share transactions, and each operation is decided on its own."""
+
+    def __init__(self, number: int, writer: Writer, *, queue_rows_max: int) -> None:
+        super().__init__(str(number), queue_rows_max=queue_rows_max)
+        self.number = number
+        self._writer = writer
+
+    async def _run(self, groups: Sequence[_Group]) -> Mapping[int, int]:
         footprints: dict[bytes, Footprint] = {}
         for group in groups:
             for request in group.requests:
@@ -210,11 +247,7 @@ class Lane:
 
         def decide(loaded: Loaded) -> Sequence[Accepted]:
             saved: list[Accepted] = []
-            for group in groups:
-                # What an attempt that was not committed has decided is void.
-                group.results = None
-                if group.abandoned(time()):
-                    continue
+            for group in _awaited(groups, time()):
                 position = loaded.position + len(saved)
                 group.left = dict(group.before)
                 group.results, accepted = decide_group(
@@ -223,7 +256,48 @@ class Lane:
                 saved += accepted
             return saved
 
+        position = await self._writer.run(footprints, decide, _latest(groups))
+        return {self.number: position}
+
+
+class AtomicLane(_Queue):
+    """The queue of atomic batches, whatever lanes they belong to: each is accepted whole or not at all."""
+
+    def __init__(
+        self, writer: LanesWriter, lane_of: Callable[[bytes], int], *, queue_rows_max: int
+    ) -> None:
+        super().__init__("atomic", queue_rows_max=queue_rows_max)
+        self._writer = writer
+        self._lane_of = lane_of
+
+    async def _run(self, groups: Sequence[_Group]) -> Mapping[int, int]:
+        footprints: dict[int, dict[bytes, Footprint]] = {}
+        for group in groups:
+            for request in group.requests:
+                root_id = request.operation.root_id
+                in_lane = footprints.setdefault(self._lane_of(root_id), {})
+                in_lane.setdefault(root_id, Footprint()).add(request.operation)
+        time = asyncio.get_running_loop().time
+
+        def decide(loaded: LoadedLanes) -> Sequence[Accepted]:
+            saved: list[Accepted] = []
+            positions = dict(loaded.positions)
+            for group in _awaited(groups, time()):
+                group.results, accepted = decide_atomic(
+                    loaded.trees, group.requests, loaded.now, self._lane_of, positions
+                )
+                saved += accepted
+            return saved
+
         return await self._writer.run(footprints, decide, _latest(groups))
+
+
+def _awaited(groups: Iterable[_Group], now: float) -> Iterator[_Group]:
+    """The groups that somebody still waits for; what an attempt that failed has decided is void."""
+    for group in groups:
+        group.results = None
+        if not group.abandoned(now):
+            yield group
 
 
 def _latest(groups: Iterable[_Group]) -> float | None:

@@ -7,16 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
-from peculium_server.core.batch import Left, Request
+from peculium_server.core.batch import Left, Request, check_atomic
 from peculium_server.core.operations import After, ByToken
-from peculium_server.core.refusals import Refused
+from peculium_server.core.outcome import Outcome
+from peculium_server.core.refusals import Refusal, Refused
 from peculium_server.core.shape import check_shape
 from peculium_server.lanes.answers import Answer, Position, Unanswered, Unavailability
-from peculium_server.lanes.lane import Answered, Lane, Writer
+from peculium_server.lanes.lane import Answered, AtomicLane, Lane, LanesWriter, Writer
 from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows
 
 DRAINING_RETRY_MS: Final = 1_000
 """By then a load balancer or a restart has brought another server."""
+
+_DRAINING: Final = Unanswered(Unavailability.DRAINING, {}, DRAINING_RETRY_MS)
 
 
 class Lanes(Protocol):
@@ -33,6 +36,10 @@ class Lanes(Protocol):
         """The writer of a lane."""
         ...
 
+    def lanes_writer(self) -> LanesWriter:
+        """The writer of what concerns several lanes at once."""
+        ...
+
 
 class Ledger:
     """All lanes of one open ledger."""
@@ -44,6 +51,9 @@ class Ledger:
             Lane(number, store.writer(number), queue_rows_max=queue_rows_max)
             for number in range(store.lanes)
         ]
+        self._atomic = AtomicLane(
+            store.lanes_writer(), store.lane_of, queue_rows_max=queue_rows_max
+        )
         self._draining = False
 
     async def execute(self, requests: Sequence[Request], deadline: float | None) -> list[Answer]:
@@ -63,8 +73,7 @@ class Ledger:
             DeadlinePassed: The deadline passed before some were decided.
         """
         if self._draining:
-            draining = Unanswered(Unavailability.DRAINING, {}, DRAINING_RETRY_MS)
-            return [Answer(draining, None)] * len(requests)
+            return [Answer(_DRAINING, None)] * len(requests)
         admitted, refused = _admit(requests)
         by_lane = self._split(admitted)
         execute = [self._execute_in(lane, group, deadline) for lane, group in by_lane.items()]
@@ -76,6 +85,35 @@ class Ledger:
                 request.index: result for request, result in zip(group, results, strict=True)
             }
         return [answers[request.index] for request in requests]
+
+    async def execute_atomic(
+        self, batch: Sequence[Request], deadline: float | None
+    ) -> list[Answer]:
+        """Decide and save the operations of one client request together: all of them, or none.
+
+        Args:
+            batch: All operations of an atomic batch, by ascending index.
+            deadline: On the event loop's clock; past it nothing is begun.
+
+        Returns:
+            An answer for each operation, in the same order: if one is refused, so are all others
+            (BATCH_REFUSED).
+
+        Raises:
+            DeadlinePassed: The deadline passed before the batch was decided.
+        """
+        if self._draining:
+            return [Answer(_DRAINING, None)] * len(batch)
+        refused = check_atomic(batch) or _check_weight(batch)
+        if refused is not None:
+            return [Answer(refusal, None) for refusal in refused]
+        answered = await self._atomic.submit(batch, {}, deadline)
+        if isinstance(answered, Unanswered):
+            return [Answer(answered, None)] * len(batch)
+        return [
+            Answer(result, self._position(self._lane_of(request.operation.root_id), answered))
+            for request, result in zip(batch, answered.results, strict=True)
+        ]
 
     async def _execute_in(
         self, number: int, requests: Sequence[Request], deadline: float | None
@@ -96,7 +134,7 @@ class Ledger:
     async def drain(self) -> None:
         """Take nothing more, and wait until everything that was taken is committed and answered."""
         self._draining = True
-        for lane in self._lanes:
+        for lane in (*self._lanes, self._atomic):
             await lane.idle()
 
     def _split(self, requests: Sequence[Request]) -> dict[int, list[Request]]:
@@ -110,8 +148,20 @@ class Ledger:
     ) -> list[Answer]:
         if isinstance(answered, Unanswered):
             return [Answer(answered, None)] * len(group)
-        position = Position(self._incarnation, number, answered.position)
+        position = self._position(number, answered)
         return [Answer(result, position) for result in answered.results]
+
+    def _position(self, number: int, answered: Answered) -> Position:
+        return Position(self._incarnation, number, answered.positions[number])
+
+
+def _check_weight(batch: Sequence[Request]) -> list[Outcome | Refused] | None:
+    """Refuse an atomic batch that would write more than one transaction may: it cannot be cut."""
+    size = rows(request.operation for request in batch)
+    if size <= GROUP_ROWS_MAX:
+        return None
+    facts = {"field": "operations", "limit": str(GROUP_ROWS_MAX), "size": str(size)}
+    return [Refused(Refusal.TOO_LARGE, facts)] * len(batch)
 
 
 def _admit(requests: Sequence[Request]) -> tuple[Sequence[Request], dict[int, Refused]]:

@@ -59,11 +59,3 @@ class CallUnanswered(Exception):
     def __init__(self, unanswered: Unanswered) -> None:
         super().__init__(unanswered.message)
         self.unanswered = unanswered
-
-
-class CallUnimplemented(Exception):
-    """The call asks for what this server does not do."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__(what)
-        self.what = what

@@ -27,7 +27,6 @@ from peculium_server.rpc.calls import (
     Call,
     CallRefused,
     CallUnanswered,
-    CallUnimplemented,
 )
 from peculium_server.rpc.permissions import PERMISSIONS
 from peculium_server.store.errors import StoreContended, StoreUnavailable
@@ -136,8 +135,6 @@ def _status(method: str, error: Exception) -> status.Status:
             return status.of_refused(error.refused)
         case CallUnanswered():
             return status.of_unanswered(error.unanswered)
-        case CallUnimplemented():
-            return status.of_unimplemented(error.what)
         case DeadlinePassed():
             return status.of_late()
         case StoreUnavailable() | StoreContended():

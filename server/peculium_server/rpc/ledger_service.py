@@ -41,7 +41,7 @@ from peculium.v1.ledger_service_pb2 import (
 )
 from peculium_server.core.limits import OPERATIONS_MAX
 from peculium_server.core.refusals import Refusal, Refused
-from peculium_server.rpc.calls import CallRefused, CallUnimplemented
+from peculium_server.rpc.calls import CallRefused
 from peculium_server.rpc.operating import Operator
 from peculium_server.rpc.pages import page_token, read_page
 from peculium_server.rpc.reading import Reader
@@ -116,10 +116,14 @@ class LedgerService(ledger_service_pb2_grpc.LedgerServiceServicer):
         return await self._operator.one(request, ResolveResponse())
 
     async def Batch(self, request: BatchRequest, context: Any) -> BatchResponse:
-        """Decide many operations, each with its own result."""
+        """Decide many operations, each with its own result; or, if atomic, all or none."""
         _check_batch(request)
         response = BatchResponse()
-        for answer in await self._operator.many(request.operations):
+        if request.atomic:
+            answers = await self._operator.all_or_none(request.operations, request.operation_id)
+        else:
+            answers = await self._operator.many(request.operations)
+        for answer in answers:
             write_answer(answer, response.results.add())
         return response
 
@@ -155,7 +159,5 @@ def _check_batch(request: BatchRequest) -> None:
         raise CallRefused(Refused(Refusal.TOO_LARGE, facts))
     if not size:
         raise CallRefused.malformed("operations", "must be at least 1")
-    if request.atomic:
-        raise CallUnimplemented("atomic batches")
-    if request.operation_id:
+    if not request.atomic and request.operation_id:
         raise CallRefused.malformed("operation_id", "only with atomic")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
 
 from peculium.v1 import ledger_service_pb2, types_pb2
-from peculium_server.core.batch import Request
+from peculium_server.core.batch import Request, refuse_batch
+from peculium_server.core.operations import AtomicBatch
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
 from peculium_server.lanes.answers import Answer, Unanswered
@@ -22,6 +24,12 @@ class Executing(Protocol):
 
     async def execute(self, requests: Sequence[Request], deadline: float | None) -> list[Answer]:
         """Answer the operations of one request; see `peculium_server.lanes.ledger.Ledger`."""
+        ...
+
+    async def execute_atomic(
+        self, batch: Sequence[Request], deadline: float | None
+    ) -> list[Answer]:
+        """Answer an atomic batch; see `peculium_server.lanes.ledger.Ledger`."""
         ...
 
 
@@ -79,3 +87,17 @@ class Operator:
             Answer(refused[index], None) if index in refused else next(answered)
             for index in range(len(operations))
         ]
+
+    async def all_or_none(
+        self, operations: Sequence[ledger_service_pb2.Operation], batch_id: bytes
+    ) -> list[Answer]:
+        """Have the operations of an atomic batch decided together."""
+        caller, batch = actor(), AtomicBatch(batch_id, len(operations))
+        requests: list[Request] = []
+        for index, message in enumerate(operations):
+            operation = decode_batched(message)
+            if isinstance(operation, Refused):
+                refused = refuse_batch(index, operation, size=len(operations))
+                return [Answer(each, None) for each in refused]
+            requests.append(Request(replace(operation, batch=batch), caller, index))
+        return await self._ledger.execute_atomic(requests, deadline())

@@ -95,12 +95,6 @@ def of_unknown(request_id: str) -> Status:
     return Status(grpc.StatusCode.INTERNAL, message, info)
 
 
-def of_unimplemented(what: str) -> Status:
-    """The status of a call for something that this server cannot do yet."""
-    info = ErrorInfo(reason="UNIMPLEMENTED", domain=DOMAIN, metadata={"what": what})
-    return Status(grpc.StatusCode.UNIMPLEMENTED, f"This server does not do {what}.", info)
-
-
 def of_late() -> Status:
     """The status of a call whose time is over; what it asked for may have happened or not."""
     info = ErrorInfo(reason="DEADLINE_EXCEEDED", domain=DOMAIN)

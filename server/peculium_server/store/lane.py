@@ -1,8 +1,9 @@
-"""The one way to change the ledger: a transaction on a lane that loads, decides and saves.
+"""The one way to change the ledger: a transaction on one lane, or several, that loads, decides and saves.
 
-A transaction is two flights. The first asks for the lane's advisory lock, begins, loads all rows
+A transaction is two flights. The first asks for the lanes' advisory locks, begins, loads all rows
 that the footprints name, and last reads the clock; the second saves, commits and unlocks. What the
-second needs to be true of the rows it checks itself, since the commit travels with it.
+second needs to be true of the rows it checks itself, since the commit travels with it. Several lanes
+are always taken in ascending order, locks and rows alike.
 
 The advisory lock only keeps writers of one lane from aborting each other. It is had in turn, for a
 transaction each, so that several servers share a lane fairly; one that does not get it in time goes
@@ -13,8 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import NamedTuple
 
 import psycopg
@@ -31,7 +33,7 @@ from peculium_server.store.errors import (
     is_starved,
     translate,
 )
-from peculium_server.store.load import Ancestors, Loading
+from peculium_server.store.load import Ancestors, Key, Loading
 from peculium_server.store.save import changes
 from peculium_server.store.statements import of_lane
 from peculium_server.store.wire import Connection, Flown, Result, Statement, Step, encode_int8
@@ -71,38 +73,36 @@ class Loaded(NamedTuple):
     """Operations committed in the lane so far."""
 
 
+class LoadedLanes(NamedTuple):
+    """As `Loaded`, of several lanes."""
+
+    trees: dict[bytes, Tree]
+    """By root id: one for each footprint."""
+    now: int
+    """The database's clock, read after everything else. Microseconds since the Unix epoch."""
+    positions: Mapping[int, int]
+    """Operations committed so far, by lane."""
+
+
 @dataclass
 class _Run:
     """A batch on its way into the ledger."""
 
-    footprints: Mapping[bytes, Footprint]
-    decide: Callable[[Loaded], Sequence[Accepted]]
+    footprints: Mapping[int, Mapping[bytes, Footprint]]
+    """By lane and root id, lanes ascending."""
+    decide: Callable[[LoadedLanes], Sequence[Accepted]]
     in_doubt: bool = False
     """A commit was sent, and its answer is missing."""
     tries: bool = False
-    """The lane's row is written, whatever was decided: it is about whether it can be."""
+    """The lanes' rows are written, whatever was decided: it is about whether they can be."""
 
 
 class LaneWriter:
     """Commits to one lane, a batch at a time; a second `run` waits for the first."""
 
     def __init__(self, dsn: str, incarnation: bytes, lane: int) -> None:
-        self._dsn = dsn
-        self._incarnation = incarnation
+        self._writer = LanesWriter(dsn, incarnation)
         self._lane = lane
-        self._statements = of_lane(lane)
-        self._ancestors = Ancestors()
-        self._turn = asyncio.Lock()
-        self._connecting = Connecting(lambda: connect_writer(self._dsn, self._incarnation))
-        self._connection: Connection | None = None
-        self.starved_at = float("-inf")
-        """When the database last lacked the means to save something, on the event loop's clock."""
-        self._postgres = self._locked = False
-        self._position = 0
-        self._replan_at: int | None = None
-        key = {"key": _LOCK_KEYS | lane}
-        self._lock = Step(_LOCK, key)
-        self._unlock = Step(_UNLOCK, key)
 
     async def run(
         self,
@@ -114,12 +114,75 @@ class LaneWriter:
 
         Args:
             footprints: By root id; all roots belong to this lane.
+            decide: As of `LanesWriter.run`.
+            deadline: As of `LanesWriter.run`.
+
+        Returns:
+            The lane's position afterwards.
+
+        Raises:
+            StoreError: As of `LanesWriter.run`.
+        """
+        lane = self._lane
+
+        def decide_here(loaded: LoadedLanes) -> Sequence[Accepted]:
+            return decide(Loaded(loaded.trees, loaded.now, loaded.positions[lane]))
+
+        positions = await self._writer.run({lane: footprints}, decide_here, deadline)
+        return positions[lane]
+
+    @property
+    def starved_at(self) -> float:
+        """When the database last lacked the means to save something, on the event loop's clock."""
+        return self._writer.starved_at
+
+    async def probe(self) -> None:
+        """Commit without changing anything, to find out whether that is possible.
+
+        Raises:
+            StoreError: As of `LanesWriter.probe`.
+        """
+        await self._writer.probe(self._lane)
+
+    async def close(self) -> None:
+        """Close the connection, after the run that uses it."""
+        await self._writer.close()
+
+
+class LanesWriter:
+    """Commits to any lanes over a connection of its own; a second `run` waits for the first."""
+
+    def __init__(self, dsn: str, incarnation: bytes) -> None:
+        self._dsn = dsn
+        self._incarnation = incarnation
+        self._ancestors: dict[int, Ancestors] = {}
+        self._turn = asyncio.Lock()
+        self._connecting = Connecting(lambda: connect_writer(self._dsn, self._incarnation))
+        self._connection: Connection | None = None
+        self.starved_at = float("-inf")
+        """When the database last lacked the means to save something, on the event loop's clock."""
+        self._postgres = False
+        self._locked: list[int] = []
+        """The lanes whose advisory lock was had, ascending."""
+        self._committed = 0
+        self._replan_at: int | None = None
+
+    async def run(
+        self,
+        footprints: Mapping[int, Mapping[bytes, Footprint]],
+        decide: Callable[[LoadedLanes], Sequence[Accepted]],
+        deadline: float | None,
+    ) -> Mapping[int, int]:
+        """Load what the footprints name, decide, and save what was accepted, as one transaction.
+
+        Args:
+            footprints: By lane and root id.
             decide: Pure. Called again, with everything loaded anew, if the transaction has to be
                 repeated; operations of a run whose commit was in doubt are then found as recorded.
             deadline: On the event loop's clock; None: no other bound than the number of retries.
 
         Returns:
-            The lane's position afterwards.
+            The positions of the lanes afterwards.
 
         Raises:
             StoreUnavailable: The database could not be reached, or not in time; says whether
@@ -127,17 +190,17 @@ class LaneWriter:
             StoreContended: Aborted in favour of other writers too often; nothing was saved.
             LedgerCorrupt: Rows contradict each other; nothing was saved.
         """
-        return await self._run(_Run(footprints, decide), deadline)
+        return await self._run(_Run(dict(sorted(footprints.items())), decide), deadline)
 
-    async def probe(self) -> None:
-        """Commit without changing anything, to find out whether that is possible.
+    async def probe(self, lane: int) -> None:
+        """Commit to a lane without changing anything, to find out whether that is possible.
 
         Raises:
             StoreUnavailable: It is not.
             StoreContended: As of `run`.
             LedgerCorrupt: As of `run`.
         """
-        await self._run(_Run({}, lambda _: (), tries=True), None)
+        await self._run(_Run({lane: {}}, lambda _: (), tries=True), None)
 
     async def close(self) -> None:
         """Close the connection, after the run that uses it."""
@@ -147,7 +210,7 @@ class LaneWriter:
                 await self._connection.close()
                 self._connection = None
 
-    async def _run(self, run: _Run, deadline: float | None) -> int:
+    async def _run(self, run: _Run, deadline: float | None) -> Mapping[int, int]:
         try:
             async with asyncio.timeout_at(deadline), self._turn:
                 return await self._persist(run)
@@ -156,7 +219,7 @@ class LaneWriter:
                 "the database did not answer in time", outcome_unknown=run.in_doubt
             ) from None
 
-    async def _persist(self, run: _Run) -> int:
+    async def _persist(self, run: _Run) -> Mapping[int, int]:
         """Repeat the transaction as often as that can help."""
         clock = asyncio.get_running_loop().time
         give_up_at = clock() + IN_DOUBT_SECONDS_MAX
@@ -188,7 +251,7 @@ class LaneWriter:
             if contended or run.in_doubt:
                 await asyncio.sleep(_backoff(contended + lost))
 
-    async def _transact(self, run: _Run) -> int:
+    async def _transact(self, run: _Run) -> Mapping[int, int]:
         """The transaction, once.
 
         Raises:
@@ -196,14 +259,14 @@ class LaneWriter:
         """
         connection = await self._connected()
         try:
-            loading = await self._load(connection, run)
-            accepted = run.decide(Loaded(loading.trees, loading.now, loading.position))
+            loaded, existing_holds = await self._load(connection, run)
+            accepted = run.decide(loaded)
             if not accepted and not run.in_doubt and not run.tries:
                 await self._end(connection, [_COMMIT])
-                return loading.position
-            # In doubt, the position is written even if nothing else is: an earlier commit that is
+                return loaded.positions
+            # In doubt, the positions are written even if nothing else is: an earlier commit that is
             # still on its way is then either waited for or defeated, and never overtaken.
-            steps, position = changes(self._statements, accepted, loading.holds, loading.position)
+            steps, positions = _saving(run.footprints, accepted, existing_holds, loaded.positions)
             doubted, run.in_doubt = run.in_doubt, True
             try:
                 await self._end(connection, [*steps, _COMMIT])
@@ -214,30 +277,51 @@ class LaneWriter:
             await self._abandon(connection)
             raise
         run.in_doubt = False
-        return position
+        return positions
 
-    async def _load(self, connection: Connection, run: _Run) -> Loading:
-        """Take the lane if it can be had, begin, and load everything."""
+    async def _load(self, connection: Connection, run: _Run) -> tuple[LoadedLanes, Collection[Key]]:
+        """Take the lanes if they can be had, begin, and load everything; and which holds exist."""
         await self._plan_again(connection)
-        loading = Loading(run.footprints, self._statements, self._ancestors)
-        *lock, first = await connection.fly(*self._locking(), [_BEGIN, *loading.first()])
-        for flown in lock:
-            self._locked = not isinstance(flown, psycopg.Error)
-            if isinstance(flown, psycopg.Error) and not is_contention(flown):
-                raise flown
-        loading.take(_results(first)[1:])
-        more = loading.second()
-        if more:
-            (second,) = await connection.fly(more)
-            loading.take(_results(second))
-        loading.finish()
-        self._position = loading.position
-        return loading
+        loadings = {
+            lane: Loading(footprints, of_lane(lane), self._ancestors.setdefault(lane, Ancestors()))
+            for lane, footprints in run.footprints.items()
+        }
+        lanes = list(loadings) if self._postgres else []
+        first = [loading.first() for loading in loadings.values()]
+        *locks, flown = await connection.fly(
+            *([_lock(lane)] for lane in lanes), [_BEGIN, *chain.from_iterable(first)]
+        )
+        for lane, lock in zip(lanes, locks, strict=True):
+            if not isinstance(lock, psycopg.Error):
+                self._locked.append(lane)
+            elif not is_contention(lock):
+                raise lock
+        _, *results = _results(flown)
+        _take(loadings.values(), first, results)
+        more = [loading.second() for loading in loadings.values()]
+        if any(more):
+            (flown,) = await connection.fly(list(chain.from_iterable(more)))
+            _take(loadings.values(), more, _results(flown))
+        for loading in loadings.values():
+            loading.finish()
+        positions = {lane: loading.position for lane, loading in loadings.items()}
+        self._committed = sum(positions.values())
+        trees: dict[bytes, Tree] = {}
+        existing_holds: set[Key] = set()
+        for loading in loadings.values():
+            trees |= loading.trees
+            existing_holds |= loading.holds
+        now = max(loading.now for loading in loadings.values())
+        return LoadedLanes(trees, now, positions), existing_holds
 
     async def _end(self, connection: Connection, steps: Sequence[Step]) -> None:
-        """Send the last statements of the transaction, and give the lane to the next."""
-        flown, *unlock = await connection.fly(steps, *self._unlocking())
-        self._locked = self._locked and isinstance(unlock[0], psycopg.Error)
+        """Send the last statements of the transaction, and give the lanes to the next."""
+        flown, *unlocked = await connection.fly(steps, *self._unlocking())
+        self._locked = [
+            lane
+            for lane, unlock in zip(self._locked, unlocked, strict=True)
+            if isinstance(unlock, psycopg.Error)
+        ]
         _results(flown)
 
     async def _abandon(self, connection: Connection) -> None:
@@ -248,7 +332,7 @@ class LaneWriter:
                 await connection.fly([] if idle else [_ROLLBACK], *self._unlocking())
             except psycopg.Error:
                 connection.pgconn.finish()
-        self._locked = False
+        self._locked = []
         if connection.pgconn.status != ConnStatus.OK:
             self._connection = None
 
@@ -257,11 +341,8 @@ class LaneWriter:
             self._connection.pgconn.finish()
             self._connection = None
 
-    def _locking(self) -> list[list[Step]]:
-        return [[self._lock]] if self._postgres else []
-
     def _unlocking(self) -> list[list[Step]]:
-        return [[self._unlock]] if self._locked else []
+        return [[Step(_UNLOCK, {"key": _LOCK_KEYS | lane})] for lane in self._locked]
 
     async def _connected(self) -> Connection:
         if self._connection is None:
@@ -271,11 +352,40 @@ class LaneWriter:
         return self._connection
 
     async def _plan_again(self, connection: Connection) -> None:
-        if not self._postgres or (self._replan_at or 0) > self._position:
+        if not self._postgres or (self._replan_at or 0) > self._committed:
             return
         if self._replan_at is not None:
             _results((await connection.fly([_REPLAN]))[0])
-        self._replan_at = 2 * self._position + _REPLAN_FIRST
+        self._replan_at = 2 * self._committed + _REPLAN_FIRST
+
+
+def _lock(lane: int) -> Step:
+    return Step(_LOCK, {"key": _LOCK_KEYS | lane})
+
+
+def _saving(
+    footprints: Mapping[int, Mapping[bytes, Footprint]],
+    accepted: Sequence[Accepted],
+    existing_holds: Collection[Key],
+    before: Mapping[int, int],
+) -> tuple[list[Step], dict[int, int]]:
+    """The steps that save what was accepted, lane for lane, and the positions afterwards."""
+    steps: list[Step] = []
+    positions: dict[int, int] = {}
+    for lane, roots in footprints.items():
+        here = [one for one in accepted if one.operation.root_id in roots]
+        more, positions[lane] = changes(of_lane(lane), here, existing_holds, before[lane])
+        steps += more
+    return steps, positions
+
+
+def _take(
+    loadings: Iterable[Loading], asked: Sequence[Sequence[Step]], results: Sequence[Result]
+) -> None:
+    """Give each lane's loading the results of what it has asked."""
+    left = iter(results)
+    for loading, steps in zip(loadings, asked, strict=True):
+        loading.take(list(islice(left, len(steps))))
 
 
 def _results(flown: Flown) -> list[Result]:

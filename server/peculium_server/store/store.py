@@ -26,7 +26,7 @@ from peculium_server.store.errors import (
     StoreUnavailable,
     translate,
 )
-from peculium_server.store.lane import LaneWriter
+from peculium_server.store.lane import LanesWriter, LaneWriter
 from peculium_server.store.migrate import current, head
 from peculium_server.store.reads import STATEMENTS
 from peculium_server.store.schema import lane_of
@@ -118,6 +118,7 @@ class Store:
         self.lanes = lanes
         self._readers = readers
         self._writers = [LaneWriter(dsn, incarnation, lane) for lane in range(lanes)]
+        self._lanes_writer = LanesWriter(dsn, incarnation)
 
     @classmethod
     async def open(
@@ -151,6 +152,7 @@ class Store:
         """Close all connections, those of the writers too."""
         for writer in self._writers:
             await writer.close()
+        await self._lanes_writer.close()
         await self._readers.close()
 
     def lane_of(self, root_id: bytes) -> int:
@@ -160,6 +162,10 @@ class Store:
     def writer(self, lane: int) -> LaneWriter:
         """The writer of a lane; the same one each time."""
         return self._writers[lane]
+
+    def lanes_writer(self) -> LanesWriter:
+        """The writer of what concerns several lanes at once; the same one each time."""
+        return self._lanes_writer
 
     async def probe(self) -> None:
         """Read, and commit, as operations do; nothing is changed by it.
@@ -171,7 +177,7 @@ class Store:
         await self._writers[0].probe()
         # A commit that changes a row in its place finds room where one that adds rows may not.
         since = asyncio.get_running_loop().time() - _STARVED_SECONDS
-        if any(writer.starved_at > since for writer in self._writers):
+        if any(writer.starved_at > since for writer in (*self._writers, self._lanes_writer)):
             raise StoreUnavailable("the database lacks the means to save what is accepted")
 
     async def standing(self, lane: int) -> Standing:
