@@ -106,7 +106,8 @@ def _asked(draw: st.DrawFn, by_admin: bool) -> tuple[Operation, types_pb2.Author
     values = {
         field.name: draw((_BY_NAME | _REQUIRED.get(kind, {}))[field.name])
         for field in fields(OPERATIONS[kind])
-        if field.name != "authority"
+        # Whether it is part of an atomic batch is the batch's to say.
+        if field.name not in ("authority", "batch")
     }
     # What a service has no field for is not asked there.
     if kind is Kind.RESOLVE and by_admin:

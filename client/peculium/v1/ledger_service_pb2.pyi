@@ -938,9 +938,13 @@ class BatchRequest(_message.Message):
     ATOMIC_FIELD_NUMBER: _builtins.int
     OPERATION_ID_FIELD_NUMBER: _builtins.int
     atomic: _builtins.bool
-    """All or none, over all roots named."""
+    """All or none, over all roots named: if one is refused, so are the others (BATCH_REFUSED). All of them run dry, or
+    none. Together they may write at most 1000 entries.
+    """
     operation_id: _builtins.bytes
-    """The batch's own id (UUIDv7), with `atomic` only."""
+    """The batch's own id (UUIDv7), with `atomic` only. It is recorded with each operation, which from then on replays
+    only as part of the same batch.
+    """
     @_builtins.property
     def operations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Operation]:
         """1 to 256, decided in this order within each root."""

@@ -87,7 +87,7 @@ def _problems(operation: Operation) -> Iterator[Problem]:
 
 
 def _batch(batch: AtomicBatch) -> Iterator[Problem]:
-    yield from _uuid7("batch.operation_id", batch.batch_id)
+    yield from _uuid("batch.operation_id", batch.batch_id)
     if not 1 <= batch.size <= limits.OPERATIONS_MAX:
         yield "batch.size", f"must be 1 to {limits.OPERATIONS_MAX}"
 
