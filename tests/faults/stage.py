@@ -14,7 +14,7 @@ from itertools import product
 from psycopg import errors
 
 from peculium_server.store import connect, lane
-from peculium_server.store.lane import LaneWriter
+from peculium_server.store.lane import LanesWriter, LaneWriter
 from peculium_server.store.wire import Connection, Flown, Result, Step
 
 PATIENCE_SECONDS = 30
@@ -171,10 +171,19 @@ class SteppedWriter(LaneWriter):
 
     def __init__(self, dsn: str, incarnation: bytes, number: int) -> None:
         super().__init__(dsn, incarnation, number)
-        self.actor: Actor | None = None
+        self._writer = self._stepped = _SteppedWriter(dsn, incarnation)
 
     async def enter(self, actor: Actor) -> None:
         """Play the next run as this actor."""
+        await self._stepped.enter(actor)
+
+
+class _SteppedWriter(LanesWriter):
+    def __init__(self, dsn: str, incarnation: bytes) -> None:
+        super().__init__(dsn, incarnation)
+        self.actor: Actor | None = None
+
+    async def enter(self, actor: Actor) -> None:
         self.actor = actor
         await self._connected()
 

@@ -177,7 +177,8 @@ class Store:
         await self._writers[0].probe()
         # A commit that changes a row in its place finds room where one that adds rows may not.
         since = asyncio.get_running_loop().time() - _STARVED_SECONDS
-        if any(writer.starved_at > since for writer in (*self._writers, self._lanes_writer)):
+        starved_at = [writer.starved_at for writer in self._writers]
+        if max(*starved_at, self._lanes_writer.starved_at) > since:
             raise StoreUnavailable("the database lacks the means to save what is accepted")
 
     async def standing(self, lane: int) -> Standing:
