@@ -370,10 +370,17 @@ def _saving(
     before: Mapping[int, int],
 ) -> tuple[list[Step], dict[int, int]]:
     """The steps that save what was accepted, lane for lane, and the positions afterwards."""
+    by_lane: dict[int, list[Accepted]] = {lane: [] for lane in footprints}
+    if len(by_lane) == 1:
+        [here] = by_lane.values()
+        here += accepted
+    else:
+        lane_of = {root_id: lane for lane, roots in footprints.items() for root_id in roots}
+        for one in accepted:
+            by_lane[lane_of[one.operation.root_id]].append(one)
     steps: list[Step] = []
     positions: dict[int, int] = {}
-    for lane, roots in footprints.items():
-        here = [one for one in accepted if one.operation.root_id in roots]
+    for lane, here in by_lane.items():
         more, positions[lane] = changes(of_lane(lane), here, existing_holds, before[lane])
         steps += more
     return steps, positions
