@@ -251,7 +251,7 @@ async def _act(writer: SteppedWriter, ledger: Ledger, role: _Role) -> None:
         )
         return accepted
 
-    actor = writer.actor
+    actor = writer.stepped.actor
     assert actor is not None
     try:
         await writer.run({operation.root_id: footprint}, decide, None)

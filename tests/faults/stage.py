@@ -171,11 +171,11 @@ class SteppedWriter(LaneWriter):
 
     def __init__(self, dsn: str, incarnation: bytes, number: int) -> None:
         super().__init__(dsn, incarnation, number)
-        self._writer = self._stepped = _SteppedWriter(dsn, incarnation)
+        self._writer = self.stepped = _SteppedWriter(dsn, incarnation)
 
     async def enter(self, actor: Actor) -> None:
         """Play the next run as this actor."""
-        await self._stepped.enter(actor)
+        await self.stepped.enter(actor)
 
 
 class _SteppedWriter(LanesWriter):
