@@ -60,6 +60,11 @@ ARGS ?=
 test: install ## Run all tests against a real Postgres that they start themselves.
 	@$(BIN)/python -m pytest -n auto --dist loadgroup --durations 10 $(ARGS)
 
+.PHONY: soak
+soak: SECONDS ?= 900
+soak: install ## Keep a steady load for SECONDS=900 while agents die: nothing may grow.
+	@$(BIN)/python -m tests.faults.soak --seconds $(SECONDS)
+
 .PHONY: demo
 demo: install ## Spend a real request trace from one capped budget (TRACE=file for another one).
 	@$(BIN)/peculium demo $(if $(TRACE),--trace "$(TRACE)")
