@@ -40,6 +40,9 @@ _SETTINGS = {"max_connections": "200", "shared_buffers": "64MB"}
 """Beside Postgres's own defaults, which are durable."""
 
 
+_BACKENDS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'peculium'"
+
+
 class ClusterBroken(Exception):
     """Something did not come up again in time; carries what is known of it."""
 
@@ -317,6 +320,14 @@ class Cluster:
         """
         for proxy in self.proxies:
             await proxy.heal()
+        await self.revive()
+
+    async def revive(self) -> None:
+        """Wait until every process runs and serves; faults of connections go on.
+
+        Raises:
+            ClusterBroken: Something does not come back.
+        """
         if not psutil.pid_exists(self.postgres.pid):
             await self.start_postgres()
         await self.answering()
@@ -340,6 +351,18 @@ class Cluster:
                 await asyncio.sleep(POLL_SECONDS)
             else:
                 return
+
+    async def no_backends(self) -> None:
+        """Wait until no server's connection is open any more: nothing can be committed then.
+
+        Raises:
+            ClusterBroken: One stays.
+        """
+        deadline = time.monotonic() + WAIT_SECONDS_MAX
+        while (await self.fetch(_BACKENDS))[0] != (0,):
+            if time.monotonic() > deadline:
+                raise ClusterBroken("connections of servers that were stopped stay open")
+            await asyncio.sleep(POLL_SECONDS)
 
     # -- Looking --------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -85,12 +87,50 @@ async def test_children_are_listed_by_name_and_descendants_by_id(
     found = await pages(
         lambda after: store.list_subtree(root.root_id, root.id, limit=4, after=after)
     )
-    assert [budget for rows in found for budget in rows] == sorted(
-        (node.budget for node in (*children, *below)), key=lambda budget: budget.budget_id
-    )
+    assert [budget for rows in found for budget in rows] == [
+        root.budget,
+        *sorted((node.budget for node in (*children, *below)), key=lambda each: each.budget_id),
+    ]
     page = await store.list_subtree(root.root_id, children[0].id, limit=10)
-    assert {budget.budget_id for budget in page.rows} == {node.id for node in below}
+    top, *rest = page.rows
+    assert top == children[0].budget
+    assert {budget.budget_id for budget in rest} == {node.id for node in below}
     assert page.next is None
+
+
+async def test_a_page_that_has_the_top_alone_is_followed_by_all_that_is_below(
+    ledger: StoredLedger, root: Node
+) -> None:
+    below = [await ledger.below(root, 1) for _ in range(2)]
+    store = ledger.store
+    found = await pages(
+        lambda after: store.list_subtree(root.root_id, root.id, limit=1, after=after)
+    )
+    listed = [budget.budget_id for rows in found for budget in rows]
+    assert listed == [root.id, *sorted(node.id for node in below)]
+
+
+async def test_a_tree_that_is_listed_while_money_moves_in_it_adds_up(
+    ledger: StoredLedger, root: Node
+) -> None:
+    child = await ledger.below(root, 10)
+    store = ledger.store
+    moving = asyncio.create_task(_move(ledger, root, child))
+    try:
+        for _ in range(200):
+            page = await store.list_subtree(root.root_id, root.id, limit=10)
+            top, below = page.rows
+            assert top.money.delegated == below.money.granted
+    finally:
+        moving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await moving
+
+
+async def _move(ledger: StoredLedger, root: Node, child: Node) -> None:
+    while True:
+        await ledger.accept(root.fund(child, 5))
+        await ledger.accept(child.give_back(5))
 
 
 async def test_a_page_that_ends_with_the_list_has_no_next(ledger: StoredLedger, root: Node) -> None:

@@ -75,12 +75,14 @@ class Load:
 
 
 @contextlib.asynccontextmanager
-async def under_load(address: str, name: str = "load", *, budgets: int = 6) -> AsyncIterator[Load]:
+async def under_load(
+    address: str, name: str = "load", *, budgets: int = 6, timeout: float = TIMEOUT_SECONDS
+) -> AsyncIterator[Load]:
     """Agents on each of some budgets held by token, and on one that its principal holds.
 
     Leaving ends them after the call that each of them is at.
     """
-    async with aio.connect(address, timeout=TIMEOUT_SECONDS) as client:
+    async with aio.connect(address, timeout=timeout) as client:
         load = Load((f"{name}-tokens", f"{name}-service"))
         shared = await _make_budgets(client, load.roots, budgets)
         async with asyncio.TaskGroup() as working:

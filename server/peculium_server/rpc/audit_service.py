@@ -19,10 +19,10 @@ from peculium.v1.audit_service_pb2 import (
 )
 from peculium_server.core.state import Budget, Entry
 from peculium_server.core.verify import Finding, Verifier
-from peculium_server.rpc.pages import Asked, fitting, page_token, read_page
+from peculium_server.rpc.pages import fitting, page_token, read_page
 from peculium_server.rpc.reading import Reader
 from peculium_server.rpc.responses import write_budget, write_entry, write_finding, write_position
-from peculium_server.store.store import Page, Snapshot, Store
+from peculium_server.store.store import Snapshot, Store
 
 _KEY_BYTES: Final = 8
 _ROW_BYTES: Final = 512
@@ -76,23 +76,14 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         root_id, budget_id = top.budget.root_id, top.budget.budget_id
         scope = b"subtree" + root_id + budget_id
         asked = read_page(scope, request.page_size, request.page_token)
-        first = asked.after is None
-        below = await self._below(root_id, budget_id, asked, room=asked.size - first)
-        listed = (top.budget, *below.rows) if first else below.rows
-        rows = fitting(listed, _budget_bytes)
-        if len(rows) < len(listed):
-            return rows, page_token(scope, b"" if rows[-1] is top.budget else rows[-1].budget_id)
-        return rows, page_token(scope, below.next)
-
-    async def _below(
-        self, root_id: bytes, budget_id: bytes, asked: Asked, room: int
-    ) -> Page[Budget, bytes]:
-        """Some of what is below a budget; the token of a page that has the top alone has no key."""
-        if not room:
-            return Page((), b"")
-        return await self._store.list_subtree(
-            root_id, budget_id, limit=room, after=asked.after or None
+        page = await self._store.list_subtree(
+            root_id, budget_id, limit=asked.size, after=asked.after
         )
+        rows = fitting(page.rows, _budget_bytes)
+        if len(rows) == len(page.rows):
+            return rows, page_token(scope, page.next)
+        last = rows[-1].budget_id
+        return rows, page_token(scope, b"" if last == budget_id else last)
 
     async def ListEntries(self, request: ListEntriesRequest, context: Any) -> ListEntriesResponse:
         """List the entries of a budget, or of the whole tree that it belongs to."""

@@ -21,6 +21,7 @@ from sqlalchemy import (
     literal_column,
     select,
     union,
+    union_all,
 )
 
 from peculium_server.core.state import GENESIS, Entry
@@ -110,7 +111,11 @@ def _list_children() -> Executable:
 
 
 def _list_subtree() -> Executable:
-    return (
+    """The top, if it is named, and what is below: as one statement sees them, so that they add up."""
+    top = select(*_columns(budgets, rows.BUDGET_COLUMNS)).where(
+        *_in_tree(budgets), budgets.c.budget_id == bindparam("top_id", type_=Uuid(as_uuid=False))
+    )
+    below = (
         select(*_columns(budgets, rows.BUDGET_COLUMNS))
         .where(
             *_in_tree(budgets),
@@ -118,6 +123,13 @@ def _list_subtree() -> Executable:
             budgets.c.budget_id > _AFTER_ID,
         )
         .order_by(budgets.c.budget_id)
+        .limit(_LIMIT)
+        .subquery("below")
+    )
+    listed = union_all(top, select(below)).subquery("listed")
+    return (
+        select(*_columns(listed, rows.BUDGET_COLUMNS))
+        .order_by(listed.c.budget_id != _BUDGET, listed.c.budget_id)
         .limit(_LIMIT)
     )
 

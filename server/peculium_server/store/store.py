@@ -231,10 +231,17 @@ class Store:
     async def list_subtree(
         self, root_id: bytes, budget_id: bytes, *, limit: int, after: bytes | None = None
     ) -> Page[Budget, bytes]:
-        """Everything below a budget, at any depth, by id; closed budgets included."""
-        key = self._key(root_id, budget_id)
-        found = await self._fetch("list_subtree", **key, after=after or _NIL, limit=limit + 1)
-        return _page(found, limit, lambda budget: budget.budget_id)
+        """A budget, then everything below it, at any depth, by id; closed budgets included.
+
+        What is in one page was true at one instant. The first page has the budget itself, whose key
+        is empty.
+        """
+        top_id = budget_id if after is None else _NIL
+        key = self._key(root_id, budget_id) | {"top_id": top_id, "after": after or _NIL}
+        found = await self._fetch("list_subtree", **key, limit=limit + 1)
+        return _page(
+            found, limit, lambda budget: b"" if budget.budget_id == budget_id else budget.budget_id
+        )
 
     async def list_holds(
         self,

@@ -1,0 +1,385 @@
+"""Model replay: random operations of every kind under faults, and every answer checked.
+
+At least sixteen clients share some trees and have others to themselves. Each copy of a request goes to
+a server of its own, with a deadline; an unknown outcome is asked for again by the same id, some requests
+are sent twice at once, some again much later. Meanwhile connections on both sides of the servers suffer
+whatever `storms` has, and processes are killed now and then. `checks` says what has to be true then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from random import Random
+
+from google.protobuf.message import Message
+
+from peculium._ids import token_id
+from peculium.v1 import ledger_service_pb2 as ledger, types_pb2
+from peculium_server.core.operations import After, Extend, Operation, Release, Settle
+from peculium_server.core.refusals import Refused
+from peculium_server.rpc.requests import decode
+from peculium_server.store.schema import lane_of
+from tests.faults.checks import (
+    Asked,
+    Attempt,
+    Journal,
+    Problem,
+    Refusal,
+    check,
+    leaked,
+    overshoot,
+    read_journal,
+    resolved,
+    tallied,
+)
+from tests.faults.cluster import SERVER, WAIT_SECONDS_MAX, Cluster
+from tests.faults.history import History, told
+from tests.faults.sending import Answer, Line, Seen, actor_of, batched, now
+from tests.faults.storms import storm
+from tests.faults.tally import Setting, Tally
+from tests.faults.wishes import ALL_KINDS, Purse, Wish, Wisher
+
+CLIENTS = 16
+HOT_ROOTS = 3
+DEADLINES_SECONDS = (0.5, 2.0, 5.0)
+ATTEMPTS_MAX = 12
+VERIFY_SECONDS = 120.0
+
+
+class Campaign:
+    """Clients at work on a cluster, and everything that they were told."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        history: History,
+        chance: Random,
+        *,
+        kinds: Mapping[str, int] = ALL_KINDS,
+        dry_runs: bool = True,
+    ) -> None:
+        self.cluster = cluster
+        self.history = history
+        self.seen = Seen()
+        self.asked: list[Asked] = []
+        self.shared: list[Purse] = []
+        self.copies_chance = 0.05
+        """How often a request is sent twice at once."""
+        self.shared_chance = 0.4
+        """How often a client uses what all share, not what is its own."""
+        self._chance = chance
+        self._kinds = kinds
+        self._dry_runs = dry_runs
+        self._stopping = False
+        self._late: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def lines(self) -> AsyncIterator[list[Line]]:
+        """A connection of one's own to each server."""
+        async with AsyncExitStack() as open_:
+            yield [
+                await open_.enter_async_context(Line(node.address, self.seen))
+                for node in self.cluster.nodes
+            ]
+
+    async def prepare(self, same_lane: bool = False) -> None:
+        """Make the trees that all share, before anything goes wrong."""
+        wisher = Wisher(self._chance, self.shared, self._kinds)
+        async with self.lines() as lines:
+            while len(self.shared) < HOT_ROOTS:
+                wish = wisher._grant()
+                if same_lane and lane_of(wish.purse.root_id, 16) != 3:
+                    continue
+                wish.request.amount = 10**9  # type: ignore[attr-defined]
+                if len(self.shared) < HOT_ROOTS - 1:
+                    # Without a token, so that many can use it at once.
+                    wish.request.token_id = b""  # type: ignore[attr-defined]
+                    wish.request.holder = "dev"  # type: ignore[attr-defined]
+                    wish.purse.by_token = False
+                    wish.purse.secrets.clear()
+                    wish.following = None
+                await self._perform(-1, lines, wish)
+                self.shared.append(wish.purse)
+            for root in list(self.shared):
+                made = wisher._delegate(root)
+                if made is not None:
+                    for child in made.request.children:  # type: ignore[attr-defined]
+                        child.amount = 10**6
+                        child.ClearField("lease")
+                        child.ClearField("lease_latest")
+                    await self._perform(-1, lines, made)
+                    self.shared += made.made
+
+    async def work(self, seconds: float, clients: int = CLIENTS) -> None:
+        """Let clients work for a time, and finish what they are at."""
+        async with asyncio.TaskGroup() as working:
+            for process in range(clients):
+                working.create_task(self._client(process))
+            await asyncio.sleep(seconds)
+            self._stopping = True
+        # The faults end only after this: also what was sent late may be lost.
+
+    async def finish(self) -> None:
+        """Wait for the copies that were sent late."""
+        if self._late:
+            await asyncio.wait(self._late, timeout=WAIT_SECONDS_MAX)
+
+    async def _client(self, process: int) -> None:
+        chance = Random(f"{self._chance.random()} {process}")
+        wisher = Wisher(chance, self.shared, self._kinds, dry_runs=self._dry_runs)
+        wisher.shared_chance = self.shared_chance
+        async with self.lines() as lines:
+            while not self._stopping:
+                if chance.random() < 0.08:
+                    await self._perform_batch(process, lines, wisher, chance)
+                else:
+                    await self._perform(process, lines, wisher.wish(), chance)
+
+    # -- One operation --------------------------------------------------------------------------------
+
+    async def _perform(
+        self, process: int, lines: Sequence[Line], wish: Wish, chance: Random | None = None
+    ) -> None:
+        chance = chance or self._chance
+        operation = _decoded(wish.request)
+        asked = Asked(process, operation, actor_of(wish.request))
+        self.asked.append(asked)
+        self.history.invoke(process, operation.kind.name, told(operation))
+        answer = await self._until_known(asked, lines, wish, chance)
+        if chance.random() < 0.04:
+            self._again_later(asked, wish, chance)
+        self._note(process, operation, answer)
+
+    async def _until_known(
+        self, asked: Asked, lines: Sequence[Line], wish: Wish, chance: Random
+    ) -> Answer:
+        """Send the same request again until it is answered, or given up."""
+        answer: Answer = None
+        for number in range(ATTEMPTS_MAX):
+            copies = 2 if chance.random() < self.copies_chance else 1
+            # To different servers, so that nobody but the database can know of both.
+            sent = [
+                self._send(asked, line, wish, chance) for line in chance.sample(list(lines), copies)
+            ]
+            answers = await asyncio.gather(*sent)
+            # Of two copies one may be refused by the other's success, which is the outcome then.
+            answer = max(answers, key=_weight)
+            if answer is not None or chance.random() < 0.05:
+                break
+            await asyncio.sleep(chance.uniform(0, 0.1 * (number + 1)))
+        wish.answered(answer)
+        return answer
+
+    async def _send(self, asked: Asked, line: Line, wish: Wish, chance: Random) -> Answer:
+        root_id = asked.operation.root_id
+        attempt = Attempt(asked.operation, now(), self.seen.floor(root_id))
+        asked.attempts.append(attempt)
+        answer = await line.ask(wish.request, chance.choice(DEADLINES_SECONDS))
+        attempt.answered_at, attempt.answer = now(), answer
+        return answer
+
+    def _again_later(self, asked: Asked, wish: Wish, chance: Random) -> None:
+        """Send one more copy, long after its sender forgot about it."""
+
+        async def later() -> None:
+            await asyncio.sleep(chance.uniform(0, 3))
+            async with Line(chance.choice(self.cluster.nodes).address, self.seen) as line:
+                answer = await self._send(asked, line, wish, chance)
+            # A refused operation may have won now: its token is live.
+            wish.answered(answer)
+            self._note(f"late {asked.process}", asked.operation, answer)
+
+        task = asyncio.create_task(later())
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
+
+    # -- A batch --------------------------------------------------------------------------------------
+
+    async def _perform_batch(
+        self, process: int, lines: Sequence[Line], wisher: Wisher, chance: Random
+    ) -> None:
+        wishes = wisher.chain(chance.randint(2, 8))
+        if not wishes:
+            return
+        batch = ledger.BatchRequest(operations=[batched(wish.request) for wish in wishes])
+        asked = [Asked(process, _decoded(wish.request), actor_of(wish.request)) for wish in wishes]
+        self.asked += asked
+        for each in asked:
+            self.history.invoke(process, each.operation.kind.name, told(each.operation))
+        answers: list[Answer] = []
+        for number in range(ATTEMPTS_MAX):
+            answers = await self._send_batch(asked, chance.choice(lines), wishes, batch, chance)
+            if None not in answers or chance.random() < 0.05:
+                break
+            await asyncio.sleep(chance.uniform(0, 0.1 * (number + 1)))
+        for each, wish, answer in zip(asked, wishes, answers, strict=True):
+            wish.answered(answer)
+            self._note(process, each.operation, answer)
+
+    async def _send_batch(
+        self,
+        asked: Sequence[Asked],
+        line: Line,
+        wishes: Sequence[Wish],
+        batch: ledger.BatchRequest,
+        chance: Random,
+    ) -> list[Answer]:
+        root_id = asked[0].operation.root_id
+        sent_at, floor = now(), self.seen.floor(root_id)
+        attempts = [Attempt(each.operation, sent_at, floor) for each in asked]
+        for each, attempt in zip(asked, attempts, strict=True):
+            each.attempts.append(attempt)
+        answers = await line.ask_many(batch, chance.choice(DEADLINES_SECONDS))
+        answered_at = now()
+        left = _Left()
+        for attempt, wish, answer in zip(attempts, wishes, answers, strict=True):
+            attempt.operation = left.resolve(attempt.operation)
+            attempt.answered_at, attempt.answer = answered_at, answer
+            left.note(attempt.operation, wish, answer)
+        return answers
+
+    def _note(self, process: int | str, operation: Operation, answer: Answer) -> None:
+        f, id_ = operation.kind.name, operation.operation_id.hex()
+        match answer:
+            case types_pb2.Outcome():
+                value = {
+                    "seq": answer.seq,
+                    "at": answer.ledger.position,
+                    "new": not answer.replayed,
+                }
+                self.history.ok(process, f, {"operation_id": id_, **value})
+            case Refusal():
+                why = {"reason": answer.reason, "facts": dict(answer.facts)}
+                self.history.fail(process, f, {"operation_id": id_, **why})
+            case _:
+                self.history.info(process, f, {"operation_id": id_})
+
+    # -- The end --------------------------------------------------------------------------------------
+
+    async def examined(self, *, others: bool = False) -> tuple[Journal, list[Problem]]:
+        """Heal everything, let the ledger come to rest, and check it: all that is wrong.
+
+        Args:
+            others: Whether somebody else has used the ledger too, on trees of their own.
+        """
+        await self.cluster.heal()
+        await self.finish()
+        found = [Problem("failure", failure) for failure in self.seen.failures]
+        await self._swept()
+        found += await self._verified()
+        # Whatever is still under way in a server is finished, or never will be.
+        for node in self.cluster.nodes:
+            await node.stop()
+        await self.cluster.no_backends()
+        journal = await read_journal(self.cluster.dsn)
+        known = {each.operation.root_id for each in self.asked} if others else None
+        found += await asyncio.to_thread(check, journal, self.asked, of=known)
+        found += [Problem("leaked", f"hold {hold.hold_id.hex()}") for hold in leaked(journal)]
+        return journal, found
+
+    async def _swept(self) -> None:
+        """Wait until nothing is due any more; what stays due is found when everything is read."""
+        deadline = time.monotonic() + SWEEP_SECONDS_MAX
+        while time.monotonic() < deadline:
+            (due,) = (await self.cluster.fetch(_DUE))[0]
+            if not due:
+                return
+            await asyncio.sleep(0.2)
+
+    async def _verified(self) -> list[Problem]:
+        async with self.lines() as lines:
+            for line in lines * 3:
+                verdict = await line.verdict(VERIFY_SECONDS)
+                if verdict is not None:
+                    return [
+                        Problem("verify", f"{each.rule}: {each.detail}")
+                        for each in verdict.findings
+                    ]
+        return [Problem("verify", "the ledger did not verify itself in time")]
+
+
+SWEEP_SECONDS_MAX = 60.0
+_DUE = f"SELECT count(*) FROM holds WHERE state = {1} AND expires_at < clock_timestamp()"
+
+
+class _Left:
+    """The tokens that the operations of a batch have left, as their answers say."""
+
+    def __init__(self) -> None:
+        self._tokens: list[tuple[bytes | None, dict[bytes, bytes]]] = []
+
+    def resolve(self, operation: Operation) -> Operation:
+        """The operation with the token that it presents; chained still if there is none."""
+        if not isinstance(operation.authority, After):
+            return operation
+        of_budget, of_holds = self._tokens[operation.authority.index]
+        if isinstance(operation, Settle | Release | Extend):
+            return resolved(operation, of_holds.get(operation.hold_id))
+        return resolved(operation, of_budget)
+
+    def note(self, operation: Operation, wish: Wish, answer: Answer) -> None:
+        """An operation and its answer, in order."""
+        done = isinstance(answer, types_pb2.Outcome) and not answer.dry_run
+        presented = getattr(operation.authority, "token_id", None)
+        of_budget = None if wish.hold is not None else presented
+        holds: dict[bytes, bytes] = {}
+        if done and wish.following is not None:
+            of_budget = token_id(wish.following)
+        if done and wish.held is not None:
+            holds[wish.held.id] = token_id(wish.held.secrets[0])
+        self._tokens.append((of_budget, holds))
+
+
+def _decoded(request: Message) -> Operation:
+    """What the server understands of a request: without any secret."""
+    operation = decode(request)
+    assert not isinstance(operation, Refused), operation.message
+    return operation
+
+
+def _weight(answer: Answer) -> int:
+    return 2 if isinstance(answer, types_pb2.Outcome) else 1 if isinstance(answer, Refusal) else 0
+
+
+async def run(setting: Setting) -> Tally:
+    """Random operations of every kind, under every fault."""
+    return await campaign(setting, "modelled", kill_chance=0.04)
+
+
+async def campaign(
+    setting: Setting,
+    name: str,
+    *,
+    kill_chance: float,
+    command: Sequence[str] = SERVER,
+    stormy: bool = True,
+) -> Tally:
+    """The campaign on servers that `command` starts; its history is `name`.jsonl."""
+    chance = setting.random(name)
+    tally = Tally()
+    path = setting.folder / f"{name}.jsonl"
+    async with Cluster.running(setting.folder / name, chance, command=command) as cluster:
+        with History(path, name, setting.seed) as history:
+            work = Campaign(cluster, history, chance)
+            await work.prepare()
+            nemesis = asyncio.create_task(
+                storm(cluster, history, setting.random("storm"), kill_chance=kill_chance)
+                if stormy
+                else asyncio.sleep(0)
+            )
+            try:
+                await work.work(setting.seconds)
+            finally:
+                nemesis.cancel()
+                await asyncio.gather(nemesis, return_exceptions=True)
+            journal, found = await work.examined()
+            tally.add(tallied(found))
+            tally.rounds = 1
+            tally.operations = len(work.asked)
+            tally.kills, tally.cuts = cluster.kills, cluster.cuts
+            tally.overshoot = overshoot(journal)
+            tally.leaked_holds = len(leaked(journal))
+    return tally
