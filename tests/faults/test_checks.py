@@ -12,11 +12,12 @@ import pytest
 from peculium._ids import new_id, new_secret, token_id
 from peculium.v1 import types_pb2
 from peculium_server.core.encoding import TOKEN_DOMAIN
-from peculium_server.core.operations import Actor, ByToken, Operation, Role
+from peculium_server.core.operations import Actor, ByToken, Operation, Role, Spend
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
 from peculium_server.rpc.responses import write_outcome
 from tests.core.ledger import SECOND, Answer, HoldRef, Ledger, requested
+from tests.faults.__main__ import COUNTS, Verdict
 from tests.faults.bank import Row, wrong_totals
 from tests.faults.checks import (
     SLACK_US,
@@ -32,7 +33,6 @@ from tests.faults.checks import (
 )
 from tests.faults.crash import judged
 from tests.faults.history import History, told
-from tests.faults.__main__ import COUNTS, Verdict
 from tests.faults.tally import Tally
 from tests.system.load import Load
 
@@ -77,7 +77,7 @@ class Written:
     def journal(self) -> Journal:
         trees = self.ledger.trees
         return Journal(
-            entries=[entry for entry in self.ledger.journal],
+            entries=list(self.ledger.journal),
             budgets=[budget for tree in trees.values() for budget in tree.known_budgets()],
             holds=[(id_, hold) for id_, tree in trees.items() for hold in tree.known_holds()],
             positions={0: self.ledger.position},
@@ -327,6 +327,7 @@ def test_an_operation_that_nobody_asked_for_is_found(written: Written) -> None:
 
 def test_an_operation_that_is_recorded_as_another_than_was_asked_is_found(written: Written) -> None:
     spent = _spend(written)
+    assert isinstance(spent.operation, Spend)
     spent.operation = replace(spent.operation, amount=201)
     assert written.rules() == {"content"}
 
