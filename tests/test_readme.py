@@ -81,6 +81,16 @@ def test_the_quickstart_prints_what_it_says_and_the_commands_show_it(
     assert said["verify"].startswith("verified: ")
 
 
+def test_the_worker_of_a_queue_prints_what_its_page_says(environment: dict[str, str]) -> None:
+    page = (ROOT / "docs" / "how-to" / "queue-worker.md").read_text()
+    [program] = [each for each in _fenced(page, "python") if "asyncio.run" in each]
+    [printed] = _fenced(page, "text")
+    ran = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == printed
+
+
 def test_the_readme_shows_the_two_commands() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for target in ("demo", "test"):

@@ -9,6 +9,7 @@ from peculium._coalescer import Batch, Coalescer, Line, Ticket
 from peculium._history import History
 from peculium._requests import Asked, Operation, Target
 from peculium._retry import Failure, Policy
+from peculium.values import Child
 from tests.client.ledger import PRINCIPAL, Ledger
 
 POLICY = Policy(first_seconds=0.1, longest_seconds=1.0, attempt_seconds=5.0)
@@ -74,14 +75,14 @@ class Bench:
             finish_seconds=finish_seconds,
         )
 
-    def root(self, amount: int = 100, *, token: bool = True) -> Held:
-        """Make a root, held by token or by principal."""
+    def root(self, amount: int = 100, *, token: bool = True, bound: bool = False) -> Held:
+        """Make a root, held by principal, or by token: a bearer's, or one that is bound to it."""
         asked = requests.grant(
             Asked(),
             name=f"root-{len(self.ledger.trees)}",
             unit="calls",
             amount=amount,
-            holder=None if token else PRINCIPAL,
+            holder=PRINCIPAL if bound or not token else None,
             receiver=None,
             token=token,
         )
@@ -105,6 +106,19 @@ class Bench:
     def spend(self, held: Held, amount: int) -> Asking:
         operation = requests.spend(held.target, Asked(), amount=amount, reference="", usage=None)
         return self.submit(held.line, operation)
+
+    def children(self, held: Held, *amounts: int) -> list[Held]:
+        """Ask for children, held by token."""
+        specs = [Child(f"child-{index}", amount) for index, amount in enumerate(amounts)]
+        operation = requests.delegate(held.target, Asked(), children=specs)
+        self.submit(held.line, operation)
+        return [
+            Held(
+                Target(operation.root_id, child.budget_id, by_token=True),
+                Line(child.name, linear=True, secret=child.secret),
+            )
+            for child in operation.children
+        ]
 
     def settle(self, reserved: Asking, actual: int | None, *, keep_open: bool = False) -> Asking:
         """Settle a hold, in a line of its own."""

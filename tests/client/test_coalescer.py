@@ -9,7 +9,7 @@ from peculium import _requests as requests
 from peculium._coalescer import Batch, Line
 from peculium._ids import token_id
 from peculium._limits import OPERATIONS_MAX, REQUEST_BYTES_MAX
-from peculium._requests import Asked
+from peculium._requests import Asked, Target
 from peculium._retry import Failure
 from peculium.errors import (
     BudgetExhausted,
@@ -323,12 +323,47 @@ def test_a_result_that_says_nothing_is_no_answer(bench: Bench) -> None:
     assert len(bench.live(root)) == 1
 
 
+def test_a_recovery_goes_in_order_with_what_else_its_line_does(bench: Bench) -> None:
+    """It presents no token, and renews it all the same."""
+    root = bench.root(bound=True)
+    before = bench.spend(root, 1)
+    recover = requests.recover(
+        Target(root.target.root_id, root.target.budget_id, by_token=False), Asked(), holds={}
+    )
+    recovery = bench.submit(root.line, recover)
+    behind = bench.spend(root, 2)
+    batch = bench.send()
+    assert proofs(batch) == ["secret", "holder", "after"]
+    bench.lose_answer(batch)
+    bench.settle_down()
+    for asked in (before, recovery, behind):
+        assert asked.told.result is not None
+    assert in_step(bench, root)
+
+
+def test_behind_a_recovery_that_was_refused_the_line_goes_on(bench: Bench) -> None:
+    root = bench.root()
+    recover = requests.recover(
+        Target(root.target.root_id, root.target.budget_id, by_token=False), Asked(), holds={}
+    )
+    recovery = bench.submit(root.line, recover)
+    behind = bench.spend(root, 2)
+    bench.settle_down()
+    assert isinstance(recovery.told.error, CapabilityUnknown)
+    assert behind.told.result is not None
+    assert in_step(bench, root)
+
+
 # --- a refusal that comes true later ---
 
 
 def refused_with_a_stray(bench: Bench, root: Held, amount: int) -> tuple[Asking, wire.BatchRequest]:
     """A reserve that was refused, and a copy of its request that is still on its way."""
-    asked = bench.reserve(root, amount)
+    return with_a_stray(bench, bench.reserve(root, amount))
+
+
+def with_a_stray(bench: Bench, asked: Asking) -> tuple[Asking, wire.BatchRequest]:
+    """What was asked is refused, and a copy of its request is still on its way."""
     batch = bench.send()
     stray = wire.BatchRequest()
     stray.CopyFrom(batch.request)
@@ -397,6 +432,79 @@ def test_a_hold_that_a_late_duplicate_made_is_released_by_itself(
     bench.settle_down()
     assert not bench.live(root)
     assert bench.brain.idle
+
+
+@pytest.mark.parametrize("token", [True, False])
+def test_children_that_a_late_duplicate_made_are_revoked(bench: Bench, *, token: bool) -> None:
+    root = bench.root(50, token=token)
+    held = bench.reserve(root, 40)
+    bench.answer(bench.send())
+    children = [Child("ours", 20), Child("theirs", 0, holder=PRINCIPAL)]
+    delegate = requests.delegate(root.target, Asked(), children=children)
+    asked, stray = with_a_stray(bench, bench.submit(root.line, delegate))
+    bench.settle(held, 0)
+    bench.answer(bench.send())
+    bench.ledger.answer(stray)
+    tree = bench.ledger.trees[root.target.root_id]
+    ours, theirs = (tree.budget(child.budget_id) for child in asked.operation.children)
+    assert not ours.closed
+    if token:
+        # Who came before it is told to the next operation of its line.
+        bench.spend(root, 1)
+    bench.settle_down()
+    ours, theirs = (tree.budget(child.budget_id) for child in asked.operation.children)
+    assert ours.closed
+    assert not theirs.closed
+    assert bench.available(root) == 50 - token
+    assert bench.brain.idle
+    assert not token or in_step(bench, root)
+
+
+def test_children_that_no_duplicate_made_are_not_missed(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = bench.root(50, token=False)
+    children = [Child("ours", 60)]
+    delegate = requests.delegate(root.target, Asked(), children=children)
+    with_a_stray(bench, bench.submit(root.line, delegate))
+    bench.settle_down()
+    assert bench.brain.idle
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["spend", "return"])
+def test_what_a_late_duplicate_did_and_cannot_be_undone_is_followed(
+    bench: Bench, kind: str
+) -> None:
+    """It stays done, as the entries say, and the line goes on with the token that it left."""
+    root = bench.root(50)
+    held = bench.reserve(root, 40)
+    bench.answer(bench.send())
+    [child] = bench.children(root, 0)
+    bench.answer(bench.send())
+    if kind == "spend":
+        subject = root
+        _, stray = with_a_stray(bench, bench.spend(root, 20))
+        bench.settle(held, 0)
+        bench.answer(bench.send())
+    else:
+        subject = child
+        back = requests.give_back(child.target, Asked(), amount=5, cascade=False)
+        _, stray = with_a_stray(bench, bench.submit(child.line, back))
+        bench.settle(held, 0)
+        bench.answer(bench.send())
+        fund = requests.fund(
+            root.target, Asked(), descendant_id=child.target.budget_id, amount=9, lease=None
+        )
+        bench.submit(root.line, fund)
+        bench.answer(bench.send())
+    bench.ledger.answer(stray)
+    assert not in_step(bench, subject)
+    asked = bench.spend(subject, 1)
+    bench.settle_down()
+    assert asked.told.result is not None
+    assert in_step(bench, subject)
+    assert bench.available(subject) == (29 if kind == "spend" else 3)
 
 
 def test_a_refusal_of_what_was_sent_once_is_not_kept(bench: Bench) -> None:
