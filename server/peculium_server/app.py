@@ -20,6 +20,7 @@ from peculium_server.rpc.server import Server
 from peculium_server.store import migrate
 from peculium_server.store.errors import StoreError
 from peculium_server.store.store import Store
+from peculium_server.sweeper import Sweeper
 
 PROBE_SECONDS: Final = 2.0
 """How often the server makes sure that the database takes commits, for its health service."""
@@ -74,6 +75,7 @@ async def _serve(config: Config, tell: Tell) -> None:
                 "WARNING: connections are not encrypted here: let something before this server do it"
             )
         probe = asyncio.create_task(_tell_health(server, store))
+        sweeping = asyncio.create_task(_sweep(config, ledger, store, tell))
         _announce(config, str(address))
         tell(f"listening on {address}")
         await stop.wait()
@@ -82,6 +84,8 @@ async def _serve(config: Config, tell: Tell) -> None:
             config.ready_file.unlink(missing_ok=True)
         tell(f"stopping; what was accepted is finished, for at most {config.drain_seconds} s")
         probe.cancel()
+        sweeping.cancel()
+        await asyncio.wait([sweeping])
         await _drain(server, ledger, config.drain_seconds, stop)
     tell("stopped")
 
@@ -146,6 +150,14 @@ async def _tell_health(server: Server, store: Store) -> None:
             await server.tell_serving(serving=works)
             serving = works
         await asyncio.sleep(PROBE_SECONDS)
+
+
+async def _sweep(config: Config, ledger: Ledger, store: Store, tell: Tell) -> None:
+    """Do what is due, unless that is left to other servers."""
+    if not config.sweep_seconds:
+        tell("WARNING: this server does not sweep: holds lapse and leases end if another one does")
+        return
+    await Sweeper(ledger, store).run(config.sweep_seconds)
 
 
 def _announce(config: Config, address: str) -> None:

@@ -212,6 +212,13 @@ SERVER_SETTINGS: Final = (
         _between(1, 3_600),
     ),
     Setting(
+        "sweep_seconds",
+        "How often the server looks for holds and leases whose time is over, in seconds, when nothing is"
+        " due. 0: never; then another server of the same ledger has to.",
+        "1",
+        _between(0, 60),
+    ),
+    Setting(
         "drain_seconds",
         "How long the server finishes what it has accepted after it was told to stop, in seconds. Told a"
         " second time, it ends at once.",
@@ -261,6 +268,7 @@ class Config:
     queue_max: int
     message_bytes_max: int
     call_seconds_max: int
+    sweep_seconds: int
     drain_seconds: int
     ready_file: Path | None
 

@@ -161,15 +161,19 @@ async def test_plans_are_made_again_as_a_lane_grows(
 
 
 def test_rows_are_written_in_one_order_each_kind_sorted_by_its_key() -> None:
-    ledger = Ledger()
-    root = ledger.grant(1_000)
+    ledger = Ledger(eager=0)
+    root = ledger.grant(1_000, holder="agent", by_token=False)
     hold = root.hold(1)
     child = root.child(10)
+    tops = [root.child(10) for _ in range(2)]
+    for top in tops:
+        top.child(5)
     operations: list[Operation] = [
         root.delegate(root.spec(5), root.spec(6)),
         child.reserve(3),
         hold.settle(1),
         ledger.ask_grant(7),
+        *[root.revoke(top) for top in reversed(tops)],
     ]
     trees = ledger.load(operations)
     group = [
@@ -191,13 +195,15 @@ def test_rows_are_written_in_one_order_each_kind_sorted_by_its_key() -> None:
         "add_holds",
         "save_holds",
         "add_entries",
+        "add_collections",
     ]
     for step in steps[1:]:
         keys = _keys(step)
         assert len(keys) == len(set(keys)) > 0
         if names[step.statement] != "add_roots":
             assert keys == sorted(keys)
-    assert len(_keys(steps[-1])) == sum(len(each.entries) for each in accepted)
+    assert len(_keys(steps[-2])) == sum(len(each.entries) for each in accepted)
+    assert _keys(steps[-1]) == [(root.root_id, top.id) for top in tops]
 
 
 def _keys(step: Step) -> list[Any]:
@@ -206,6 +212,7 @@ def _keys(step: Step) -> list[Any]:
         "holds": ("root_id", "hold_id"),
         "entries": ("root_id", "operation_id", "part"),
         "roots": ("root_id",),
+        "collections": ("root_id", "budget_id"),
     }
     table = step.statement.name.decode().split("_")[1]
     return list(zip(*(step.values[column] for column in columns[table]), strict=True))

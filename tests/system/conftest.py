@@ -31,7 +31,8 @@ def shared(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -
         postgres.fresh_database(postgres.migrated_template()) as database,
         starting(tmp_path_factory.mktemp("server")) as start,
     ):
-        server = start("--database-url", database)
+        # What the tests make is not to change behind their backs.
+        server = start("--database-url", database, "--sweep-seconds", "0")
         with Wire(server.address) as wire:
             yield Shared(server, database, wire)
 

@@ -34,6 +34,7 @@ def serve(
     queue_max: Annotated[str | None, _option("queue_max")] = None,
     message_bytes_max: Annotated[str | None, _option("message_bytes_max")] = None,
     call_seconds_max: Annotated[str | None, _option("call_seconds_max")] = None,
+    sweep_seconds: Annotated[str | None, _option("sweep_seconds")] = None,
     drain_seconds: Annotated[str | None, _option("drain_seconds")] = None,
     ready_file: Annotated[str | None, _option("ready_file")] = None,
 ) -> None:
@@ -61,6 +62,7 @@ def serve(
             "queue_max": queue_max,
             "message_bytes_max": message_bytes_max,
             "call_seconds_max": call_seconds_max,
+            "sweep_seconds": sweep_seconds,
             "drain_seconds": drain_seconds,
             "ready_file": ready_file,
         }

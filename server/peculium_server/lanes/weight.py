@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
-from peculium_server.core.limits import EAGER_COLLECTIONS_MAX
+from peculium_server.core.limits import DEPTH_MAX, EAGER_COLLECTIONS_MAX
 from peculium_server.core.operations import (
+    Collect,
     Delegate,
     Expire,
     Operation,
@@ -34,5 +35,8 @@ def _rows(operation: Operation) -> int:
             return 1 + EAGER_COLLECTIONS_MAX
         case Return(amount=None, cascade=True):
             return 1 + EAGER_COLLECTIONS_MAX
+        case Collect():
+            # One for each closed level that the money passes: there are many of it at once.
+            return DEPTH_MAX
         case _:
             return 1

@@ -1,4 +1,4 @@
-"""The statements that read outside of a lane's transaction, each a short one of its own."""
+"""The statements outside of a lane's transaction, each a short one of its own. All but one only read."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ from sqlalchemy import (
     and_,
     any_,
     bindparam,
+    delete,
     func,
     literal_column,
     select,
     union,
     union_all,
 )
+from sqlalchemy.dialects.postgresql import TIMESTAMP
 
 from peculium_server.core.state import GENESIS, Entry
 from peculium_server.store import rows
 from peculium_server.store.schema import (
+    LIVE_HOLD,
     OPEN_HOLD,
     budgets,
+    collections,
     entries,
     holds,
     lanes,
@@ -214,6 +218,85 @@ def _all_holds() -> Executable:
     return select(*_columns(holds, rows.HOLD_COLUMNS)).where(*_in_tree(holds))
 
 
+# -- What is due --------------------------------------------------------------------------------------
+
+_NOW = func.statement_timestamp(type_=TIMESTAMP(timezone=True))
+"""The database's clock as an index can be searched by it: one value for all rows."""
+
+_LEASED = budgets.c.lease_until.is_not(None), ~budgets.c.closed
+
+
+def _earliest_due() -> Executable:
+    """Of a lane, the first hold, lease and collection, whether they are due yet or not."""
+    hold = (
+        select(holds.c.expires_at)
+        .where(holds.c.lane == _LANE, LIVE_HOLD)
+        .order_by(holds.c.expires_at)
+        .limit(literal_column("1"))
+    )
+    lease = (
+        select(budgets.c.lease_until)
+        .where(budgets.c.lane == _LANE, *_LEASED)
+        .order_by(budgets.c.lease_until)
+        .limit(literal_column("1"))
+    )
+    of_lane = collections.c.lane == _LANE
+    return select(
+        _NOW,
+        hold.scalar_subquery(),
+        lease.scalar_subquery(),
+        select(func.min(collections.c.closed_at)).where(of_lane).scalar_subquery(),
+        select(func.count()).select_from(collections).where(of_lane).scalar_subquery(),
+    )
+
+
+def _due_holds() -> Executable:
+    return (
+        select(holds.c.root_id, holds.c.budget_id, holds.c.hold_id)
+        .where(holds.c.lane == _LANE, LIVE_HOLD, holds.c.expires_at <= _NOW)
+        .order_by(holds.c.expires_at)
+        .limit(_LIMIT)
+    )
+
+
+def _due_leases() -> Executable:
+    return (
+        select(budgets.c.root_id, budgets.c.budget_id)
+        .where(budgets.c.lane == _LANE, *_LEASED, budgets.c.lease_until <= _NOW)
+        .order_by(budgets.c.lease_until)
+        .limit(_LIMIT)
+    )
+
+
+def _collections() -> Executable:
+    return (
+        select(collections.c.root_id, collections.c.budget_id)
+        .where(collections.c.lane == _LANE)
+        .order_by(collections.c.closed_at)
+        .limit(_LIMIT)
+    )
+
+
+def _to_collect() -> Executable:
+    """Some budgets below another one that have something available, in no order."""
+    wanted = _columns(budgets, ("budget_id", "available"))
+    below = (
+        select(*wanted)
+        .where(*_in_tree(budgets), budgets.c.parent_id == _BUDGET)
+        .cte("below", recursive=True)
+    )
+    below = below.union_all(
+        select(*wanted).select_from(
+            below.join(budgets, and_(*_in_tree(budgets), budgets.c.parent_id == below.c.budget_id))
+        )
+    )
+    return select(below.c.budget_id).where(below.c.available > literal_column("0")).limit(_LIMIT)
+
+
+def _end_collection() -> Executable:
+    return delete(collections).where(*_in_tree(collections), collections.c.budget_id == _BUDGET)
+
+
 def _to_chained_entry(row: Sequence[Any]) -> Entry:
     return rows.to_entry(row, previous_hash=row[-1] or GENESIS)
 
@@ -236,6 +319,12 @@ RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "list_entries_descending": (_list_entries(descending=True), rows.to_entry),
     "last_use": (_last_use(), _first),
     "tree_entries": (_tree_entries(), _to_chained_entry),
+    "earliest_due": (_earliest_due(), tuple),
+    "due_holds": (_due_holds(), tuple),
+    "due_leases": (_due_leases(), tuple),
+    "collections": (_collections(), tuple),
+    "to_collect": (_to_collect(), _first),
+    "end_collection": (_end_collection(), tuple),
     "all_roots": (_all_roots(), _first),
     "all_entries": (_all_entries(), rows.to_entry_as_found),
     "all_budgets": (_all_budgets(), rows.to_budget),

@@ -115,6 +115,8 @@ def budget_changes(budget: Budget, entries: int) -> tuple[Any, ...]:
     )
 
 
+COLLECTION_COLUMNS = ("root_id", "budget_id", "closed_at")
+
 HOLD_COLUMNS = (
     "root_id",
     "budget_id",

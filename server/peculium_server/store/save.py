@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from peculium_server.core.operations import Revoke
 from peculium_server.core.state import Accepted, Budget, Entry, Hold
 from peculium_server.store import rows
 from peculium_server.store.load import Key
@@ -24,8 +25,8 @@ def changes(
 ) -> tuple[list[Step], int]:
     """The steps that save what was accepted, in the order in which rows are written.
 
-    The lane's position, roots, budgets, holds, entries, each sorted by key: writers that overlap
-    after all meet at the first row, and none waits for another in a circle.
+    The lane's position, roots, budgets, holds, entries, collections, each sorted by key: writers that
+    overlap after all meet at the first row, and none waits for another in a circle.
 
     Args:
         statements: Of the lane.
@@ -55,7 +56,19 @@ def changes(
             rows.ENTRY_COLUMNS,
             [rows.from_entry(entry) for entry in sorted(entries, key=_entry_key)],
         ),
+        *_add(
+            statements.add_collections,
+            rows.COLLECTION_COLUMNS,
+            sorted(_left_to_collect(one) for one in accepted if one.entries[0].effect.pending),
+        ),
     ], after
+
+
+def _left_to_collect(closing: Accepted) -> tuple[bytes, bytes, int]:
+    """The row of `COLLECTION_COLUMNS` for a closing that could not empty everything below at once."""
+    operation = closing.operation
+    top = operation.descendant_id if isinstance(operation, Revoke) else operation.budget_id
+    return operation.root_id, top, closing.entries[0].at
 
 
 def _entry_key(entry: Entry) -> tuple[bytes, bytes, int]:

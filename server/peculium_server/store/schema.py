@@ -257,6 +257,17 @@ holds = Table(
     Index("ix_holds_due", "lane", "expires_at", postgresql_where=LIVE_HOLD),
 )
 
+collections = Table(
+    "collections",
+    metadata,
+    Column("closed_at", _TIME, nullable=False),
+    Column("lane", SmallInteger, nullable=False),
+    Column("root_id", _ID, nullable=False),
+    Column("budget_id", _ID, nullable=False),
+    PrimaryKeyConstraint("lane", "root_id", "budget_id"),
+)
+"""Closed budgets below which something is to be collected. An accelerator: no part of the fold."""
+
 
 def seq_group(seq: ColumnElement[int]) -> ColumnElement[int]:
     """The group of a seq in the index of a budget's entries."""

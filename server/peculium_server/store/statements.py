@@ -43,7 +43,16 @@ from sqlalchemy.types import TypeEngine
 
 from peculium_server.core.limits import EAGER_COLLECTIONS_MAX, OPEN_HOLDS_MAX
 from peculium_server.store import rows, wire
-from peculium_server.store.schema import OPEN_HOLD, budgets, entries, holds, lanes, ledger, roots
+from peculium_server.store.schema import (
+    OPEN_HOLD,
+    budgets,
+    collections,
+    entries,
+    holds,
+    lanes,
+    ledger,
+    roots,
+)
 
 POSTGRES: Dialect = psycopg.dialect(paramstyle="numeric_dollar")  # type: ignore[no-untyped-call]
 
@@ -337,6 +346,10 @@ def _add_entries(lane: ColumnElement[int]) -> Executable:
     return _inserted(entries, rows.ENTRY_COLUMNS, lane)
 
 
+def _add_collections(lane: ColumnElement[int]) -> Executable:
+    return _inserted(collections, rows.COLLECTION_COLUMNS, lane)
+
+
 class _Recipe(NamedTuple):
     build: Callable[[ColumnElement[int]], Executable]
     row: Callable[[Sequence[Any]], Any] = tuple
@@ -360,6 +373,7 @@ LANE_RECIPES: dict[str, _Recipe] = {
     "add_holds": _Recipe(_add_holds),
     "save_holds": _Recipe(_save_holds),
     "add_entries": _Recipe(_add_entries),
+    "add_collections": _Recipe(_add_collections),
 }
 
 
@@ -383,6 +397,7 @@ class LaneStatements(NamedTuple):
     add_holds: wire.Statement
     save_holds: wire.Statement
     add_entries: wire.Statement
+    add_collections: wire.Statement
 
 
 @cache

@@ -47,7 +47,7 @@ _STREAM_ROWS = 1_000
 
 
 class Found(NamedTuple):
-    """Where a path leads."""
+    """Which budget."""
 
     root_id: bytes
     budget_id: bytes
@@ -60,6 +60,29 @@ class Standing(NamedTuple):
     """The database's clock. Microseconds since the Unix epoch."""
     position: int
     """Operations committed in the lane."""
+
+
+class Due(NamedTuple):
+    """What the ledger itself has to do in a lane, the earliest of each. Microseconds since the epoch."""
+
+    now: int
+    """The database's clock."""
+    hold: int | None
+    """When the time of a live hold is over, perhaps in the future."""
+    lease: int | None
+    """When the lease of an open budget ends, perhaps in the future."""
+    collection: int | None
+    """When a budget was closed below which something is still to be collected."""
+    collections: int
+    """How many such budgets there are."""
+
+
+class DueHold(NamedTuple):
+    """A live hold whose time is over."""
+
+    root_id: bytes
+    budget_id: bytes
+    hold_id: bytes
 
 
 class Page(NamedTuple, Generic[Row, Key]):
@@ -317,6 +340,39 @@ class Store:
             tuple(entry for parts in page for entry in parts),
             page[-1][0].position if more else None,
         )
+
+    # -- What the ledger itself has to do ---------------------------------------------------------
+
+    async def due(self) -> list[Due]:
+        """What is due, or will be, in each lane."""
+        statement = STATEMENTS["earliest_due"]
+        async with self._reading() as connection:
+            (flown,) = await connection.fly(
+                [Step(statement, {"lane": lane}) for lane in range(self.lanes)]
+            )
+            if isinstance(flown, psycopg.Error):
+                raise flown
+        return [Due(*row) for (row,) in flown]
+
+    async def due_holds(self, lane: int, *, limit: int) -> list[DueHold]:
+        """Live holds of a lane whose time is over, the earliest first."""
+        return [DueHold(*row) for row in await self._fetch("due_holds", lane=lane, limit=limit)]
+
+    async def due_leases(self, lane: int, *, limit: int) -> list[Found]:
+        """Open budgets of a lane whose own lease is over, the earliest first."""
+        return [Found(*row) for row in await self._fetch("due_leases", lane=lane, limit=limit)]
+
+    async def collections(self, lane: int, *, limit: int) -> list[Found]:
+        """Closed budgets of a lane below which something may have to be collected, the earliest first."""
+        return [Found(*row) for row in await self._fetch("collections", lane=lane, limit=limit)]
+
+    async def to_collect(self, top: Found, *, limit: int) -> list[bytes]:
+        """The ids of some budgets below another one that have something available."""
+        return await self._fetch("to_collect", **self._key(*top), limit=limit)
+
+    async def end_collection(self, top: Found) -> None:
+        """Take a closed budget off the list. Below it nothing is available, nor ever will be again."""
+        await self._fetch("end_collection", **self._key(*top))
 
     @contextlib.asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Snapshot]:
