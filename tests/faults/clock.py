@@ -360,11 +360,14 @@ def _made(seconds: float) -> bytes:
 
 # -- The campaign's part --------------------------------------------------------------------------------
 
+_FLAGS = ("--sweep-seconds", "1")
+
 _BY_SERVERS: tuple[Callable[[Fleet, str], Awaitable[int]], ...] = (
     money_moves_while_clocks_jump,
     recorded_times_are_the_databases,
     age_is_told_by_the_database,
     waiting_is_not_measured_by_clocks_that_jump,
+    holds_and_leases_end_by_the_database,
 )
 
 
@@ -383,6 +386,7 @@ async def run(setting: Setting) -> Tally:
         setting.random("clock"),
         servers=len(liars),
         environments=[liar.environment() for liar in liars],
+        flags=_FLAGS,
     ) as cluster:
         fleet = Fleet([node.address for node in cluster.nodes], cluster.dsn, liars[-1])
         number = 0
