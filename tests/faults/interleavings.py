@@ -13,25 +13,24 @@ import contextlib
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import psycopg
 
-from peculium_server.core.batch import Request, decide_group
+from peculium_server.core.batch import Request, decide_atomic, decide_group
 from peculium_server.core.footprint import Footprint
-from peculium_server.core.operations import Operation
-from peculium_server.core.state import Accepted, Budget, Entry, Hold
+from peculium_server.core.state import Accepted, Budget, Entry, Hold, Tree
 from peculium_server.embedded import EmbeddedPostgres
 from peculium_server.store import migrate
-from peculium_server.store.lane import Loaded
+from peculium_server.store.lane import LanesWriter, LoadedLanes
 from peculium_server.store.reads import STATEMENTS
 from peculium_server.store.store import Store
 from peculium_server.store.wire import Connection, Step
 from tests.core.ledger import Answer, Ledger, WholeTree, verify
-from tests.faults.pairs import Pair, World, pairs
-from tests.faults.stage import Stage, SteppedWriter
+from tests.faults.pairs import Asked, Pair, Root, World, pairs
+from tests.faults.stage import Actor, Stage, SteppedWriter
 from tests.faults.tally import Setting, Tally
 
 WORKERS = 3
@@ -60,7 +59,8 @@ class Rows(NamedTuple):
 class Found(NamedTuple):
     """What the ledger says after a play, or would say after a serial order."""
 
-    answers: tuple[Answer, ...]
+    answers: tuple[tuple[Answer, ...], ...]
+    """Of each of the two, an answer to each operation."""
     trees: dict[bytes, Rows]
     """By root id."""
 
@@ -69,7 +69,7 @@ class Found(NamedTuple):
 class _Role:
     """One of the two, and what became of what it asked."""
 
-    operation: Operation
+    asked: Asked
     answers: list[Answer] = field(default_factory=list)
     now: int = 0
     """The database's clock, as the last decision was told."""
@@ -102,7 +102,7 @@ class Orders:
 
 
 class Theatre:
-    """Two lanes of a store in which plays are played, one after another; trees are made in the first."""
+    """Two lanes of a store, in which plays are played one after another."""
 
     def __init__(
         self, store: Store, dsn: str, lanes: tuple[int, int], prompter: Connection
@@ -111,12 +111,13 @@ class Theatre:
         self._dsn = dsn
         self._lanes = lanes
         self._prompter = prompter
-        self._writers: dict[tuple[str, int], SteppedWriter] = {}
+        self._builder = LanesWriter(dsn, store.incarnation)
+        self._writers: dict[str, SteppedWriter] = {}
         self._made = itertools.count(secrets.randbelow(2**32) * _IDS_OF_A_WORLD, _IDS_OF_A_WORLD)
 
     async def close(self) -> None:
         """Close the writers' connections."""
-        for writer in self._writers.values():
+        for writer in (self._builder, *self._writers.values()):
             await writer.close()
 
     async def play(
@@ -127,19 +128,19 @@ class Theatre:
         To have it audited too is to hold the auditor to what the comparison says already.
         """
         world = await self._build()
-        roles = [_Role(operation) for operation in pair.ask(world)]
-        root_ids = sorted({world.root.root_id, *(role.operation.root_id for role in roles)})
+        roles = [_Role(asked) for asked in pair.ask(world)]
+        root_ids = sorted({each.root_id for role in roles for each in role.asked})
         positions = await self._positions()
         stage = Stage(self._prompter)
         try:
             await self._perform(stage, world.ledger, roles, choose)
-            found = Found(tuple(role.answers[0] for role in roles), await self._trees(root_ids))
+            found = Found(tuple(tuple(role.answers) for role in roles), await self._trees(root_ids))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
             tally.wrong_totals += 1
             tally.problems.append(_told(pair, stage, _failure(error)))
             return
         tally.rounds += 1
-        tally.operations += 1 if pair.twice else 2
+        tally.operations += len({each.operation_id for role in roles for each in role.asked})
         expected = []
         for order in (roles, roles[::-1]):
             expected.append(self._serial(world.ledger, order, roles, dict(positions), root_ids))
@@ -160,23 +161,25 @@ class Theatre:
                 tally.problems.append(_told(pair, stage, str(finding)))
 
     async def _build(self) -> World:
-        """A new tree, in memory and in the store."""
+        """New trees, in memory and in the store."""
         built: list[World] = []
         made = next(self._made)
+        root_ids = self._root_ids(made + _IDS_OF_A_WORLD // 2)
+        placed = [(lane, next(root_ids)) for lane in self._lanes]
 
-        def decide(loaded: Loaded) -> Sequence[Accepted]:
-            root_ids = self._root_ids(made + _IDS_OF_A_WORLD // 2, loaded.now)
-            built[:] = [World(made, loaded.now, loaded.position, root_ids)]
+        def decide(loaded: LoadedLanes) -> Sequence[Accepted]:
+            root, other = (Root(root_id, loaded.positions[lane]) for lane, root_id in placed)
+            built[:] = [World(made, loaded.now, root, other, root_ids)]
             return built[0].past
 
-        writer = self._store.writer(self._lanes[0])
-        await writer.run({bytes(16): Footprint()}, decide, None)
+        footprints = {lane: {root_id: Footprint()} for lane, root_id in placed}
+        await self._builder.run(footprints, decide, None)
         return built[0]
 
-    def _root_ids(self, made: int, now: int) -> Iterator[bytes]:
+    def _root_ids(self, made: int) -> Iterator[bytes]:
         """Roots in the theatre's lanes in turn."""
         ids = Ledger()
-        ids._made, ids.now = made, now
+        ids._made = made
         for lane in itertools.cycle(self._lanes):
             root_id = ids.id()
             while self._store.lane_of(root_id) != lane:
@@ -188,13 +191,49 @@ class Theatre:
     ) -> None:
         async with asyncio.TaskGroup() as acting:
             for actor, role in zip(stage.actors, roles, strict=True):
-                lane = self._store.lane_of(role.operation.root_id)
                 writer = self._writers.setdefault(
-                    (actor.name, lane), SteppedWriter(self._dsn, self._store.incarnation, lane)
+                    actor.name, SteppedWriter(self._dsn, self._store.incarnation)
                 )
                 await writer.enter(actor)
-                acting.create_task(_act(writer, ledger, role))
+                acting.create_task(self._act(writer, actor, ledger, role))
             await stage.direct(choose)
+
+    async def _act(self, writer: SteppedWriter, actor: Actor, ledger: Ledger, role: _Role) -> None:
+        """Ask, with the store's own rule for what is repeated."""
+        footprints: dict[int, dict[bytes, Footprint]] = {}
+        for each in role.asked:
+            of_lane = footprints.setdefault(self._store.lane_of(each.root_id), {})
+            of_lane.setdefault(each.root_id, Footprint()).add(each)
+
+        def decide(loaded: LoadedLanes) -> Sequence[Accepted]:
+            role.now = loaded.now
+            role.answers[:], accepted = self._decide(
+                loaded.trees, ledger, role.asked, loaded.now, loaded.positions
+            )
+            return accepted
+
+        try:
+            await writer.run(footprints, decide, None)
+        finally:
+            actor.end()
+
+    def _decide(
+        self,
+        trees: dict[bytes, Tree],
+        ledger: Ledger,
+        asked: Asked,
+        now: int,
+        positions: Mapping[int, int],
+    ) -> tuple[list[Answer], list[Accepted]]:
+        """As a lane does with a request; by whom it may be expected, the ledger knows."""
+        requests = [
+            Request(operation, ledger.actor(operation), index)
+            for index, operation in enumerate(asked)
+        ]
+        if asked[0].batch is not None:
+            return decide_atomic(trees, requests, now, self._store.lane_of, dict(positions))
+        position = positions[self._store.lane_of(asked[0].root_id)]
+        return decide_group(trees, requests, now, position)
 
     def _serial(
         self,
@@ -206,12 +245,16 @@ class Theatre:
     ) -> Found:
         """What there would be, had each waited for the one before."""
         ledger = _copy(before)
-        answers: dict[int, Answer] = {}
+        answers: dict[int, tuple[Answer, ...]] = {}
         for role in order:
-            lane = self._store.lane_of(role.operation.root_id)
-            ledger.now, ledger.position = role.now, positions[lane]
-            answers[id(role)] = ledger.ask(role.operation, before.actor(role.operation))
-            positions[lane] = ledger.position
+            told, accepted = self._decide(
+                ledger.load(role.asked), before, role.asked, role.now, positions
+            )
+            answers[id(role)] = tuple(told)
+            for each in accepted:
+                ledger.position = each.entries[0].position - 1
+                ledger.commit(each)
+                positions[self._store.lane_of(each.operation.root_id)] = ledger.position
         return Found(
             tuple(answers[id(role)] for role in roles),
             {root_id: _rows(ledger, root_id) for root_id in root_ids},
@@ -235,28 +278,6 @@ class Theatre:
             for lane in self._lanes
             for row in await self._prompter.fetch(Step(STATEMENTS["standing"], {"lane": lane}))
         }
-
-
-async def _act(writer: SteppedWriter, ledger: Ledger, role: _Role) -> None:
-    """Ask, with the store's own rule for what is repeated."""
-    operation = role.operation
-    footprint = Footprint()
-    footprint.add(operation)
-
-    def decide(loaded: Loaded) -> Sequence[Accepted]:
-        role.now = loaded.now
-        request = Request(operation, ledger.actor(operation), 0)
-        role.answers[:], accepted = decide_group(
-            loaded.trees, [request], loaded.now, loaded.position
-        )
-        return accepted
-
-    actor = writer.stepped.actor
-    assert actor is not None
-    try:
-        await writer.run({operation.root_id: footprint}, decide, None)
-    finally:
-        actor.end()
 
 
 def _copy(ledger: Ledger) -> Ledger:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from peculium_server.core.limits import EAGER_COLLECTIONS_MAX
-from peculium_server.core.operations import Operation
+from peculium_server.core.operations import AtomicBatch, Operation
 from peculium_server.core.state import Accepted
 from tests.core.ledger import AGENT, DAY, HOUR, MINUTE, Ledger, Node
 
@@ -24,6 +25,13 @@ class RecordingLedger(Ledger):
         super().commit(accepted)
 
 
+class Root(NamedTuple):
+    """A root to be made, and where its lane stands."""
+
+    id: bytes
+    position: int
+
+
 class World:
     """A tree with a past of two hours, in which holds and leases have come to every kind of end.
 
@@ -35,25 +43,34 @@ class World:
     ├── service (its principal's)
     └── gone: revoked
         └── under: still to be collected, and with a hold
+    other: a tree of another lane
     """
 
-    def __init__(self, made: int, now: int, position: int, root_ids: Iterator[bytes]) -> None:
-        self.ledger = ledger = RecordingLedger()
-        ledger._made = made
-        ledger.now = now - 2 * HOUR
-        ledger.position = position
-        ledger.eager = 0
+    def __init__(
+        self, made: int, now: int, root: Root, other: Root, root_ids: Iterator[bytes]
+    ) -> None:
         self.name = f"name-{made}"
         """Of every root that is granted in the course of a play: names are disputed."""
         self.root_ids = root_ids
-        root_id = next(root_ids)
-        self.root = ledger.grant(
-            10_000,
-            holder=AGENT.principal,
-            root_id=root_id,
-            budget_id=root_id,
-            name=f"root-{made}",
+        self.ledger = RecordingLedger()
+        self.ledger._made = made
+        self.ledger.now = now - 2 * HOUR
+        self.ledger.eager = 0
+        self.other = self._grant(other, f"other-{made}")
+        self.root = self._grant(root, f"root-{made}")
+        self._live()
+        self.past, self.ledger.accepted = self.ledger.accepted, []
+        self.ledger.now = now
+        self.ledger.eager = EAGER_COLLECTIONS_MAX
+
+    def _grant(self, root: Root, name: str) -> Node:
+        self.ledger.position = root.position
+        return self.ledger.grant(
+            10_000, holder=AGENT.principal, root_id=root.id, budget_id=root.id, name=name
         )
+
+    def _live(self) -> None:
+        """Let come about what the tree has behind it."""
         held = {"holder": AGENT.principal}
         self.team = self.root.child(4_000, lease_us=DAY, lease_latest_us=2 * DAY, **held)
         self.run = self.team.child(1_000, overrun_factor=50, **held)
@@ -67,12 +84,9 @@ class World:
         gone = self.root.child(200)
         self.under = gone.child(100)
         self.under_hold = self.under.hold(30, ttl_us=DAY)
-        ledger.do(self.root.revoke(gone))
-        ledger.pass_time(2 * MINUTE)
-        ledger.do(self.lapsed.lapse())
-        self.past, ledger.accepted = ledger.accepted, []
-        ledger.now = now
-        ledger.eager = EAGER_COLLECTIONS_MAX
+        self.ledger.do(self.root.revoke(gone))
+        self.ledger.pass_time(2 * MINUTE)
+        self.ledger.do(self.lapsed.lapse())
 
 
 def _all(node: Node) -> int:
@@ -83,7 +97,15 @@ def _grant(world: World, root_id: bytes) -> Operation:
     return world.ledger.ask_grant(10, name=world.name, root_id=root_id, budget_id=root_id)
 
 
-_Ask = Callable[[World], Operation]
+def _together(world: World, *operations: Operation) -> Asked:
+    batch = AtomicBatch(world.ledger.id(), len(operations))
+    return tuple(replace(operation, batch=batch) for operation in operations)
+
+
+Asked = tuple[Operation, ...]
+"""One operation, or all of an atomic batch."""
+
+_Ask = Callable[[World], Operation | Asked]
 
 ASKS: dict[str, _Ask] = {
     "grant": lambda world: _grant(world, next(world.root_ids)),
@@ -134,8 +156,21 @@ ASKS: dict[str, _Ask] = {
     "collect": lambda world: world.under.collect(),
     "settle below the revoked": lambda world: world.under_hold.settle(40),
     "spend all of the service": lambda world: world.service.spend(_all(world.service)),
+    "reserve all of the other": lambda world: world.other.reserve(_all(world.other)),
+    "reserve in both": lambda world: _together(
+        world, world.run.reserve(_all(world.run)), world.other.reserve(_all(world.other))
+    ),
+    "reserve in both, the other first": lambda world: _together(
+        world, world.other.reserve(1), world.root.reserve(1)
+    ),
 }
 """Everything of design that can be asked; each takes as much as there is, so that one is enough."""
+
+
+def asked(name: str, world: World) -> Asked:
+    """What is asked under a name."""
+    operations = ASKS[name](world)
+    return operations if isinstance(operations, tuple) else (operations,)
 
 
 class Pair(NamedTuple):
@@ -146,10 +181,10 @@ class Pair(NamedTuple):
     twice: bool = False
     """It is one operation, asked twice."""
 
-    def ask(self, world: World) -> tuple[Operation, Operation]:
-        """Both operations, made from the same state."""
-        first = ASKS[self.first](world)
-        return first, (first if self.twice else ASKS[self.second](world))
+    def ask(self, world: World) -> tuple[Asked, Asked]:
+        """Both, made from the same state."""
+        first = asked(self.first, world)
+        return first, (first if self.twice else asked(self.second, world))
 
     def __str__(self) -> str:
         return f"{self.first}, twice" if self.twice else f"{self.first} / {self.second}"

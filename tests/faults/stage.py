@@ -1,4 +1,4 @@
-"""Two writers of one lane on a stage: no statement of theirs is sent before its turn.
+"""Two writers on a stage: no statement of theirs is sent before its turn.
 
 In the manner of Postgres' isolation tester. A transaction is cut where another one's statements can
 come in between: after its snapshot, after what else it loads, after each statement that writes. Where one
@@ -14,7 +14,7 @@ from itertools import product
 from psycopg import errors
 
 from peculium_server.store import connect, lane
-from peculium_server.store.lane import LanesWriter, LaneWriter
+from peculium_server.store.lane import LanesWriter
 from peculium_server.store.wire import Connection, Flown, Result, Step
 
 PATIENCE_SECONDS = 30
@@ -166,24 +166,15 @@ def _cuts(segment: Sequence[Step]) -> Iterator[tuple[str, Sequence[Step]]]:
             yield step.statement.name.decode().rstrip("0123456789_"), [step]
 
 
-class SteppedWriter(LaneWriter):
-    """A lane's writer without the lane's advisory lock, on a stage."""
+class SteppedWriter(LanesWriter):
+    """A writer that takes no lane's advisory lock, on a stage."""
 
-    def __init__(self, dsn: str, incarnation: bytes, number: int) -> None:
-        super().__init__(dsn, incarnation, number)
-        self._writer = self.stepped = _SteppedWriter(dsn, incarnation)
-
-    async def enter(self, actor: Actor) -> None:
-        """Play the next run as this actor."""
-        await self.stepped.enter(actor)
-
-
-class _SteppedWriter(LanesWriter):
     def __init__(self, dsn: str, incarnation: bytes) -> None:
         super().__init__(dsn, incarnation)
         self.actor: Actor | None = None
 
     async def enter(self, actor: Actor) -> None:
+        """Play the next run as this actor."""
         self.actor = actor
         await self._connected()
 

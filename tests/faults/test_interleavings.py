@@ -15,7 +15,7 @@ from peculium_server.store.wire import Statement, Step
 from tests.core.ledger import Ledger
 from tests.faults import interleavings
 from tests.faults.interleavings import Orders, explore
-from tests.faults.pairs import ASKS, Pair, World, pairs
+from tests.faults.pairs import ASKS, Pair, Root, World, asked, pairs
 from tests.faults.tally import Setting
 
 pytestmark = pytest.mark.timeout(120)
@@ -56,8 +56,9 @@ def test_everything_that_can_be_asked_is_paired_with_everything() -> None:
     made = list(pairs())
     assert len(made) == len(set(made)) == len(ASKS) + len(ASKS) * (len(ASKS) + 1) // 2
     ids = Ledger()
-    world = World(1_000, ids.now, 0, iter([ids.id() for _ in range(3)]))
-    assert {ask(world).kind for ask in ASKS.values()} == set(OPERATIONS)
+    root, other, third = (ids.id() for _ in range(3))
+    world = World(1_000, ids.now, Root(root, 0), Root(other, 0), iter([third]))
+    assert {each.kind for name in ASKS for each in asked(name, world)} == set(OPERATIONS)
 
 
 def test_orders_are_gone_through_one_by_one() -> None:
