@@ -81,6 +81,7 @@ async def test_servers_whose_clocks_are_off_serve_by_the_databases(fleet: Fleet)
     await clock.recorded_times_are_the_databases(fleet, "times")
     await clock.age_is_told_by_the_database(fleet, "age")
     await clock.waiting_is_not_measured_by_clocks_that_jump(fleet, "waiting")
+    await clock.holds_and_leases_end_by_the_database(fleet, "ends")
 
     entries = await clock.entries_of(fleet.addresses[0], "times")
     with pytest.raises(Wrong, match="follows"):
