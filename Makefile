@@ -65,6 +65,17 @@ soak: SECONDS ?= 900
 soak: install ## Keep a steady load for SECONDS=900 while agents die: nothing may grow.
 	@$(BIN)/python -m tests.faults.soak --seconds $(SECONDS)
 
+# What a campaign is told: how long it may take, where its chance begins, what it does, where it leaves its histories.
+SECONDS ?=
+SEED ?=
+PARTS ?=
+FOLDER ?=
+
+.PHONY: faults
+faults: install ## Do harm to servers, connections and databases, and check the ledger (SECONDS=300 SEED=1).
+	@$(BIN)/python -m tests.faults $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(PARTS),--parts $(PARTS)) $(if $(FOLDER),--folder $(FOLDER))
+
 .PHONY: demo
 demo: install ## Spend a real request trace from one capped budget (TRACE=file for another one).
 	@$(BIN)/peculium demo $(if $(TRACE),--trace "$(TRACE)")

@@ -50,8 +50,8 @@ PARTS = (
     Part("planted", 0.14, "tests.faults.planted"),
 )
 _PLANTED = "planted"
-ALONE_SECONDS = 200.0
-"""What planting each guard's lack alone needs, beside the rest."""
+ALONE_SECONDS = 100.0
+"""A checker check that has so much time also takes each guard away alone."""
 OVERHEAD_SECONDS = 35.0
 """What a part takes beside its own time: starting, healing, sweeping, reading."""
 COUNTS = (

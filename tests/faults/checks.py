@@ -27,6 +27,7 @@ from peculium_server.core.operations import (
     SYSTEM,
     Actor,
     After,
+    AtomicBatch,
     ByRole,
     ByToken,
     Expire,
@@ -111,6 +112,9 @@ class Attempt:
     answered_at: int = 0
     answer: types_pb2.Outcome | Refusal | None = None
     """None: nobody knows."""
+    judged: bool = True
+    """Whether a refusal can be judged by the state of the tree: not within an atomic batch, where it
+    rests on what the batch itself would have done before."""
 
 
 @dataclass
@@ -252,6 +256,7 @@ class _Check:
         yield from self._once()
         yield from self._acknowledged()
         yield from self._nobody_asked()
+        yield from self._whole_batches()
         yield from self._money()
         done: dict[bytes, list[Parts]] = defaultdict(list)
         for parts in self._operations:
@@ -377,6 +382,21 @@ class _Check:
                     )
             elif first.part == 0 and first.request is not None:
                 yield from _same(asked, requested(first))
+
+    def _whole_batches(self) -> Iterator[Problem]:
+        """Of an atomic batch all operations are there, or none."""
+        found: Counter[AtomicBatch] = Counter()
+        for parts in self._operations:
+            first = parts.first
+            batch = requested(first).batch if first.request is not None else None
+            if batch is not None:
+                found[batch] += 1
+        for batch, size in found.items():
+            if size != batch.size:
+                yield Problem(
+                    "atomic",
+                    f"{size} of {batch.size} operations of batch {batch.batch_id.hex()} are recorded",
+                )
 
     def _money(self) -> Iterator[Problem]:
         """The sum over each tree, and no more spent than granted and declared as overrun."""
@@ -623,6 +643,8 @@ class _Doubtful:
     def told(self) -> str:
         """What it was; empty for others."""
         answer = self.attempt.answer
+        if not self.attempt.judged:
+            return ""
         if isinstance(answer, Refusal):
             return f"{answer.reason} {dict(answer.facts)}"
         if isinstance(answer, types_pb2.Outcome) and answer.dry_run:

@@ -12,13 +12,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from random import Random
 
 from google.protobuf.message import Message
 
-from peculium._ids import token_id
+from peculium._ids import new_id, token_id
 from peculium.v1 import ledger_service_pb2 as ledger, types_pb2
-from peculium_server.core.operations import After, Extend, Operation, Release, Settle
+from peculium_server.core.operations import After, AtomicBatch, Extend, Operation, Release, Settle
 from peculium_server.core.refusals import Refused
 from peculium_server.rpc.requests import decode
 from peculium_server.store.schema import lane_of
@@ -70,6 +71,8 @@ class Campaign:
         """How often a request is sent twice at once."""
         self.shared_chance = 0.4
         """How often a client uses what all share, not what is its own."""
+        self.sweep_seconds = SWEEP_SECONDS_MAX
+        """How long holds and leases whose time is over may take to end."""
         self._chance = chance
         self._kinds = kinds
         self._dry_runs = dry_runs
@@ -201,11 +204,23 @@ class Campaign:
     async def _perform_batch(
         self, process: int, lines: Sequence[Line], wisher: Wisher, chance: Random
     ) -> None:
+        atomic = chance.random() < 0.4
         wishes = wisher.chain(chance.randint(2, 8))
+        if atomic:
+            # On another tree, perhaps in another lane.
+            wishes += wisher.chain(chance.randint(1, 3), first=len(wishes))
         if not wishes:
             return
         batch = ledger.BatchRequest(operations=[batched(wish.request) for wish in wishes])
-        asked = [Asked(process, _decoded(wish.request), actor_of(wish.request)) for wish in wishes]
+        operations = [_decoded(wish.request) for wish in wishes]
+        if atomic:
+            batch.atomic, batch.operation_id = True, new_id()
+            together = AtomicBatch(batch.operation_id, len(wishes))
+            operations = [replace(each, batch=together) for each in operations]
+        asked = [
+            Asked(process, operation, actor_of(wish.request))
+            for operation, wish in zip(operations, wishes, strict=True)
+        ]
         self.asked += asked
         for each in asked:
             self.history.invoke(process, each.operation.kind.name, told(each.operation))
@@ -227,13 +242,22 @@ class Campaign:
         batch: ledger.BatchRequest,
         chance: Random,
     ) -> list[Answer]:
-        root_id = asked[0].operation.root_id
-        sent_at, floor = now(), self.seen.floor(root_id)
-        attempts = [Attempt(each.operation, sent_at, floor) for each in asked]
+        sent_at = now()
+        attempts = [
+            Attempt(each.operation, sent_at, self.seen.floor(each.operation.root_id))
+            for each in asked
+        ]
         for each, attempt in zip(asked, attempts, strict=True):
             each.attempts.append(attempt)
         answers = await line.ask_many(batch, chance.choice(DEADLINES_SECONDS))
         answered_at = now()
+        if batch.atomic:
+            self.seen.failures += _torn(answers)
+            for attempt in attempts[1:]:
+                attempt.judged = False
+            attempts[0].judged = not (
+                isinstance(answers[0], Refusal) and answers[0].reason == "BATCH_REFUSED"
+            )
         left = _Left()
         for attempt, wish, answer in zip(attempts, wishes, answers, strict=True):
             attempt.operation = left.resolve(attempt.operation)
@@ -282,7 +306,7 @@ class Campaign:
 
     async def _swept(self) -> None:
         """Wait until nothing is due any more; what stays due is found when everything is read."""
-        deadline = time.monotonic() + SWEEP_SECONDS_MAX
+        deadline = time.monotonic() + self.sweep_seconds
         while time.monotonic() < deadline:
             (due,) = (await self.cluster.fetch(_DUE))[0]
             if not due:
@@ -331,6 +355,22 @@ class _Left:
         if done and wish.held is not None:
             holds[wish.held.id] = token_id(wish.held.secrets[0])
         self._tokens.append((of_budget, holds))
+
+
+def _torn(answers: Sequence[Answer]) -> list[str]:
+    """What is wrong with the answers to an atomic batch: all done, or one refused and so the others."""
+    refusals = {
+        index: answer for index, answer in enumerate(answers) if isinstance(answer, Refusal)
+    }
+    if not refusals:
+        torn = None in answers and any(answer is not None for answer in answers)
+        return ["an atomic batch was answered in part"] if torn else []
+    own = [index for index, each in refusals.items() if each.reason != "BATCH_REFUSED"]
+    if len(refusals) != len(answers) or len(own) != 1:
+        return ["an atomic batch was refused in part, or for several reasons"]
+    facts = {"index": str(own[0]), "reason": refusals[own[0]].reason}
+    others = [each for index, each in refusals.items() if index != own[0]]
+    return [] if all(each.facts == facts for each in others) else ["a batch names another refusal"]
 
 
 def _decoded(request: Message) -> Operation:

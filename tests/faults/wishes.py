@@ -201,8 +201,10 @@ class Wisher:
                 return made
         return self._grant()
 
-    def chain(self, length: int) -> list[Wish]:
+    def chain(self, length: int, first: int = 0) -> list[Wish]:
         """Operations on one purse, each after the one before; the first one presents a secret.
+
+        `first` is its index in the batch.
 
         What they make is known when they are answered, and so they only use what was there, and the
         holds that they make themselves.
@@ -220,7 +222,7 @@ class Wisher:
             ]
             if reserved and self._chance.random() < 0.3:
                 index, hold = self._chance.choice(reserved)
-                wishes.append(self._settled_after(purse, hold, index))
+                wishes.append(self._settled_after(purse, hold, first + index))
                 continue
             make = self._chance.choice(
                 (self._reserve, self._spend, self._delegate, self._give_back)
@@ -233,7 +235,7 @@ class Wisher:
                 head.authority.secret = secret
                 wish.presented = secret
             else:
-                head.authority.after = before
+                head.authority.after = first + before
                 wish.presented = wishes[before].following
             before = len(wishes)
             wishes.append(wish)
