@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import grpc
 import psutil
 import psycopg
 import pytest
@@ -18,7 +19,7 @@ from psycopg.conninfo import make_conninfo
 from peculium_server.embedded import EmbeddedPostgres
 from peculium_server.store import migrate
 from tests.server import ServerFailed, StartServer
-from tests.system.calls import all_unavailable, granted
+from tests.system.calls import all_unavailable, granted, spend_of
 from tests.system.health import NOT_SERVING, SERVING, becomes
 from tests.system.load import check, under_load
 from tests.system.wire import AioWire
@@ -54,6 +55,36 @@ class Pair:
         """Run one of PostgreSQL's programs as its user, in the primary's data directory."""
         self.primary._place._run(program, *arguments)
 
+    def control_standby(self, verb: str, *arguments: str) -> None:
+        """Start it, stop it, or make it the primary."""
+        self.run("pg_ctl", verb, "--wait", "--pgdata", str(self.standby_dir), *arguments)
+
+    def start_standby(self) -> None:
+        """Start it, and wait until it can be read from."""
+        options = f"-c port={self.standby_port} -c listen_addresses=127.0.0.1"
+        options += " -c unix_socket_directories=''"
+        self.control_standby("start", "--log", "standby.log", "--options", options)
+
+    def stop_standby(self) -> None:
+        """Stop it at once."""
+        self.control_standby("stop", "--mode", "immediate")
+
+    def end_standby(self) -> None:
+        """Stop it if it runs."""
+        if (self.standby_dir / "postmaster.pid").exists():
+            self.stop_standby()
+
+    def stop_primary(self) -> None:
+        """Stop whichever runs now."""
+        self.primary.stop()
+
+    def restart_primary(self) -> None:
+        """Let it crash, and come back where it was."""
+        port = urlsplit(self.primary.tcp_dsn).port
+        self.kill_primary()
+        self.primary.stop()
+        self.primary = EmbeddedPostgres.start(self.primary._place.data_dir, port=port)
+
     def kill_primary(self) -> None:
         """Without a word, and for good."""
         processes = [psutil.Process(self.primary.pid)]
@@ -62,52 +93,21 @@ class Pair:
             process.kill()
         psutil.wait_procs(processes, 30)
 
-    def promote(self) -> None:
-        """Make the standby the primary."""
-        self.run("pg_ctl", "promote", "--wait", "--pgdata", str(self.standby_dir))
-
 
 @pytest.fixture
 async def pair(own_postgres: Path) -> AsyncIterator[Pair]:
     with contextlib.ExitStack() as started:
         primary = EmbeddedPostgres.start(own_postgres, port=_free_port())
-        started.callback(primary.stop)
         both = Pair(primary, own_postgres / "standby", _free_port())
+        started.callback(both.stop_primary)
         migrate.upgrade(primary.dsn)
+        followed = make_conninfo(primary.tcp_dsn, application_name=STANDBY)
         both.run(
             *("pg_basebackup", "--pgdata", str(both.standby_dir), "--write-recovery-conf"),
-            *(
-                "--checkpoint",
-                "fast",
-                "--dbname",
-                make_conninfo(primary.tcp_dsn, application_name=STANDBY),
-            ),
+            *("--checkpoint", "fast", "--dbname", followed),
         )
-        both.run(
-            *(
-                "pg_ctl",
-                "start",
-                "--wait",
-                "--pgdata",
-                str(both.standby_dir),
-                "--log",
-                "standby.log",
-            ),
-            *(
-                "--options",
-                f"-c port={both.standby_port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''",
-            ),
-        )
-        started.callback(
-            both.run,
-            "pg_ctl",
-            "stop",
-            "--wait",
-            "--mode",
-            "immediate",
-            "--pgdata",
-            str(both.standby_dir),
-        )
+        both.start_standby()
+        started.callback(both.end_standby)
         async with await psycopg.AsyncConnection.connect(primary.dsn, autocommit=True) as admin:
             await admin.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{STANDBY}'")
             await admin.execute("SELECT pg_reload_conf()")
@@ -140,11 +140,32 @@ async def test_a_server_goes_over_to_the_standby_that_was_promoted_and_loses_not
         # The standby has all of it, and would answer reads.
         await all_unavailable(server.address, root_id)
         await becomes(server.address, NOT_SERVING)
-        await asyncio.to_thread(pair.promote)
+        await asyncio.to_thread(pair.control_standby, "promote")
         await becomes(server.address, SERVING)
         await load.progress(100)
     await check(server.address, load)
     assert server.process.poll() is None
+
+
+async def test_what_only_the_primary_has_is_not_acknowledged_when_it_is_asked_for_again(
+    pair: Pair, start_server: StartServer
+) -> None:
+    """Once a primary has crashed, what had waited for the standby can be seen without being there."""
+    server = await asyncio.to_thread(start_server, "--database-url", pair.dsn)
+    async with AioWire(server.address) as connection:
+        root_id = await granted(connection, "acme")
+        await asyncio.to_thread(pair.stop_standby)
+        request = spend_of(root_id)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await connection.ledger.Spend(request, timeout=1)
+        await asyncio.to_thread(pair.restart_primary)
+        async with await psycopg.AsyncConnection.connect(pair.primary.dsn) as admin:
+            cursor = await admin.execute("SELECT count(*) FROM entries")
+            assert await cursor.fetchone() == (2,)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await connection.ledger.Spend(request, timeout=2)
+        await asyncio.to_thread(pair.start_standby)
+        assert (await connection.ledger.Spend(request)).outcome.replayed
 
 
 def _free_port() -> int:

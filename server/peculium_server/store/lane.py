@@ -261,11 +261,13 @@ class LanesWriter:
         try:
             loaded, existing_holds = await self._load(connection, run)
             accepted = run.decide(loaded)
-            if not accepted and not run.in_doubt and not run.tries:
+            if not (accepted or run.in_doubt or run.tries or _recorded(loaded)):
                 await self._end(connection, [_COMMIT])
                 return loaded.positions
-            # In doubt, the positions are written even if nothing else is: an earlier commit that is
-            # still on its way is then either waited for or defeated, and never overtaken.
+            # The positions are written even if nothing else is. In doubt: an earlier commit that is
+            # still on its way is then either waited for or defeated, and never overtaken. For what is
+            # told to be recorded: a primary that has crashed shows commits that its synchronous
+            # standby may not have; it has them when it has this one.
             steps, positions = _saving(run.footprints, accepted, existing_holds, loaded.positions)
             doubted, run.in_doubt = run.in_doubt, True
             try:
@@ -361,6 +363,11 @@ class LanesWriter:
 
 def _lock(lane: int) -> Step:
     return Step(_LOCK, {"key": _LOCK_KEYS | lane})
+
+
+def _recorded(loaded: LoadedLanes) -> bool:
+    """Say whether an operation that is asked for is in the ledger already."""
+    return any(any(tree.recorded.values()) for tree in loaded.trees.values())
 
 
 def _saving(
