@@ -126,6 +126,19 @@ def database(postgres: Server) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def own_postgres() -> Iterator[Path]:
+    """A data directory for a PostgreSQL of the test's own, whoever may run that."""
+    folder = Path(tempfile.mkdtemp(prefix="peculium-own-"))
+    folder.chmod(0o755)
+    data_dir = folder / "data"
+    yield data_dir
+    if data_dir.exists():
+        # Whoever used it was stopped or killed: this is the last one who does.
+        EmbeddedPostgres.start(data_dir).stop()
+    shutil.rmtree(folder)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Give all workers of a run the same id, by which they find the same server."""
     given = getattr(config, "workerinput", None)

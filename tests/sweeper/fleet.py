@@ -118,9 +118,9 @@ class Fleet:
         await self.ask(reserve)
         return reserve.hold_id
 
-    async def holds(self, root_id: bytes, count: int) -> list[bytes]:
-        """So many holds of one second each."""
-        reserves = [self.reserve(root_id) for _ in range(count)]
+    async def holds(self, root_id: bytes, count: int, **changes: Any) -> list[bytes]:
+        """So many holds, of one second each if nothing else is said."""
+        reserves = [self.reserve(root_id, **changes) for _ in range(count)]
         for first in range(0, count, OPERATIONS_MAX):
             await self.ask(*reserves[first : first + OPERATIONS_MAX])
         return [reserve.hold_id for reserve in reserves]

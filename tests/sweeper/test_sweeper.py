@@ -11,11 +11,12 @@ import psycopg
 import pytest
 
 from peculium_server import sweeper
-from peculium_server.core.limits import SECOND_US
+from peculium_server.core.limits import DEPTH_MAX, SECOND_US
 from peculium_server.core.operations import ByToken, Extend, Kind
 from peculium_server.core.state import Balances, HoldState
 from peculium_server.lanes.answers import Answer, Unanswered, Unavailability
 from peculium_server.store.errors import StoreUnavailable
+from peculium_server.store.reads import STATEMENTS
 from tests.lanes.memory import new_token
 from tests.sweeper.fleet import Fleet, new_id, until
 
@@ -238,6 +239,84 @@ async def test_what_is_due_first_is_done_first(
     assert [states[hold].state.name for hold in holds] == ["LAPSED", "LAPSED", "LIVE", "LIVE"]
 
 
+async def test_a_collection_through_many_levels_is_cut_into_small_transactions(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each Collect writes an entry for every closed level that the money passes."""
+    root = await fleet.root(10_000)
+    [top] = [bottom] = await fleet.children(root, root, 1, 5_000)
+    for _ in range(DEPTH_MAX - 3):
+        [bottom] = await fleet.children(root, bottom, 1, 1_000)
+    await fleet.children(root, bottom, 200)
+    await fleet.revoke(root, top)
+    written: list[int] = []
+    writer = fleet.store.writer(fleet.store.lane_of(root))
+    run = writer.run
+
+    async def watched(footprints: Any, decide: Any, deadline: float | None) -> int:
+        def counted(loaded: Any) -> Any:
+            accepted = decide(loaded)
+            written.append(sum(len(each.entries) for each in accepted))
+            return accepted
+
+        return await run(footprints, counted, deadline)
+
+    monkeypatch.setattr(writer, "run", watched)
+    await fleet.sweep_until(fleet.nothing_due)
+    assert sum(written) >= 130 * DEPTH_MAX
+    assert max(written) <= 1_000
+    assert (await fleet.budget(root)).money.available == 10_000
+    await fleet.verified(root)
+
+
+async def test_what_another_server_is_doing_already_is_left_to_it(
+    fleet: Fleet, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thousand that both have found, the slower one repeats a single transaction."""
+    root = await fleet.root()
+    await fleet.holds(root, 1_000)
+    await fleet.wait_until_due(1_000)
+    due_holds = fleet.store.due_holds
+    async with Fleet.opened(database) as faster:
+
+        async def found_as_well(lane: int, *, limit: int) -> Any:
+            found = await due_holds(lane, limit=limit)
+            await faster.sweep_until(faster.nothing_due)
+            return found
+
+        monkeypatch.setattr(fleet.store, "due_holds", found_as_well)
+        assert not (await fleet.sweeper.round()).more
+        assert faster.counted("hold", "done") == 1_000
+    assert fleet.counted("hold", "replayed") == 256
+    assert fleet.counted("hold", "done") == 0
+
+
+@pytest.mark.parametrize("mode", ["force_generic_plan", "force_custom_plan"])
+@pytest.mark.parametrize("analyzed", [False, True])
+async def test_what_is_not_due_yet_is_not_even_looked_at(
+    fleet: Fleet, database: str, mode: str, *, analyzed: bool
+) -> None:
+    root = await fleet.root()
+    await fleet.holds(root, 300, ttl_us=3_600 * SECOND_US)
+    await fleet.children(root, root, 300, lease_us=3_600 * SECOND_US)
+    lane = fleet.store.lane_of(root)
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
+        if analyzed:
+            await connection.execute("ANALYZE")
+        await connection.execute("SELECT set_config('plan_cache_mode', %s, false)", [mode])
+        for name, column in (("due_holds", "expires_at"), ("due_leases", "lease_until")):
+            statement = STATEMENTS[name]
+            assert [parameter for parameter, _ in statement.parameters] == ["lane", "limit"]
+            await connection.execute(b"PREPARE planned AS " + statement.sql)
+            cursor = await connection.execute(
+                f"EXPLAIN (ANALYZE, TIMING OFF) EXECUTE planned({lane}, 1024)".encode()
+            )
+            plan = "\n".join([line for (line,) in await cursor.fetchall()])
+            assert f"{column} <= statement_timestamp()" in plan.partition("Index Cond: ")[2]
+            assert "Rows Removed by Filter" not in plan
+            await connection.execute("DEALLOCATE planned")
+
+
 # -- What stands in its way -----------------------------------------------------------------------
 
 ORPHAN = """
@@ -371,6 +450,20 @@ async def test_a_lane_without_an_answer_holds_up_no_other_and_is_left_alone_as_l
     assert (await fleet.verified(full))[Kind.LAPSE] == 0
     await fleet.sweep_until(fleet.nothing_due)
     assert (await fleet.verified(full))[Kind.LAPSE] == 3
+
+
+async def test_what_is_not_decided_in_time_is_left_to_a_later_round(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = await fleet.root()
+    await fleet.holds(root, 3)
+    await fleet.wait_until_due(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(sweeper, "ANSWER_SECONDS_MAX", -1)
+        assert await fleet.sweeper.round() == (False, 0)
+    assert fleet.counted("hold", "unanswered") == 3
+    await fleet.sweep_until(fleet.nothing_due)
+    assert (await fleet.verified(root))[Kind.LAPSE] == 3
 
 
 async def test_nothing_ends_the_sweeping(

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from peculium_server.embedded import EmbeddedPostgres
 from tests.postgres import Server as PostgresServer
 from tests.server import RunningServer, starting
 from tests.system.wire import Wire
@@ -42,16 +38,3 @@ def wire(running_server: RunningServer) -> Iterator[Wire]:
     """A connection to the test's own server."""
     with Wire(running_server.address) as connection:
         yield connection
-
-
-@pytest.fixture
-def own_postgres() -> Iterator[Path]:
-    """A data directory for a PostgreSQL of the test's own, whoever may run that."""
-    folder = Path(tempfile.mkdtemp(prefix="peculium-system-"))
-    folder.chmod(0o755)
-    data_dir = folder / "data"
-    yield data_dir
-    if data_dir.exists():
-        # Whoever used it was stopped or killed: this is the last one who does.
-        EmbeddedPostgres.start(data_dir).stop()
-    shutil.rmtree(folder)
