@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.faults import planted
+from tests.faults.progress import say
 from tests.faults.tally import Setting, Tally
 
 SECONDS_DEFAULT = 2_100
@@ -105,18 +106,13 @@ def table(results: Sequence[tuple[str, Tally, float]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _tell(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
-
-
 async def _run_planted(setting: Setting) -> tuple[Tally, int]:
     """The checker check: its counts, and how many of the planted faults were found."""
     checked = await planted.check_checkers(setting, alone=setting.seconds >= ALONE_SECONDS)
     for name in checked.found:
-        _tell(f"  found: {name}")
+        say(f"  found: {name}")
     for name in checked.masked:
-        _tell(f"  made up for by other guards: {name}")
+        say(f"  made up for by other guards: {name}")
     return checked.tally, len(checked.found)
 
 
@@ -140,7 +136,7 @@ async def campaign(
         own.mkdir(parents=True, exist_ok=True)
         own.chmod(0o755)
         allotted = working * part.share / share
-        _tell(f"{part.name}: about {allotted:.0f} s, seed {seed}")
+        say(f"{part.name}: about {allotted:.0f} s, seed {seed}")
         part_begun = time.monotonic()
         try:
             tally, planted_found = await _part(part, Setting(seed, allotted, own))
@@ -150,11 +146,11 @@ async def campaign(
         took = time.monotonic() - part_begun
         results.append((part.name, tally, took))
         counts = ", ".join(f"{getattr(tally, name)} {name}" for name in COUNTS)
-        _tell(f"{part.name}: {took:.0f} s, {'clean' if tally.clean else 'NOT CLEAN'}: {counts}")
+        say(f"{part.name}: {took:.0f} s, {'clean' if tally.clean else 'NOT CLEAN'}: {counts}")
         for problem in tally.problems[:20]:
-            _tell(f"  {problem}")
+            say(f"  {problem}")
         if len(tally.problems) > 20:
-            _tell(f"  and {len(tally.problems) - 20} more")
+            say(f"  and {len(tally.problems) - 20} more")
         total.add(tally)
     planted_faults = len(planted.PLANTED) if _PLANTED in {part.name for part in parts} else 0
     return Verdict(total, found, planted_faults, time.monotonic() - begun), results
@@ -184,15 +180,15 @@ def main() -> int:
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
-    _tell(f"seed {seed}, histories in {folder}")
+    say(f"seed {seed}, histories in {folder}")
     verdict, results = asyncio.run(campaign(arguments.parts, arguments.seconds, seed, folder))
     (folder / "verdict.json").write_text(verdict.line() + "\n")
     (folder / "parts.md").write_text(table(results) + "\n")
-    _tell(table(results))
+    say(table(results))
     if verdict.clean and arguments.folder is None:
         shutil.rmtree(folder, ignore_errors=True)
     else:
-        _tell(f"histories are kept in {folder}; again: make faults SEED={seed}")
+        say(f"histories are kept in {folder}; again: make faults SEED={seed}")
     sys.stdout.write(verdict.line() + "\n")
     return 0 if verdict.clean else 1
 

@@ -40,6 +40,8 @@ _SETTINGS = {"max_connections": "200", "shared_buffers": "64MB"}
 """Beside Postgres's own defaults, which are durable."""
 
 
+_FLAGS = ("--call-seconds-max", "600")
+"""A verification of everything takes as long as it takes."""
 _BACKENDS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'peculium'"
 
 
@@ -185,7 +187,7 @@ class Cluster:
         servers: int = 2,
         command: Sequence[str] = SERVER,
         environments: Sequence[Mapping[str, str]] = (),
-        flags: Sequence[str] = (),
+        flags: Sequence[str] = _FLAGS,
     ) -> AsyncIterator[Cluster]:
         """A new ledger in a folder, whose data is removed at the end; the logs stay.
 

@@ -19,6 +19,7 @@ from tests.faults.checks import Journal, Problem, leaked, overshoot, tallied
 from tests.faults.cluster import Cluster
 from tests.faults.history import History
 from tests.faults.modelled import Campaign
+from tests.faults.progress import say
 from tests.faults.storms import kill_something
 from tests.faults.tally import Setting, Tally
 from tests.faults.wishes import Wisher
@@ -95,8 +96,9 @@ async def run(setting: Setting) -> Tally:
                 while rounds == 0 or time.monotonic() < deadline:
                     async with asyncio.timeout(PROGRESS_SECONDS_MAX):
                         await asyncio.gather(*(load.progress(CALLS) for load in loads))
-                    await kill_something(cluster, history, chance)
+                    killed = await kill_something(cluster, history, chance)
                     rounds += 1
+                    say(f"  round {rounds}: {killed}")
                 beside.cancel()
                 ends = await asyncio.gather(beside, return_exceptions=True)
             for end in ends:

@@ -33,6 +33,7 @@ from sqlalchemy import (
 from peculium_server.store import lane, rows, statements
 from peculium_server.store.schema import budgets, lanes
 from peculium_server.store.wire import Statement, Step
+from tests.faults.progress import say
 from tests.faults.tally import Setting, Tally
 
 Change = Callable[[], None]
@@ -214,6 +215,7 @@ async def check_checkers(setting: Setting, *, alone: bool) -> Checked:
     seconds = min(SECONDS_MAX, max(SECONDS_MIN, setting.seconds / len(PLANTED)))
     checked = Checked(Tally(), [], [])
     for fault in faults:
+        say(f"  planted: {fault.name}")
         found = await contended(replace(setting, seconds=seconds), fault)
         checked.tally.rounds += 1
         checked.tally.operations += found.operations
