@@ -65,12 +65,7 @@ soak: SECONDS ?= 900
 soak: install ## Keep a steady load for SECONDS=900 while agents die: nothing may grow.
 	@$(BIN)/python -m tests.faults.soak --seconds $(SECONDS)
 
-# What a campaign is told: how long it may take, where its chance begins, what it does, where it leaves its histories.
-SECONDS ?=
-SEED ?=
-PARTS ?=
-FOLDER ?=
-
+# PARTS=modelled,race runs only those; FOLDER=... keeps the histories there, whatever comes of it.
 .PHONY: faults
 faults: install ## Do harm to servers, connections and databases, and check the ledger (SECONDS=300 SEED=1).
 	@$(BIN)/python -m tests.faults $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) \

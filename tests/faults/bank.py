@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 
 from peculium.v1 import types_pb2
-from tests.faults.checks import Problem, leaked, overshoot, tallied
+from tests.faults.checks import Problem, overshoot, tallied
 from tests.faults.cluster import Cluster
 from tests.faults.history import History
 from tests.faults.modelled import Campaign
@@ -150,5 +150,5 @@ async def run(setting: Setting) -> Tally:
             tally.operations = len(work.asked)
             tally.kills, tally.cuts = cluster.kills, cluster.cuts
             tally.overshoot = overshoot(journal)
-            tally.leaked_holds = len(leaked(journal))
+            tally.leaked_holds = len(work.leaked)
     return tally

@@ -163,7 +163,6 @@ class Journal:
     positions: dict[int, int]
     """Of each lane."""
     roots: dict[bytes, str]
-    read_at: int
 
 
 async def read_journal(dsn: str) -> Journal:
@@ -187,14 +186,12 @@ async def read_journal(dsn: str) -> Journal:
         holds = await fetched(f"SELECT {', '.join(rows.HOLD_COLUMNS)} FROM holds")
         lanes: list[tuple[int, int]] = await fetched("SELECT lane, position FROM lanes")  # type: ignore[assignment]
         roots: list[tuple[bytes, str]] = await fetched("SELECT root_id, name FROM roots")  # type: ignore[assignment]
-        now: list[tuple[int]] = await fetched("SELECT clock_timestamp()")  # type: ignore[assignment]
         return Journal(
             entries=[rows.to_entry(row) for row in entries],
             budgets=[rows.to_budget(row) for row in budgets],
             holds=[rows.to_hold_of_root(row) for row in holds],
             positions=dict(lanes),
             roots=dict(roots),
-            read_at=now[0][0],
         )
     finally:
         await connection.close()
@@ -427,13 +424,25 @@ def overshoot(journal: Journal) -> int:
     return sum(max(0, spent[root_id] - bound[root_id]) for root_id in spent)
 
 
-def leaked(journal: Journal) -> list[Hold]:
-    """Holds that are live although their time is over."""
+def leaked(journal: Journal, swept_at: int) -> list[Hold]:
+    """Holds that are live although their time was over before everything due was done."""
     return [
         hold
         for _, hold in journal.holds
-        if hold.state is HoldState.LIVE and hold.expires_at <= journal.read_at
+        if hold.state is HoldState.LIVE and hold.expires_at <= swept_at
     ]
+
+
+def unswept(journal: Journal, swept_at: int) -> list[Problem]:
+    """Leases that had to end and did not, and money that was left below a closed budget."""
+    found = []
+    closed = {budget.budget_id for budget in journal.budgets if budget.closed}
+    for budget in journal.budgets:
+        if not budget.closed and budget.expired(swept_at):
+            found.append(Problem("unswept", f"the lease of {budget.budget_id.hex()} is over"))
+        if budget.money.available and closed & {budget.budget_id, *budget.ancestors}:
+            found.append(Problem("unswept", f"closed {budget.budget_id.hex()} has something"))
+    return found
 
 
 def requested(first: Entry) -> Operation:

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack
 
 from peculium._ids import id_text
 from peculium_server.core.operations import Kind
-from tests.faults.checks import Journal, Problem, leaked, overshoot, tallied
+from tests.faults.checks import Journal, Problem, overshoot, tallied
 from tests.faults.cluster import Cluster
 from tests.faults.history import History
 from tests.faults.modelled import Campaign
@@ -111,5 +111,5 @@ async def run(setting: Setting) -> Tally:
     tally.operations = len({entry.operation_id for entry in journal.entries})
     tally.kills, tally.cuts = cluster.kills, cluster.cuts
     tally.overshoot = overshoot(journal)
-    tally.leaked_holds = len(leaked(journal))
+    tally.leaked_holds = len(work.leaked)
     return tally

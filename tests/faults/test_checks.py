@@ -30,6 +30,7 @@ from tests.faults.checks import (
     leaked,
     overshoot,
     tallied,
+    unswept,
 )
 from tests.faults.crash import judged
 from tests.faults.history import History, told
@@ -82,7 +83,6 @@ class Written:
             holds=[(id_, hold) for id_, tree in trees.items() for hold in tree.known_holds()],
             positions={0: self.ledger.position},
             roots={id_: tree.budget(id_).name for id_, tree in trees.items()},
-            read_at=self.ledger.now,
         )
 
     def rules(self, journal: Journal | None = None) -> set[str]:
@@ -365,9 +365,24 @@ def test_what_is_spent_beyond_all_that_was_granted_is_overshoot(written: Written
 
 def test_a_hold_that_outlives_its_time_is_leaked(written: Written) -> None:
     written.ask(written.root.reserve(10, ttl_us=SECOND))
-    assert len(leaked(written.journal())) == 1
+    assert len(leaked(written.journal(), written.ledger.now)) == 1
     written.ask(written.root.reserve(10, ttl_us=3600 * SECOND))
-    assert len(leaked(written.journal())) == 1
+    assert len(leaked(written.journal(), written.ledger.now)) == 1
+
+
+def test_a_lease_that_outlives_its_time_is_found(written: Written) -> None:
+    child = written.root.spec(1, lease_us=SECOND, lease_latest_us=SECOND)
+    written.ask(written.root.delegate(child))
+    found = unswept(written.journal(), written.ledger.now)
+    assert [problem.rule for problem in found] == ["unswept"]
+    assert unswept(written.journal(), written.ledger.now - 10 * SECOND) == []
+
+
+def test_money_that_is_left_below_a_closed_budget_is_found(written: Written) -> None:
+    journal = written.journal()
+    assert unswept(journal, written.ledger.now) == []
+    journal.budgets = [budget._replace(closed=budget.is_root) for budget in journal.budgets]
+    assert {problem.rule for problem in unswept(journal, 0)} == {"unswept"}
 
 
 def test_problems_count_as_what_they_are() -> None:
