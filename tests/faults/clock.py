@@ -103,10 +103,10 @@ async def money_moves_while_clocks_jump(fleet: Fleet, name: str) -> int:
 async def recorded_times_are_the_databases(fleet: Fleet, name: str) -> int:
     """One budget, served by each server in turn."""
     before = await fleet.now()
-    async with aio.connect(fleet.addresses[0]) as client:
+    async with aio.connect(fleet.addresses[0], timeout=WAIT_SECONDS_MAX) as client:
         await client.admin.grant(name, unit="calls", amount=100, holder="dev")
     for address in (*fleet.addresses, *fleet.addresses):
-        async with aio.connect(address) as client:
+        async with aio.connect(address, timeout=WAIT_SECONDS_MAX) as client:
             service = await client.open(name)
             await service.spend(1)
             fleet.jump(-HOUR)
@@ -123,7 +123,7 @@ async def recorded_times_are_the_databases(fleet: Fleet, name: str) -> int:
 
 async def age_is_told_by_the_database(fleet: Fleet, name: str) -> int:
     """An operation of now is taken by every server, one of an hour ago or ahead by none."""
-    async with aio.connect(fleet.addresses[0]) as client:
+    async with aio.connect(fleet.addresses[0], timeout=WAIT_SECONDS_MAX) as client:
         granted = await client.admin.grant(name, unit="calls", amount=100, holder="dev")
     root_id = granted.ref.root_id
     for address in fleet.addresses:
@@ -146,10 +146,10 @@ async def age_is_told_by_the_database(fleet: Fleet, name: str) -> int:
 
 async def waiting_is_not_measured_by_clocks_that_jump(fleet: Fleet, name: str) -> int:
     """A call that the database keeps waiting ends at its deadline, and its outcome is found out."""
-    async with aio.connect(fleet.addresses[0]) as client:
+    async with aio.connect(fleet.addresses[0], timeout=WAIT_SECONDS_MAX) as client:
         await client.admin.grant(name, unit="calls", amount=100, holder="dev")
     for address in fleet.addresses:
-        async with aio.connect(address) as client:
+        async with aio.connect(address, timeout=WAIT_SECONDS_MAX) as client:
             service = await client.open(name)
             begun = time.monotonic()
             async with await psycopg.AsyncConnection.connect(fleet.dsn) as hoarder:
@@ -174,7 +174,7 @@ async def waiting_is_not_measured_by_clocks_that_jump(fleet: Fleet, name: str) -
 
 async def holds_and_leases_end_by_the_database(fleet: Fleet, name: str) -> int:
     """Short ones end when the database says so; long ones outlast a server that is an hour ahead."""
-    async with aio.connect(fleet.addresses[-1]) as client:
+    async with aio.connect(fleet.addresses[-1], timeout=WAIT_SECONDS_MAX) as client:
         granted = await client.admin.grant(name, unit="calls", amount=1_000)
         root = await client.accept(granted.capability)
         short = await root.reserve(10, ttl=_SHORT_SECONDS)
@@ -301,7 +301,7 @@ def lying_postgres(folder: Path, liar: Liar) -> Iterator[str]:
 async def times_do_not_go_back_with_the_database(fleet: Fleet, name: str, liar: Liar) -> int:
     """Entries keep their order in time, and operations of now are still taken as such."""
     liar.set(0)
-    async with aio.connect(fleet.addresses[0]) as client:
+    async with aio.connect(fleet.addresses[0], timeout=WAIT_SECONDS_MAX) as client:
         granted = await client.admin.grant(f"{name}-token", unit="calls", amount=100)
         root = await client.accept(granted.capability)
         await client.admin.grant(f"{name}-service", unit="calls", amount=100, holder="dev")
@@ -319,7 +319,7 @@ async def times_do_not_go_back_with_the_database(fleet: Fleet, name: str, liar: 
         await root.spend(1)
     for each in (f"{name}-token", f"{name}-service"):
         never_back(await entries_of(fleet.addresses[0], each))
-    async with aio.connect(fleet.addresses[0]) as client:
+    async with aio.connect(fleet.addresses[0], timeout=WAIT_SECONDS_MAX) as client:
         verdicts = [progress.verified async for progress in client.audit.verify()]
     expect(verdicts[-1] is True, "it does not verify")
     return 21
@@ -330,7 +330,7 @@ async def times_do_not_go_back_with_the_database(fleet: Fleet, name: str, liar: 
 
 async def entries_of(address: str, root: str) -> list[EntryInfo]:
     """All entries of a tree, in the order of the ledger."""
-    async with aio.connect(address) as client:
+    async with aio.connect(address, timeout=WAIT_SECONDS_MAX) as client:
         return [entry async for entry in client.audit.entries(root, tree=True)]
 
 

@@ -15,10 +15,12 @@ from peculium import aio
 from peculium.aio import Budget
 from peculium.errors import OperationTooOld
 
+_TIMEOUT_SECONDS = 60.0
+
 
 async def main(address: str, name: str) -> None:
     """Spend, and tell."""
-    async with aio.connect(address) as client:
+    async with aio.connect(address, timeout=_TIMEOUT_SECONDS) as client:
         granted = await client.admin.grant(f"{name}-token", unit="calls", amount=100)
         root = await client.accept(granted.capability)
         async with root.reserve(10) as hold:

@@ -17,7 +17,7 @@ from peculium_server.store import connect, lane
 from peculium_server.store.lane import LanesWriter
 from peculium_server.store.wire import Connection, Flown, Result, Step
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 60
 """Longer than any statement of a healthy database takes, on a busy machine too."""
 
 _STUCK_AFTER_SECONDS = 0.002

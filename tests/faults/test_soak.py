@@ -1,13 +1,17 @@
-"""What a soak calls flat, and what it does not."""
+"""What a soak calls flat, and what it does not; and a short one."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from tests.faults import soak
 from tests.faults.soak import Left, Sample, not_flat, not_right, rate, trend, warm
 
 RIGHT = Left(holds=0, leases=0, overshoot=0, verified=True)
@@ -85,3 +89,25 @@ def test_memory_is_told_by_least_squares_from_the_warm_up_on() -> None:
 def test_whatever_is_wrong_in_the_end_is_told(wrong: Left) -> None:
     assert len(not_right(wrong)) == 1
     assert not_right(RIGHT) == []
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where whoever may run PostgreSQL can read."""
+    made = Path(tempfile.mkdtemp(prefix="peculium-soak-"))
+    made.chmod(0o755)
+    yield made
+    shutil.rmtree(made)
+
+
+@pytest.mark.timeout(240)
+async def test_what_dying_agents_leave_behind_comes_to_an_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "LIFE_SECONDS", (2.0, 4.0))
+    monkeypatch.setattr(soak, "SAMPLE_SECONDS", 1.0)
+    figures, _ = await soak.soak(8, 7, folder)
+    assert figures["deaths"] > 0
+    assert figures["operations"] > 0
+    assert (figures["holds_open_end"], figures["overshoot"], figures["verified"]) == (0, 0, True)
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 8
