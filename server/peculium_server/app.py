@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import resource
 import signal
 from collections.abc import AsyncIterator, Callable
 from typing import Final
@@ -27,6 +28,9 @@ PROBE_SECONDS: Final = 2.0
 PROBE_SECONDS_MAX: Final = 5.0
 """A database that takes longer to say where it stands is not one to send callers to."""
 
+FILES_MAX: Final = 65_536
+"""Open files, so connections, that the server asks to be allowed."""
+
 Tell = Callable[[str], None]
 """Is told each step of starting and stopping, as a sentence."""
 
@@ -42,8 +46,17 @@ def run(config: Config, tell: Tell) -> None:
         StoreError: The database cannot be reached, or not be relied upon.
         CannotListen: The address is taken.
     """
+    _allow_files()
     with asyncio.Runner(loop_factory=_fastest_loop()) as runner:
         runner.run(_serve(config, tell))
+
+
+def _allow_files() -> None:
+    """Let as many connect as the machine allows: each is an open file, and shells allow few."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = FILES_MAX if most == resource.RLIM_INFINITY else min(most, FILES_MAX)
+    if allowed != resource.RLIM_INFINITY and allowed < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -20,6 +20,8 @@ from peculium_server.core.batch import Request
 from peculium_server.core.operations import ByHolder, Grant, Role
 from peculium_server.identity import Identities
 from peculium_server.lanes.answers import Answer, Unanswered, Unavailability
+from peculium_server.lanes.lane import DeadlinePassed
+from peculium_server.rpc.interceptors import DecodingInterceptor
 from peculium_server.rpc.permissions import PERMISSIONS, SERVICES
 from peculium_server.rpc.server import CannotListen
 from tests.lanes.memory import grant, reserve, spend
@@ -342,3 +344,27 @@ async def test_anybody_may_ask_for_health_and_for_the_services(keys: Identities)
         answer = await call.read()
         listed = {each.name for each in answer.list_services_response.service}
         assert set(SERVICES) <= listed
+
+
+class Deaf:
+    """A caller who takes no answer."""
+
+    async def write(self, _answer: object) -> None:
+        await asyncio.Event().wait()
+
+
+async def test_a_stream_ends_when_its_caller_takes_no_answer() -> None:
+    ended: list[str] = []
+
+    async def answers(request: object, context: object) -> AsyncIterator[str]:
+        try:
+            yield "an answer"
+        finally:
+            ended.append("here")
+
+    make: Any = grpc.unary_stream_rpc_method_handler
+    handler = make(answers, request_deserializer=bytes)
+    deaf: Any = Deaf()
+    with pytest.raises(DeadlinePassed):
+        await DecodingInterceptor(0.05).wrap("a method", handler).unary_stream(b"", deaf)
+    assert ended == ["here"]

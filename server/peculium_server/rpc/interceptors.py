@@ -188,7 +188,7 @@ def _key(context: Context) -> str | None:
 class DeadlineInterceptor(Interceptor):
     """Gives every call an end: the caller's, or the server's own where that is sooner.
 
-    A stream is as long as what it tells; it ends when its caller goes.
+    A stream is as long as what it tells; it ends when its caller goes, or takes no answer for so long.
     """
 
     def __init__(self, seconds_max: float) -> None:
@@ -220,6 +220,10 @@ class DeadlineInterceptor(Interceptor):
 class DecodingInterceptor(Interceptor):
     """Parses requests: bytes that are no message are the caller's mistake, and are told so."""
 
+    def __init__(self, seconds_max: float) -> None:
+        super().__init__()
+        self._seconds_max = seconds_max
+
     def wrap(self, _method: str, handler: Handler, /) -> Handler:
         """Take the parser out of the transport, where a failure would be an unknown error."""
         parse = handler.request_deserializer
@@ -234,12 +238,20 @@ class DecodingInterceptor(Interceptor):
             # Closed here and now, in the task and the context that it was begun in.
             async with aclosing(handler.unary_stream(parsed(request), context)) as answers:
                 async for answer in answers:
-                    await context.write(answer)
+                    await self._hand_over(answer, context)
 
         async def unary(request: bytes, context: Context) -> Any:
             return await handler.unary_unary(parsed(request), context)
 
         return _handler_like(handler, stream if handler.response_streaming else unary, None)
+
+    async def _hand_over(self, answer: Any, context: Context) -> None:
+        """Write an answer of a stream, to a caller who may be slow, but not without end."""
+        try:
+            async with asyncio.timeout(self._seconds_max):
+                await context.write(answer)
+        except TimeoutError as error:
+            raise DeadlinePassed from error
 
 
 def _handler_like(handler: Handler, serve: Any, deserializer: Any) -> Handler:

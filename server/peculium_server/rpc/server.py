@@ -65,7 +65,7 @@ class Server:
                 IdentityInterceptor(identities),
                 # What is late already is not even parsed.
                 DeadlineInterceptor(call_seconds_max),
-                DecodingInterceptor(),
+                DecodingInterceptor(call_seconds_max),
             ],
             options=[
                 ("grpc.max_receive_message_length", message_bytes_max),
