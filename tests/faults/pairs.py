@@ -133,6 +133,7 @@ ASKS: dict[str, _Ask] = {
     ),
     "accept the run": lambda world: world.run.accept(),
     "recover the run": lambda world: world.run.recover(),
+    "claim the run": lambda world: world.run.recover(if_seq=world.run.budget.seq),
     "recover the run for another": lambda world: world.run.admin_recover(
         holder="other", holds=(world.hold.rotation(),)
     ),

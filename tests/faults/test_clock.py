@@ -81,11 +81,21 @@ async def test_servers_whose_clocks_are_off_serve_by_the_databases(fleet: Fleet)
     await clock.recorded_times_are_the_databases(fleet, "times")
     await clock.age_is_told_by_the_database(fleet, "age")
     await clock.waiting_is_not_measured_by_clocks_that_jump(fleet, "waiting")
-    await clock.holds_and_leases_end_by_the_database(fleet, "ends")
 
     entries = await clock.entries_of(fleet.addresses[0], "times")
     with pytest.raises(Wrong, match="follows"):
         clock.never_back(entries[::-1])
+
+
+@pytest.mark.parametrize("seconds", OFF)
+async def test_a_server_whose_clock_is_off_ends_holds_and_leases_by_the_databases(
+    start_server: StartServer, database: str, folder: Path, seconds: float
+) -> None:
+    liar = Liar.off_by(seconds, folder / "clock")
+    server = start_server("--database-url", database, "--sweep-seconds", "1", **liar.environment())
+    assert await clock.holds_and_leases_end_by_the_database(
+        Fleet([server.address], database), "acme"
+    )
 
 
 @pytest.mark.parametrize("seconds", OFF)
