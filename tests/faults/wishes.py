@@ -74,6 +74,8 @@ class Wish:
     """That which takes its place."""
     hold: KnownHold | None = None
     made: list[Purse] = field(default_factory=list)
+    makers: list[Purse] | None = None
+    """What its client has to itself, and gets more of."""
     held: KnownHold | None = None
     """A hold that it makes."""
     also: Callable[[], None] | None = None
@@ -98,6 +100,8 @@ class Wish:
         for purse in self.made:
             if purse.parent is not None and purse not in purse.parent.children:
                 purse.parent.children.append(purse)
+                if self.makers is not None:
+                    self.makers.append(purse)
         if self.held is not None and self.held not in self.purse.holds:
             self.purse.holds.append(self.held)
 
@@ -478,8 +482,7 @@ class Wisher:
             # A name that a sibling has.
             specs[0].name = f"child-{self._chance.choice(purse.children).id.hex()}"
         wish = self._by(purse, ledger.DelegateRequest(children=specs))
-        wish.made = children
-        self.own += children
+        wish.made, wish.makers = children, self.own
         return wish
 
     def _accept(self) -> Wish | None:
