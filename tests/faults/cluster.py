@@ -150,6 +150,7 @@ class Cluster:
         """Processes that were ended by SIGKILL."""
         self._port = _free_port()
         self._postgres: EmbeddedPostgres | None = None
+        self._reviving: asyncio.Task[None] | None = None
 
     @property
     def data_dir(self) -> Path:
@@ -205,15 +206,19 @@ class Cluster:
         async with contextlib.AsyncExitStack() as open_:
             open_.callback(shutil.rmtree, cluster.data_dir, ignore_errors=True)
             open_.callback(cluster._stop_postgres)
+            open_.push_async_callback(cluster._settle)
             await cluster._start_postgres()
             await asyncio.to_thread(migrate.upgrade, cluster.dsn)
             for number in range(servers):
                 own = dict(environments[number]) if number < len(environments) else {}
                 node = await cluster._add_node(open_, number, command, own, flags)
                 await node.start()
-            yield cluster
-            for node in cluster.nodes:
-                node.kill()
+            try:
+                yield cluster
+            finally:
+                await cluster._settle()
+                for node in cluster.nodes:
+                    node.kill()
 
     async def _add_node(
         self,
@@ -285,7 +290,9 @@ class Cluster:
 
     async def _start_postgres(self) -> None:
         """Start it on a port that is free; the proxies know where it is."""
-        deadline = time.monotonic() + WAIT_SECONDS_MAX
+        # What never ran is not waited for: the folder may be one that it cannot use.
+        ran = (self.data_dir / "cluster").exists()
+        deadline = time.monotonic() + (WAIT_SECONDS_MAX if ran else 0)
         while self._postgres is None:
             try:
                 self._postgres = await asyncio.to_thread(
@@ -327,15 +334,27 @@ class Cluster:
     async def revive(self) -> None:
         """Wait until every process runs and serves; faults of connections go on.
 
+        Who is cancelled meanwhile leaves it to the next one: nothing is started twice.
+
         Raises:
             ClusterBroken: Something does not come back.
         """
-        if not psutil.pid_exists(self.postgres.pid):
+        if self._reviving is None or self._reviving.done():
+            self._reviving = asyncio.create_task(self._revive())
+        await asyncio.shield(self._reviving)
+
+    async def _revive(self) -> None:
+        if self._postgres is None or not _alive(self._postgres.pid):
             await self.start_postgres()
         await self.answering()
         for node in self.nodes:
             if not node.running:
                 await node.start()
+
+    async def _settle(self) -> None:
+        """Let a revival end that nobody waits for any more."""
+        if self._reviving is not None:
+            await asyncio.gather(self._reviving, return_exceptions=True)
 
     async def answering(self) -> None:
         """Wait until PostgreSQL answers: it may be recovering.
@@ -380,6 +399,13 @@ class Cluster:
             # A query is written by a test, never made of what somebody has sent.
             cursor = await connection.execute(query.encode(), values)
             return await cursor.fetchall() if cursor.description else []
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _free_port() -> int:

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from random import Random
 
 from peculium._ids import id_text
 from peculium_server.core.operations import Kind
@@ -75,10 +76,25 @@ class _Dying:
                 await asyncio.sleep(0.05)
 
 
+async def _rounds(
+    cluster: Cluster, history: History, chance: Random, loads: Sequence[Load], seconds: float
+) -> int:
+    """Let the loads get on, kill something, and so on: how often something was killed."""
+    rounds = 0
+    deadline = time.monotonic() + seconds
+    while rounds == 0 or time.monotonic() < deadline:
+        async with asyncio.timeout(PROGRESS_SECONDS_MAX):
+            await asyncio.gather(*(load.progress(CALLS) for load in loads))
+        kills = cluster.kills
+        killed = await kill_something(cluster, history, chance)
+        rounds += cluster.kills > kills
+        say(f"  round {rounds}: {killed}")
+    return rounds
+
+
 async def run(setting: Setting) -> Tally:
     """Kill whatever runs, under load."""
     chance = setting.random("crash")
-    rounds = 0
     async with Cluster.running(setting.folder / "crash", chance) as cluster:
         with History(setting.folder / "crash.jsonl", "crash", setting.seed) as history:
             work = Campaign(cluster, history, chance, dry_runs=False)
@@ -92,19 +108,14 @@ async def run(setting: Setting) -> Tally:
                     for node in cluster.nodes
                 ]
                 beside = asyncio.create_task(dying.die_on())
-                deadline = time.monotonic() + setting.seconds
-                while rounds == 0 or time.monotonic() < deadline:
-                    async with asyncio.timeout(PROGRESS_SECONDS_MAX):
-                        await asyncio.gather(*(load.progress(CALLS) for load in loads))
-                    killed = await kill_something(cluster, history, chance)
-                    rounds += 1
-                    say(f"  round {rounds}: {killed}")
-                beside.cancel()
-                ends = await asyncio.gather(beside, return_exceptions=True)
-            for end in ends:
-                if isinstance(end, Exception):
-                    raise end
+                try:
+                    rounds = await _rounds(cluster, history, chance, loads, setting.seconds)
+                finally:
+                    beside.cancel()
+                    ends = await asyncio.gather(beside, return_exceptions=True)
+            failed = [end for end in ends if isinstance(end, Exception)]
             journal, found = await work.examined(others=True)
+            found += [Problem("failure", repr(end)) for end in failed]
             found += judged(journal, loads)
     tally = tallied(found)
     tally.rounds = rounds

@@ -172,6 +172,9 @@ class Proxy:
     async def _listen(self) -> None:
         if self._server is None:
             assert self._socket is not None
+            if self._socket.fileno() < 0:
+                # Whoever refused connections was interrupted.
+                self._socket = await _bound_again(self.port)
             self._server = await asyncio.start_server(self._accepted, sock=self._socket)
 
     async def _deafen(self) -> None:
