@@ -23,18 +23,24 @@ def head(major: int, argument: int) -> bytes:
     """The first bytes of an item: its major type and its argument in the shortest form."""
     if argument < 24:
         return _SHORT[major][argument]
-    if argument < 0x100:
-        return bytes((major << 5 | 24, argument))
-    for info, size in ((25, 2), (26, 4), (27, 8)):
-        if argument < 1 << 8 * size:
-            return bytes((major << 5 | info,)) + argument.to_bytes(size)
-    raise OverflowError(f"{argument} does not fit into 64 bits")
+    bits = argument.bit_length()
+    if bits > 64:
+        raise OverflowError(f"{argument} does not fit into 64 bits")
+    first, size = _LONG[major][bits]
+    return first + argument.to_bytes(size)
 
 
 _SHORT = [[bytes((major << 5 | argument,)) for argument in range(24)] for major in range(6)]
+_SIZES = [1] * 9 + [2] * 8 + [4] * 16 + [8] * 32
+"""How many bytes an argument takes, by its length in bits."""
+_LONG = [
+    [(bytes((major << 5 | 23 + size.bit_length(),)), size) for size in _SIZES] for major in range(6)
+]
 
 
 def _integer(value: int) -> bytes:
+    if 0 <= value < 24:
+        return _SHORT[0][value]
     return head(0, value) if value >= 0 else head(1, -1 - value)
 
 
@@ -52,11 +58,10 @@ def _array(value: list[Value]) -> bytes:
 
 
 def _map(value: dict[Key, Value]) -> bytes:
-    pairs = [
-        (_ENCODERS[type(key)](key), _ENCODERS[type(item)](item)) for key, item in value.items()
-    ]
-    pairs.sort()
-    return head(5, len(pairs)) + b"".join([key + item for key, item in pairs])
+    # No key's encoding begins with another's, so the items come in the order of their keys.
+    items = [_ENCODERS[type(key)](key) + _ENCODERS[type(item)](item) for key, item in value.items()]
+    items.sort()
+    return head(5, len(items)) + b"".join(items)
 
 
 def _boolean(value: bool) -> bytes:
