@@ -19,7 +19,6 @@ from peculium_server.identity import DEV_PRINCIPAL, Identities
 from peculium_server.lanes.ledger import Ledger
 from peculium_server.rpc.server import Server
 from peculium_server.store import migrate
-from peculium_server.store.errors import StoreError
 from peculium_server.store.store import Store
 from peculium_server.sweeper import Sweeper
 
@@ -152,7 +151,7 @@ async def _tell_health(server: Server, store: Store) -> None:
             async with asyncio.timeout(PROBE_SECONDS_MAX):
                 await store.probe()
             works = True
-        except (StoreError, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, callers would not be served either
             works = False
             if serving is not False:
                 reason = str(error) or f"no answer in {PROBE_SECONDS_MAX:g} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import Sequence
 
 import psycopg
@@ -14,7 +15,7 @@ from peculium_server.core.operations import Grant
 from peculium_server.core.outcome import Outcome
 from peculium_server.store import connect, lane, wire
 from peculium_server.store.errors import LedgerCorrupt, StatementRefused, StoreUnavailable
-from peculium_server.store.lane import Loaded
+from peculium_server.store.lane import LaneWriter, Loaded
 from peculium_server.store.store import Store
 from peculium_server.store.wire import Connection, Flown, Step
 from tests.store.spender import Spender, spent
@@ -450,3 +451,27 @@ async def test_a_probe_finds_what_only_writers_would_notice(store: Store, databa
             await store.probe()
         await admin.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
     await store.probe()
+
+
+async def test_callers_with_little_time_do_not_keep_a_writer_from_the_host_that_answers(
+    store: Store, spender: Spender, database: str
+) -> None:
+    """The first of two hosts takes connections and says nothing, for longer than any caller waits."""
+    root = await spender.grant(store)
+    found = psycopg.conninfo.conninfo_to_dict(database)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        found["host"] = f"127.0.0.1,{found['host']}"
+        found["port"] = f"{silent.getsockname()[1]},{found['port']}"
+        both = psycopg.conninfo.make_conninfo("", **found, connect_timeout=2)
+        writer = LaneWriter(both, store.incarnation, store.lane_of(root.root_id))
+        clock = asyncio.get_running_loop().time
+        operation, tried = spender.ask(root), 0
+        async with asyncio.timeout(30):
+            while True:
+                tried += 1
+                with contextlib.suppress(StoreUnavailable):
+                    await spender.do(writer, operation, deadline=clock() + 0.5)
+                    break
+    assert tried > 2
+    assert await spent(store, root) == 1
+    await writer.close()
