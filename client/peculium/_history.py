@@ -67,8 +67,9 @@ class History:
             LedgerWentBack: One of them stands before what was known when it was asked for.
         """
         for result in response.results:
-            if result.HasField("outcome") and result.outcome.HasField("ledger"):
-                self._observe(known, result.outcome.ledger)
+            answer = result.refused if result.HasField("refused") else result.outcome
+            if answer.HasField("ledger"):
+                self._observe(known, answer.ledger)
 
     def _observe(self, known: Known, told: types_pb2.LedgerPosition) -> None:
         incarnation = self._incarnation

@@ -225,10 +225,7 @@ class Ledger:
                 yield hold
 
     def _answer(self, answer: Outcome | Refused) -> Answer:
-        position = None
-        if isinstance(answer, Outcome):
-            position = self.standing()
-        return Answer(answer, position)
+        return Answer(answer, self.standing())
 
     # --- what a test looks at ---
 

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import peculium
-from peculium import LedgerWentBack, Unavailable
+from peculium import Child, LedgerWentBack, Unavailable
 from peculium._history import LANES_MAX, History
 from peculium.aio import Budget, Client, connect
 from peculium.v1 import audit_service_pb2 as audit, ledger_service_pb2 as wire, types_pb2
@@ -150,6 +150,47 @@ def test_whoever_waits_in_whatever_place_is_told(bench: Bench) -> None:
     assert isinstance(late.told.error, LedgerWentBack)
 
 
+def test_who_waits_behind_one_that_was_woken_is_told_once(bench: Bench) -> None:
+    root = bench.root(token=False)
+    restore = bench.ledger.backup()
+    bench.answer_all(*(bench.spend(root, 1) for _ in range(5)))
+    held = bench.reserve(root, 95)
+    bench.answer(bench.send())
+    woken, waiting = bench.reserve(root, 90, wait=60), bench.reserve(root, 95, wait=60)
+    bench.answer(bench.send())
+    bench.settle(held, 0)
+    noticing = bench.send(), bench.spend(root, 1)
+    bench.answer(noticing[0])
+    batch = bench.send()
+    restore()
+    bench.answer(batch)
+    assert bench.silent()
+    for asking in (woken, waiting, noticing[1]):
+        assert asking.told.answers == 1
+        assert asking.told.error is not None
+    assert bench.brain.idle
+    assert bench.brain.unresolved == 0
+
+
+def test_what_was_refused_and_might_win_late_is_not_undone_any_more(bench: Bench) -> None:
+    root = bench.root(50)
+    restore = bench.ledger.backup()
+    bench.answer_all(*(bench.spend(root, 1) for _ in range(5)))
+    refused = bench.reserve(root, 60)
+    bench.lose_request(bench.send())
+    bench.now += 0.1
+    bench.answer(bench.send())
+    assert refused.told.error is not None
+    assert bench.brain.wake_at() is not None
+    bench.spend(root, 1)
+    batch = bench.send()
+    restore()
+    bench.answer(batch)
+    assert bench.silent()
+    assert bench.brain.wake_at() is None
+    assert bench.brain.idle
+
+
 def test_an_accepted_answer_from_the_past_is_not_believed_either(bench: Bench) -> None:
     root = bench.root()
     bench.answer_all(bench.spend(root, 1))
@@ -185,6 +226,8 @@ async def test_the_first_answer_of_a_ledger_that_went_back_ends_the_client(
         await root.spend(1)
     assert caught.value.seen == caught.value.told + 1
     asked = len(ledger.batches)
+    # Also when it has caught up.
+    ledger.position += 10
     with pytest.raises(LedgerWentBack):
         await run.spend(1)
     with pytest.raises(LedgerWentBack):
@@ -197,6 +240,16 @@ async def test_the_first_answer_of_a_ledger_that_went_back_ends_the_client(
         await client.admin.top_up("acme", 1)
     assert len(ledger.batches) == asked
     await client.close()
+
+
+async def test_a_token_that_a_ledger_has_forgotten_is_not_told_as_unknown(
+    ledger: Ledger, run: Budget
+) -> None:
+    restore = ledger.backup()
+    await run.spend(1)
+    restore()
+    with pytest.raises(LedgerWentBack):
+        await run.spend(1)
 
 
 async def test_a_read_notices_it_too(
@@ -257,6 +310,10 @@ def test_threads_are_told_as_tasks_are(
     restore()
     with pytest.raises(LedgerWentBack):
         blocking.open("acme")
+    # Also when it has caught up.
+    ledger.position += 10
+    with pytest.raises(LedgerWentBack):
+        blocking.open("acme")
     with pytest.raises(LedgerWentBack):
         blocking_run.spend(1)
     with pytest.raises(LedgerWentBack):
@@ -273,9 +330,11 @@ async def test_a_database_that_was_restored_to_its_past_is_noticed(
     with postgres.fresh_database(postgres.migrated_template()) as url:
         server = start_server("--database-url", url)
         address = server.address
-        async with connect(address, timeout=60) as client:
+        async with connect(address, timeout=60) as client, connect(address, timeout=60) as agent:
             await client.admin.grant("acme", unit="calls", amount=100, holder="dev")
             acme = await client.open("acme")
+            [made] = await acme.delegate([Child("run", 10)])
+            run = await agent.accept(made.capability)
             await acme.spend(1)
             server.stop()
             source = urlsplit(url).path.removeprefix("/")
@@ -285,6 +344,7 @@ async def test_a_database_that_was_restored_to_its_past_is_noticed(
                 )
                 # A restart is no going back.
                 await acme.spend(1)
+                await run.spend(1)
                 assert (await acme.balances()).spent == 2
                 await asyncio.to_thread(server.stop)
                 server = await asyncio.to_thread(
@@ -292,9 +352,11 @@ async def test_a_database_that_was_restored_to_its_past_is_noticed(
                 )
                 with pytest.raises(LedgerWentBack) as caught:
                     await acme.balances()
-                assert (caught.value.seen, caught.value.told) == (3, 2)
+                assert caught.value.seen == caught.value.told + 2
                 with pytest.raises(LedgerWentBack):
                     await acme.reserve(1)
+                with pytest.raises(LedgerWentBack):
+                    await run.spend(1)
                 async with connect(address, timeout=60) as another:
                     assert (await (await another.open("acme")).balances()).spent == 1
                 await asyncio.to_thread(server.stop)

@@ -6,6 +6,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from peculium_server.core.operations import (
     Delegate,
     Freeze,
     Grant,
+    Release,
     Reserve,
+    TopUp,
 )
 from peculium_server.identity import Identities
 from tests.rpc.messages import message_of
@@ -142,36 +145,58 @@ async def test_a_budget_is_read_with_its_live_token_which_stays_live(stored: Sto
 
 
 async def test_a_read_tells_when_a_token_was_last_used(stored: Stored) -> None:
-    secret = secrets.token_bytes(32)
+    secret, next_secret = secrets.token_bytes(32), secrets.token_bytes(32)
     root = granted("acme", token_id=token_id(secret))
     await make(stored, root)
     stub = LedgerServiceStub(stored.channel)
     request = ledger.LedgerServiceGetBudgetRequest(budget=by_path("acme"), authority=HOLDER)
     fresh = await stub.GetBudget(request)
     assert not fresh.HasField("token_used_at")
-    freeze = Freeze(
-        operation_id=new_id(), root_id=root.root_id, budget_id=root.root_id, authority=ByRole()
+    top_up = TopUp(
+        operation_id=new_id(),
+        root_id=root.root_id,
+        budget_id=root.root_id,
+        authority=ByRole(),
+        amount=1,
     )
     accept = Accept(
         operation_id=new_id(),
         root_id=root.root_id,
         budget_id=root.root_id,
         authority=ByToken(token_id(secret)),
-        next_token_id=secrets.token_bytes(32),
+        next_token_id=token_id(next_secret),
     )
     accepted = await stub.Accept(message_of(accept, types_pb2.Authority(secret=secret)))
-    await make(stored, freeze)
+    await AdminServiceStub(stored.channel).TopUp(message_of(top_up, None))
     used = await stub.GetBudget(request)
     assert used.token_used_at == accepted.outcome.at
     assert used.budget.seq == 3
     assert used.at.ToNanoseconds() >= used.token_used_at.ToNanoseconds()
+    again = replace(
+        accept,
+        operation_id=new_id(),
+        authority=ByToken(token_id(next_secret)),
+        next_token_id=secrets.token_bytes(32),
+    )
+    accepted = await stub.Accept(message_of(again, types_pb2.Authority(secret=next_secret)))
+    assert (await stub.GetBudget(request)).token_used_at == accepted.outcome.at
 
 
 async def test_of_a_principals_budget_no_use_of_a_token_is_told(stored: Stored) -> None:
-    root = granted("acme")
-    await make(stored, root, reserved(root))
+    root, secret = granted("acme"), secrets.token_bytes(32)
+    reserve = replace(reserved(root), hold_token_id=token_id(secret))
+    await make(stored, root, reserve)
+    stub = LedgerServiceStub(stored.channel)
+    release = Release(
+        operation_id=new_id(),
+        root_id=root.root_id,
+        budget_id=root.root_id,
+        authority=ByToken(token_id(secret)),
+        hold_id=reserve.hold_id,
+    )
+    await stub.Release(message_of(release, types_pb2.Authority(secret=secret)))
     request = ledger.LedgerServiceGetBudgetRequest(budget=by_path("acme"), authority=HOLDER)
-    read = await LedgerServiceStub(stored.channel).GetBudget(request)
+    read = await stub.GetBudget(request)
     assert not read.HasField("token_used_at")
     assert read.HasField("at")
 

@@ -162,6 +162,7 @@ def test_each_operation_of_a_batch_gets_its_own_kind_of_answer() -> None:
         reason=types_pb2.REFUSAL_REASON_BUDGET_EXHAUSTED,
         message=refused.message,
         metadata={"available": "30"},
+        ledger=wire_outcome().ledger,
     )
     assert unanswered.unavailable.reason == types_pb2.UNAVAILABLE_REASON_QUEUE_FULL
     assert unanswered.unavailable.retry_delay.ToMilliseconds() == 100

@@ -32,6 +32,8 @@ def write_answer(answer: Answer, result: ledger_service_pb2.OperationResult) -> 
             write_outcome(answer.result, answer.position, result.outcome)
         case Refused():
             write_refused(answer.result, result.refused)
+            if answer.position is not None:
+                write_position(answer.position, result.refused.ledger)
         case Unanswered():
             write_unanswered(answer.result, result.unavailable)
 
