@@ -157,6 +157,9 @@ class SteppedConnection(Connection):
 
 def _cuts(segment: Sequence[Step]) -> Iterator[tuple[str, Sequence[Step]]]:
     """What is sent at once. The first load takes the snapshot that all others see."""
+    if not segment:
+        # After a commit that was refused there is nothing to roll back.
+        return
     if segment[0] is lane._BEGIN:
         yield "snapshot", segment
     elif segment[0].statement.name.startswith(b"load"):
