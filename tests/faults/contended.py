@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 import psycopg
@@ -12,6 +11,7 @@ from tests.faults.cluster import Cluster
 from tests.faults.history import History
 from tests.faults.modelled import Campaign
 from tests.faults.planted import Planted
+from tests.faults.race import Storm
 from tests.faults.tally import Setting
 from tests.faults.wishes import ALL_KINDS
 
@@ -36,7 +36,11 @@ class Contention:
 
 
 async def contended(setting: Setting, fault: Planted) -> Contention:
-    """Let clients fight over a few trees of one lane, on two servers with a fault."""
+    """Let clients fight over what lies in one lane, on two servers with a fault.
+
+    By the fault's `load` they use a few trees that all share (`fight`), send every operation to both
+    servers at once (`twice`), or all present the same token (`race`).
+    """
     name = f"planted-{fault.name}"
     chance = setting.random(name)
     command = ("-m", "tests.faults.planted", fault.name)
@@ -44,15 +48,30 @@ async def contended(setting: Setting, fault: Planted) -> Contention:
         for statement in fault.sql:
             await cluster.fetch(statement)
         with History(setting.folder / f"{name}.jsonl", name, setting.seed) as history:
-            work = Campaign(cluster, history, chance, kinds=KINDS, dry_runs=False)
-            work.copies_chance = 0.5
-            work.shared_chance = 0.95
-            work.sweep_seconds = SWEEP_SECONDS_MAX
-            await work.prepare(same_lane=True)
-            await work.work(setting.seconds)
             try:
-                async with asyncio.timeout(120):
-                    _, found = await work.examined()
-            except (TimeoutError, psycopg.Error) as error:
-                found = [Problem("failure", repr(error))]
+                if fault.load == "race":
+                    return await _race(setting, cluster, history)
+                return await _fight(setting, cluster, history, twice=fault.load == "twice")
+            except psycopg.Error as error:
+                # What such servers have left cannot even be read.
+                return Contention(0, [Problem("failure", repr(error))])
+
+
+async def _race(setting: Setting, cluster: Cluster, history: History) -> Contention:
+    racing = Storm(cluster, history, setting.random("race"))
+    await racing.rounds(setting.seconds)
+    return Contention(len(racing.asked), await racing.examined())
+
+
+async def _fight(
+    setting: Setting, cluster: Cluster, history: History, *, twice: bool
+) -> Contention:
+    kinds = {"spend": 1} if twice else KINDS
+    work = Campaign(cluster, history, setting.random("fight"), kinds=kinds, dry_runs=False)
+    work.copies_chance = 1.0 if twice else 0.5
+    work.shared_chance = 0.95
+    work.sweep_seconds = SWEEP_SECONDS_MAX
+    await work.prepare(same_lane=True)
+    await work.work(setting.seconds)
+    _, found = await work.examined()
     return Contention(len(work.asked), found)

@@ -29,7 +29,9 @@ CLIENTS = 16
 GRANTED = 1_000
 
 
-class _Storm:
+class Storm:
+    """Clients that race for one token after another, and what they were told."""
+
     def __init__(self, cluster: Cluster, history: History, chance: Random) -> None:
         self.asked: list[Asked] = []
         self.seen = Seen()
@@ -54,6 +56,19 @@ class _Storm:
                 await self._round(lines)
                 done += 1
         return done
+
+    async def examined(self) -> list[Problem]:
+        """Heal everything, let the ledger come to rest, and check it: all that is wrong."""
+        await self._cluster.heal()
+        for node in self._cluster.nodes:
+            await node.stop()
+        await self._cluster.no_backends()
+        journal = await read_journal(self._cluster.dsn)
+        return [
+            *self.problems,
+            *(Problem("failure", failure) for failure in self.seen.failures),
+            *await asyncio.to_thread(check, journal, self.asked),
+        ]
 
     async def _round(self, lines: Sequence[Sequence[Line]]) -> None:
         held = Held(new_id(), b"")
@@ -139,7 +154,7 @@ async def run(setting: Setting) -> Tally:
     faults = (CUTS, (*CUTS, *[_commit_cut] * 6))
     async with Cluster.running(setting.folder / "race", chance) as cluster:
         with History(setting.folder / "race.jsonl", "race", setting.seed) as history:
-            racing = _Storm(cluster, history, chance)
+            racing = Storm(cluster, history, chance)
             nemesis = asyncio.create_task(
                 storm(
                     cluster,
@@ -155,16 +170,7 @@ async def run(setting: Setting) -> Tally:
             finally:
                 nemesis.cancel()
                 await asyncio.gather(nemesis, return_exceptions=True)
-            await cluster.heal()
-            for node in cluster.nodes:
-                await node.stop()
-            await cluster.no_backends()
-            journal = await read_journal(cluster.dsn)
-            found = [
-                *racing.problems,
-                *(Problem("failure", failure) for failure in racing.seen.failures),
-                *await asyncio.to_thread(check, journal, racing.asked),
-            ]
+            found = await racing.examined()
     tally = tallied(found)
     tally.rounds = rounds
     tally.operations = len(racing.asked)
