@@ -167,7 +167,7 @@ class OperationTooOld(Refused):
     """The operation was made too long ago, or by a clock that is off."""
 
     reason = "OPERATION_TOO_OLD"
-    advice = "set this machine's clock"
+    advice = "compare this machine's clock with the ledger's, which is its database's"
 
     @property
     def age_seconds(self) -> int:
