@@ -50,8 +50,10 @@ def filled(folder: Path) -> Iterator[None]:
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
         while file.write(bytes(4096)):
             pass
-    yield
-    ballast.unlink()
+    try:
+        yield
+    finally:
+        ballast.unlink()
 
 
 class Spender:
@@ -95,30 +97,29 @@ async def fill_log(dsn: str) -> None:
 async def test_a_full_disk_is_survived_and_nothing_acknowledged_is_lost(
     start_server: StartServer, small_disk: Path
 ) -> None:
-    postgres = EmbeddedPostgres.start(small_disk, settings={"max_wal_size": "32MB"})
-    await asyncio.to_thread(migrate.upgrade, postgres.dsn)
-    server = await asyncio.to_thread(start_server, "--database-url", postgres.dsn)
-    async with AioWire(server.address) as connection:
-        root_id = await granted(connection, "acme")
-        spender = Spender(connection, root_id)
-        await spender.spend()
-        with filled(small_disk):
-            unknown = await spender.fail()
-            await becomes(server.address, NOT_SERVING)
-        await becomes(server.address, SERVING)
-        await spender.spend(unknown)
-        with filled(small_disk):
-            # Now the database panics, and may not be able to recover for want of disk.
-            await fill_log(postgres.dsn)
-            unknown = await spender.fail()
-            await becomes(server.address, NOT_SERVING)
-        postgres.stop()
-        postgres = await asyncio.to_thread(EmbeddedPostgres.start, small_disk)
-        await becomes(server.address, SERVING)
-        await spender.spend(unknown)
-    await asyncio.to_thread(_check, server.address, root_id, spender.done)
-    assert server.stop() == 0
-    postgres.stop()
+    with EmbeddedPostgres.start(small_disk, settings={"max_wal_size": "32MB"}) as postgres:
+        await asyncio.to_thread(migrate.upgrade, postgres.dsn)
+        server = await asyncio.to_thread(start_server, "--database-url", postgres.dsn)
+        async with AioWire(server.address) as connection:
+            root_id = await granted(connection, "acme")
+            spender = Spender(connection, root_id)
+            await spender.spend()
+            with filled(small_disk):
+                unknown = await spender.fail()
+                await becomes(server.address, NOT_SERVING)
+            await becomes(server.address, SERVING)
+            await spender.spend(unknown)
+            with filled(small_disk):
+                # Now the database panics, and may not be able to recover for want of disk.
+                await fill_log(postgres.dsn)
+                unknown = await spender.fail()
+                await becomes(server.address, NOT_SERVING)
+    with EmbeddedPostgres.start(small_disk):
+        async with AioWire(server.address) as connection:
+            await becomes(server.address, SERVING)
+            await Spender(connection, root_id).spend(unknown)
+        await asyncio.to_thread(_check, server.address, root_id, spender.done)
+        assert server.stop() == 0
 
 
 def _check(address: str, root_id: bytes, done: set[str]) -> None:
