@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import secrets
+import shutil
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -354,9 +355,11 @@ def _told(pair: Pair, stage: Stage, what: str) -> str:
 
 async def run(setting: Setting) -> Tally:
     """Go through all orders of all pairs, as far as the time goes; of each pair some orders first."""
-    with EmbeddedPostgres.start(
-        setting.folder / "interleavings", settings=_NOT_DURABLE
-    ) as postgres:
+    data = setting.folder / "interleavings"
+    with contextlib.ExitStack() as open_:
+        open_.callback(shutil.rmtree, data, ignore_errors=True)
+        postgres = await asyncio.to_thread(EmbeddedPostgres.start, data, settings=_NOT_DURABLE)
+        open_.enter_context(postgres)
         await asyncio.to_thread(migrate.upgrade, postgres.dsn)
         return await explore(postgres.dsn, setting, list(pairs()))
 
