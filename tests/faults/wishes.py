@@ -23,6 +23,8 @@ GRANTED = 100_000
 _CANDIDATES_MAX = 4
 _STRANGERS_MAX = 20
 _GONE = {"TOKEN_CONSUMED", "CAPABILITY_UNKNOWN"}
+_HOLDS_MAX = 100
+_CHILDREN_MAX = 100
 _PURSES_MAX = 24
 """Of one client, and of all in common: enough to choose from."""
 
@@ -100,10 +102,13 @@ class Wish:
         for purse in self.made:
             if purse.parent is not None and purse not in purse.parent.children:
                 purse.parent.children.append(purse)
+                del purse.parent.children[:-_CHILDREN_MAX]
                 if self.makers is not None:
                     self.makers.append(purse)
         if self.held is not None and self.held not in self.purse.holds:
             self.purse.holds.append(self.held)
+            # The oldest are left to lapse.
+            del self.purse.holds[:-_HOLDS_MAX]
 
     def _learn(self, outcome: types_pb2.Outcome) -> None:
         if self.also is not None:
@@ -167,7 +172,7 @@ MOVES: Mapping[str, int] = {
     "reserve": 20,
     "settle": 14,
     "release": 6,
-    "delegate": 6,
+    "delegate": 2,
     "fund": 10,
     "give_back": 10,
 }
