@@ -17,7 +17,7 @@ from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
 from peculium_server.rpc.responses import write_outcome
 from tests.core.ledger import SECOND, Answer, HoldRef, Ledger, requested
-from tests.faults.__main__ import COUNTS, Verdict
+from tests.faults.__main__ import COUNTS, PARTS, Verdict
 from tests.faults.bank import Row, wrong_totals
 from tests.faults.checks import (
     SLACK_US,
@@ -34,6 +34,7 @@ from tests.faults.checks import (
 )
 from tests.faults.crash import judged
 from tests.faults.history import History, told
+from tests.faults.planted import PLANTED
 from tests.faults.tally import Tally
 from tests.system.load import Load
 
@@ -496,3 +497,9 @@ def test_a_history_has_its_seed_first_then_events_and_never_a_secret(tmp_path: P
 def test_an_outcome_is_what_the_ledger_in_memory_says(written: Written) -> None:
     # The history above is made of real answers, not of what the test imagines.
     assert isinstance(written.ledger.ask(written.root.spend(1)), Outcome)
+
+
+def test_the_page_for_readers_names_every_part_and_every_planted_fault() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    names = [part.name for part in PARTS] + list(PLANTED)
+    assert [name for name in names if f"`{name}`" not in page] == []
