@@ -27,6 +27,9 @@ PROBE_SECONDS: Final = 2.0
 PROBE_SECONDS_MAX: Final = 5.0
 """A database that takes longer to say where it stands is not one to send callers to."""
 
+COMMIT_SECONDS_MAX: Final = 2.0
+"""How long what is being committed may go on after the last call has ended."""
+
 FILES_MAX: Final = 65_536
 """Open files, so connections, that the server asks to be allowed."""
 
@@ -99,6 +102,8 @@ async def _serve(config: Config, tell: Tell) -> None:
         sweeping.cancel()
         await asyncio.wait([sweeping])
         await _drain(server, ledger, config.drain_seconds, stop)
+        # A database that is silent would keep the rest waiting.
+        ledger.abandon()
     tell("stopped")
 
 
@@ -197,4 +202,7 @@ async def _drain(server: Server, ledger: Ledger, seconds: float, stop: asyncio.E
 
 async def _finish(server: Server, ledger: Ledger, seconds: float) -> None:
     await server.stop(seconds)
-    await ledger.drain()
+    # Calls have their answers by now, or are cancelled.
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(COMMIT_SECONDS_MAX):
+            await ledger.drain()

@@ -261,3 +261,15 @@ async def test_a_chain_is_decided_as_a_whole(lane: Lane, writer: MemoryWriter) -
     )
     assert isinstance(answer, Answered)
     assert [type(result) for result in answer.results] == [Outcome, Refused, Outcome]
+
+
+async def test_an_abandoned_lane_waits_for_nothing(lane: Lane, writer: MemoryWriter) -> None:
+    root = await granted(lane)
+    writer.gate.clear()
+    lost = [lane.submit([request(spend(root))], {}, None) for _ in range(3)]
+    await asyncio.sleep(0)
+    lane.abandon()
+    with pytest.raises(asyncio.CancelledError):
+        await lane.idle()
+    await lane.idle()
+    assert not any(answered.done() for answered in lost)

@@ -170,6 +170,11 @@ class _Queue:
         while self._task is not None:
             await asyncio.shield(self._task)
 
+    def abandon(self) -> None:
+        """Wait no longer for what is being committed, nor for what waits: nobody hears of it any more."""
+        if self._task is not None:
+            self._task.cancel()
+
     async def _work(self) -> None:
         """Commit until nothing waits. Nothing may leave this: a lane has to go on."""
         try:

@@ -137,6 +137,11 @@ class Ledger:
         for lane in (*self._lanes, self._atomic):
             await lane.idle()
 
+    def abandon(self) -> None:
+        """Give up what is not committed yet; what became of it, its callers find out by asking again."""
+        for lane in (*self._lanes, self._atomic):
+            lane.abandon()
+
     def _split(self, requests: Sequence[Request]) -> dict[int, list[Request]]:
         by_lane: dict[int, list[Request]] = {}
         for request in requests:
