@@ -182,7 +182,8 @@ class Sweeper:
 
     async def _collect(self, lane: int) -> bool:
         more = False
-        for top in await self._store.collections(lane, limit=COLLECTIONS_MAX):
+        limit = COLLECTIONS_MAX + len(self._set_aside)
+        for top in await self._store.collections(lane, limit=limit):
             below = await self._store.to_collect(top, limit=self._limit())
             if not below:
                 await self._store.end_collection(top)

@@ -166,9 +166,8 @@ class Model:
         for key, net in nets.items():
             self.budgets[key].left, self.budgets[key].owed = max(0, net), max(0, -net)
         top = self.budgets[budget_id]
-        if closing:
-            assert top.parent is not None
-            self.budgets[top.parent].own -= top.owed
+        assert top.parent is not None
+        self.budgets[top.parent].own -= top.owed
         top.closed = True
         below = [key for key in self.below(budget_id) if self.budgets[key].left]
         below.sort(key=lambda key: (len(self.line(key)), key))
