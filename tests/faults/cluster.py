@@ -126,6 +126,16 @@ class Node:
             self.process.kill()
             self.process.wait(WAIT_SECONDS_MAX)
 
+    def pause(self) -> None:
+        """Stop it in its tracks: its connections stay, and nothing moves until `resume`."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on, as if nothing had been."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+
     async def stop(self) -> int:
         """Let it drain: its exit code."""
         assert self.process is not None
@@ -344,6 +354,8 @@ class Cluster:
         await asyncio.shield(self._reviving)
 
     async def _revive(self) -> None:
+        for node in self.nodes:
+            node.resume()
         if self._postgres is None or not _alive(self._postgres.pid):
             await self.start_postgres()
         await self.answering()

@@ -78,6 +78,9 @@ async def storm(
         if chance.random() < kill_chance:
             await kill_something(cluster, history, chance)
             continue
+        if chance.random() < kill_chance:
+            await _pause(cluster, history, chance)
+            continue
         node = chance.choice(cluster.nodes)
         front = chance.random() < 0.5
         proxy = node.front if front else node.back
@@ -88,6 +91,16 @@ async def storm(
         await asyncio.sleep(chance.uniform(0.1, bad_seconds))
         await proxy.heal()
         history.info("nemesis", "heal", where)
+
+
+async def _pause(cluster: Cluster, history: History, chance: Random) -> None:
+    """Stop a server in its tracks, sometimes for longer than the database waits for it."""
+    node = chance.choice(cluster.nodes)
+    history.info("nemesis", "pause", node.name)
+    node.pause()
+    await asyncio.sleep(chance.choice((chance.uniform(0.1, 2.0), 8.0)))
+    node.resume()
+    history.info("nemesis", "resume", node.name)
 
 
 async def kill_something(cluster: Cluster, history: History, chance: Random) -> str:
