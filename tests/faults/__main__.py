@@ -13,6 +13,8 @@ import asyncio
 import importlib
 import importlib.util
 import json
+import os
+import platform
 import secrets
 import shutil
 import sys
@@ -24,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from peculium_server.embedded import MAJOR_VERSION
 from tests.faults import planted
 from tests.faults.progress import say
 from tests.faults.tally import Setting, Tally
@@ -51,6 +54,8 @@ PARTS = (
     Part("planted", 0.14, "tests.faults.planted"),
 )
 _PLANTED = "planted"
+_TOLD_MAX = 20
+"""Problems of a part that are told; its tally has more."""
 ALONE_SECONDS = 100.0
 """A checker check that has so much time also takes each guard away alone."""
 OVERHEAD_SECONDS = 35.0
@@ -95,42 +100,63 @@ class Verdict:
         )
 
 
-def table(results: Sequence[tuple[str, Tally, float]]) -> str:
-    """What each part came to, as a table for people."""
+@dataclass
+class Result:
+    """What one part came to."""
+
+    name: str
+    tally: Tally
+    seconds: float
+    found: Sequence[str] = ()
+    """Planted faults that were found."""
+    masked: Sequence[str] = ()
+    """Guards that were taken away alone, and made up for by the others."""
+
+
+def report(verdict: Verdict, results: Sequence[Result], seed: int) -> str:
+    """What a run came to, as `docs/reliability.md` shows it."""
     heads = ("part", "seconds", *COUNTS)
     rows = [
-        (name, f"{seconds:.0f}", *(str(getattr(tally, count)) for count in COUNTS))
-        for name, tally, seconds in results
+        (
+            f"`{each.name}`",
+            f"{each.seconds:.0f}",
+            *(str(getattr(each.tally, count)) for count in COUNTS),
+        )
+        for each in results
     ]
     lines = [heads, tuple("---" for _ in heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    said = [
+        (
+            f"Seed {seed}; {os.cpu_count()} processors, Python {platform.python_version()},"
+            f" PostgreSQL {MAJOR_VERSION}."
+        ),
+        "\n".join("| " + " | ".join(line) + " |" for line in lines),
+    ]
+    for words, names in (
+        ("Planted and found", [name for each in results for name in each.found]),
+        ("Taken away alone, and made up for", [name for each in results for name in each.masked]),
+    ):
+        if names:
+            said.append(f"{words}: " + ", ".join(f"`{name}`" for name in names) + ".")
+    return "\n\n".join([*said, f"    {verdict.line()}"]) + "\n"
 
 
-async def _run_planted(setting: Setting) -> tuple[Tally, int]:
-    """The checker check: its counts, and how many of the planted faults were found."""
-    checked = await planted.check_checkers(setting, alone=setting.seconds >= ALONE_SECONDS)
-    for name in checked.found:
-        say(f"  found: {name}")
-    for name in checked.masked:
-        say(f"  made up for by other guards: {name}")
-    return checked.tally, len(checked.found)
-
-
-async def _part(part: Part, setting: Setting) -> tuple[Tally, int]:
+async def _part(part: Part, setting: Setting) -> Result:
     if part.name == _PLANTED:
-        return await _run_planted(setting)
+        checked = await planted.check_checkers(setting, alone=setting.seconds >= ALONE_SECONDS)
+        return Result(part.name, checked.tally, 0.0, checked.found, checked.masked)
     module = importlib.import_module(part.module)
-    return await module.run(setting), 0
+    return Result(part.name, await module.run(setting), 0.0)
 
 
 async def campaign(
     parts: Sequence[Part], seconds: float, seed: int, folder: Path
-) -> tuple[Verdict, list[tuple[str, Tally, float]]]:
+) -> tuple[Verdict, list[Result]]:
     """Run parts, each for its share of the time."""
     begun = time.monotonic()
     share = sum(part.share for part in parts)
     working = max(0.3 * seconds, seconds - OVERHEAD_SECONDS * len(parts))
-    total, results, found = Tally(), [], 0
+    total, results = Tally(), []
     for part in parts:
         own = folder / part.name
         own.mkdir(parents=True, exist_ok=True)
@@ -139,21 +165,28 @@ async def campaign(
         say(f"{part.name}: about {allotted:.0f} s, seed {seed}")
         part_begun = time.monotonic()
         try:
-            tally, planted_found = await _part(part, Setting(seed, allotted, own))
-            found += planted_found
+            result = await _part(part, Setting(seed, allotted, own))
         except Exception as error:  # noqa: BLE001 - the other parts are run all the same
-            tally = Tally(problems=[f"the part failed: {error!r}\n{traceback.format_exc()}"])
-        took = time.monotonic() - part_begun
-        results.append((part.name, tally, took))
-        counts = ", ".join(f"{getattr(tally, name)} {name}" for name in COUNTS)
-        say(f"{part.name}: {took:.0f} s, {'clean' if tally.clean else 'NOT CLEAN'}: {counts}")
-        for problem in tally.problems[:20]:
-            say(f"  {problem}")
-        if len(tally.problems) > 20:
-            say(f"  and {len(tally.problems) - 20} more")
-        total.add(tally)
+            failed = f"the part failed: {error!r}\n{traceback.format_exc()}"
+            result = Result(part.name, Tally(problems=[failed]), 0.0)
+        result.seconds = time.monotonic() - part_begun
+        results.append(result)
+        _tell(result)
+        total.add(result.tally)
     planted_faults = len(planted.PLANTED) if _PLANTED in {part.name for part in parts} else 0
+    found = sum(len(result.found) for result in results)
     return Verdict(total, found, planted_faults, time.monotonic() - begun), results
+
+
+def _tell(result: Result) -> None:
+    tally = result.tally
+    counts = ", ".join(f"{getattr(tally, name)} {name}" for name in COUNTS)
+    clean = "clean" if tally.clean else "NOT CLEAN"
+    say(f"{result.name}: {result.seconds:.0f} s, {clean}: {counts}")
+    for problem in tally.problems[:_TOLD_MAX]:
+        say(f"  {problem}")
+    if len(tally.problems) > _TOLD_MAX:
+        say(f"  and {len(tally.problems) - _TOLD_MAX} more")
 
 
 def _arguments() -> argparse.Namespace:
@@ -183,8 +216,9 @@ def main() -> int:
     say(f"seed {seed}, histories in {folder}")
     verdict, results = asyncio.run(campaign(arguments.parts, arguments.seconds, seed, folder))
     (folder / "verdict.json").write_text(verdict.line() + "\n")
-    (folder / "parts.md").write_text(table(results) + "\n")
-    say(table(results))
+    told = report(verdict, results, seed)
+    (folder / "report.md").write_text(told)
+    say(told)
     if verdict.clean and arguments.folder is None:
         shutil.rmtree(folder, ignore_errors=True)
     else:

@@ -17,7 +17,7 @@ from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
 from peculium_server.rpc.responses import write_outcome
 from tests.core.ledger import SECOND, Answer, HoldRef, Ledger, requested
-from tests.faults.__main__ import COUNTS, PARTS, Verdict
+from tests.faults.__main__ import COUNTS, PARTS, Result, Verdict, report
 from tests.faults.bank import Row, wrong_totals
 from tests.faults.checks import (
     SLACK_US,
@@ -474,6 +474,19 @@ def test_the_verdict_is_clean_only_without_a_problem_and_with_all_planted_faults
     assert not Verdict(Tally(), 3, 4, 1).clean
     assert not Verdict(Tally(problems=["x: y"]), 4, 4, 1).clean
     assert not Verdict(Tally(overshoot=1), 4, 4, 1).clean
+
+
+def test_the_report_has_the_counts_of_every_part_and_what_became_of_planted_faults() -> None:
+    results = [
+        Result("race", Tally(rounds=3, cuts=5), 9.6),
+        Result("planted", Tally(rounds=2), 20.2, found=["a", "b"], masked=["c"]),
+    ]
+    text = report(Verdict(Tally(rounds=5), 2, 4, 30.0), results, 17)
+    assert "Seed 17;" in text
+    assert "| `race` | 10 | 3 | 0 | 0 | 5 | 0 | 0 | 0 | 0 | 0 |" in text
+    assert "found: `a`, `b`." in text
+    assert "made up for: `c`." in text
+    assert '"planted_faults_found": 2, "planted_faults": 4' in text
 
 
 def test_a_history_has_its_seed_first_then_events_and_never_a_secret(tmp_path: Path) -> None:
