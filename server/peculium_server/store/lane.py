@@ -325,6 +325,10 @@ class LanesWriter:
             if isinstance(unlock, psycopg.Error)
         ]
         _results(flown)
+        if connection.unreplicated:
+            # Somebody has cancelled the wait: with a new session it is found out again, and waited for.
+            connection.pgconn.finish()
+            raise psycopg.OperationalError("committed, but maybe not on the synchronous standby")
 
     async def _abandon(self, connection: Connection) -> None:
         """Leave a transaction that failed, or the connection if it cannot be left."""

@@ -19,6 +19,7 @@ import psycopg
 from psycopg import abc, errors
 from psycopg.abc import Buffer, PQGen
 from psycopg.adapt import Loader, Transformer
+from psycopg.errors import Diagnostic
 from psycopg.generators import fetch_many, send
 from psycopg.pq import ExecStatus, Format
 from psycopg.pq.abc import PGresult
@@ -170,6 +171,9 @@ ANSWER_SECONDS_MAX = 15.0
 (see `statement_timeout`), so it is gone, or whatever is between keeps the connection up without it."""
 _WAKE_SECONDS = 10.0
 
+_WAITS_FOR_STANDBY = "SyncRepWaitForLSN"
+"""Where PostgreSQL's notices of a cancelled wait come from; it has no code of its own for them."""
+
 
 class Connection(psycopg.AsyncConnection[TupleRow]):
     """A connection that sends flights. Autocommit: what begins a transaction says so.
@@ -180,6 +184,9 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._known_statements: set[bytes] = set()
+        self.unreplicated = False
+        """A commit of this session was reported as done, and its synchronous standby may lack it."""
+        self.add_notice_handler(self._note)
         self.adapters.register_loader("uuid", ByteaBinaryLoader)
         self.adapters.register_loader("timestamptz", _TimeLoader)
         self.adapters.register_loader("jsonb", _LabelsLoader)
@@ -224,6 +231,9 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
         if isinstance(flown, errors.Error):
             raise flown
         return flown[0]
+
+    def _note(self, notice: Diagnostic) -> None:
+        self.unreplicated |= notice.source_function == _WAITS_FOR_STANDBY
 
     def _fly(self, segments: Sequence[Sequence[Step]]) -> PQGen[list[Flown]]:
         pgconn = self.pgconn
