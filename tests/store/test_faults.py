@@ -476,3 +476,25 @@ async def test_callers_with_little_time_do_not_keep_a_writer_from_the_host_that_
     assert tried > 2
     assert await spent(store, root) == 1
     await writer.close()
+
+
+async def test_a_statement_that_takes_too_long_is_ended_and_saves_nothing(
+    store: Store, spender: Spender, root: Grant, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(connect._WRITER_SETTINGS, "statement_timeout", "200ms")
+    await terminate(database)
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await admin.execute(
+            "CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS"
+            " 'BEGIN PERFORM pg_sleep(60); RETURN NEW; END'"
+        )
+        await admin.execute(
+            "CREATE TRIGGER dawdle BEFORE INSERT ON entries FOR EACH ROW EXECUTE FUNCTION dawdle()"
+        )
+        writer = store.writer(store.lane_of(root.root_id))
+        with pytest.raises(StoreUnavailable, match="57014") as raised:
+            await spender.spend(writer, root)
+        assert not raised.value.outcome_unknown
+        await admin.execute("DROP TRIGGER dawdle ON entries")
+    await spender.spend(writer, root)
+    assert await spent(store, root) == 1
