@@ -4,8 +4,9 @@ isort:skip_file
 The values that every Peculium service speaks of.
 
 Conventions: every id is the 16 bytes of a UUID (budget, hold and operation ids are UUIDv7 and made by the
-client; operations of the ledger's own have a UUIDv8 that is derived from what they act on); every token id is the 32 bytes of SHA-256("peculium.token.v1" || 0x00 || secret); every secret is 32
-random bytes; every amount is an integer number of the tree's unit, 0 to 2^62 - 1.
+client; operations of the ledger's own have a UUIDv8 that is derived from what they act on); every token id is the
+32 bytes of SHA-256("peculium.token.v1" || 0x00 || secret); every secret is 32 random bytes; every amount is an
+integer number of the tree's unit, 0 to 2^62 - 1.
 """
 
 from collections import abc as _abc
