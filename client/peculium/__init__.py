@@ -15,7 +15,7 @@ from peculium import aio, errors
 from peculium._config import Tls
 from peculium._context import current, use
 from peculium.capability import BudgetRef, Capability, Receiver
-from peculium.client import Admin, Audit, Budget, Client, Hold, connect
+from peculium.client import Admin, Audit, Budget, Client, Hold, Resumed, connect
 from peculium.errors import (
     BudgetClosed,
     BudgetExhausted,
@@ -25,6 +25,8 @@ from peculium.errors import (
     CapabilityMoved,
     CapabilityUnknown,
     Invalid,
+    JournalLocked,
+    JournalUnreadable,
     LedgerUnavailable,
     LedgerWentBack,
     NotCopyable,
@@ -36,6 +38,7 @@ from peculium.errors import (
     TreeOverrun,
     Unavailable,
 )
+from peculium.journal import Journal
 from peculium.money import USD_NANOS, Price, PriceList, Usage, usd
 from peculium.values import (
     FENCE,
@@ -86,6 +89,9 @@ __all__ = [
     "HoldState",
     "IfHeld",
     "Invalid",
+    "Journal",
+    "JournalLocked",
+    "JournalUnreadable",
     "LedgerPosition",
     "LedgerUnavailable",
     "LedgerWentBack",
@@ -98,6 +104,7 @@ __all__ = [
     "Receipt",
     "Receiver",
     "Refused",
+    "Resumed",
     "Tls",
     "TokenConsumed",
     "TreeOverrun",

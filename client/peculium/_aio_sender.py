@@ -16,6 +16,7 @@ from peculium._coalescer import Batch, Coalescer, Line, Ticket
 from peculium._config import CLOSE_SECONDS_DEFAULT, Config
 from peculium._handles import Process
 from peculium._history import History
+from peculium._recorder import Recorder
 from peculium._requests import Operation
 from peculium._retry import Attempts, Failure, Policy
 from peculium._translation import failure
@@ -106,8 +107,11 @@ class Pending(Coroutine[Any, Any, _C]):
 class Sender:
     """One connection, and the tasks that use it."""
 
-    def __init__(self, config: Config, policy: Policy | None = None) -> None:
+    def __init__(
+        self, config: Config, policy: Policy | None = None, recorder: Recorder | None = None
+    ) -> None:
         self.process = Process()
+        self.recorder = recorder or Recorder()
         self.timeout = config.timeout
         self._config = config
         self._policy = policy or Policy()
@@ -117,6 +121,7 @@ class Sender:
             jitter=_jitter,
             flights_max=FLIGHTS_MAX,
             history=self._history,
+            recorder=self.recorder,
         )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -188,6 +193,12 @@ class Sender:
         self._brain.wait_again(ticket, loop.create_future(), deadline=deadline)
         self._soon(loop)
         return await self.wait(ticket)
+
+    def beware(self, line: Line, operation: Operation) -> None:
+        """An operation that another process has sent did not happen; it may still."""
+        loop = self._begin()
+        self._brain.beware(line, operation, loop.time())
+        self._soon(loop)
 
     @asynccontextmanager
     async def section(
@@ -284,6 +295,7 @@ class Sender:
         """Finish what is on its way, within bounds, and disconnect."""
         if self._closed or self._loop is None:
             self._closed = True
+            self.recorder.close()
             return
         self._closed = True
         self._quiet = asyncio.Event()
@@ -303,6 +315,7 @@ class Sender:
                 task.cancel()
             if self._channel is not None:
                 await self._channel.close()
+            self.recorder.close()
 
     def _begin(self, *, closing: bool = False) -> asyncio.AbstractEventLoop:
         self.process.check("client")
@@ -368,6 +381,13 @@ class Sender:
 
     async def _send(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
         try:
+            if self.recorder.durable:
+                await loop.run_in_executor(None, self.recorder.flush)
+        except OSError as error:
+            self._brain.failed(batch, _unwritten(error), loop.time())
+            self._soon(loop)
+            return
+        try:
             response = await self._ledger.Batch(
                 batch.request, timeout=batch.timeout, metadata=self._config.metadata
             )
@@ -380,6 +400,10 @@ class Sender:
 
 def _failure(error: grpc.aio.AioRpcError) -> Failure:
     return failure(error.code(), error.details(), tuple(error.trailing_metadata()))
+
+
+def _unwritten(error: OSError) -> Failure:
+    return Failure(f"the journal cannot be written: {error}", not_done=True, permanent=True)
 
 
 def _jitter() -> float:

@@ -31,6 +31,7 @@ from peculium import _requests as requests
 from peculium._history import History, Known
 from peculium._ids import id_bytes, id_text
 from peculium._limits import OPERATIONS_MAX, REQUEST_BYTES_MAX
+from peculium._recorder import Recorder
 from peculium._requests import Asked, HoldTarget, Operation, Target
 from peculium._retry import Failure, Policy, delay_before
 from peculium._translation import refusal, unavailable
@@ -188,10 +189,12 @@ class Coalescer:
         jitter: Callable[[], float],
         flights_max: int,
         history: History,
+        recorder: Recorder,
         finish_seconds: float = FINISH_SECONDS,
     ) -> None:
         self._policy = policy
         self._history = history
+        self._recorder = recorder
         self._jitter = jitter
         self._flights_max = flights_max
         self._finish_seconds = finish_seconds
@@ -243,6 +246,12 @@ class Coalescer:
             self.leave_section(ticket)
         elif ticket.place is not Place.DONE:
             self._leave(ticket, now)
+
+    def beware(self, line: Line, operation: Operation, now: float) -> None:
+        """An operation that another process has sent did not happen; it may still."""
+        if line.linear:
+            line.refused[operation.operation_id] = operation
+        self._sweep_later(line, operation, now)
 
     def leave_section(self, ticket: Ticket) -> None:
         """The caller of a section is done with the token: the line goes on."""
@@ -400,9 +409,11 @@ class Coalescer:
         return True
 
     def _add(self, ticket: Ticket, operation: Operation, draft: _Draft, now: float) -> int:
+        line = ticket.line
         ticket.place = Place.FLYING
         ticket.attempts += 1
-        ticket.line.flying += 1
+        line.flying += 1
+        self._recorder.sending(line.name, operation, secret=line.secret)
         if ticket.wait_until > now:
             ticket.pool = self._waiting.pool(operation.budget_id)
             ticket.ends = ticket.pool.ends
@@ -505,6 +516,9 @@ class Coalescer:
             if not ticket.adopted:
                 # What was refused behind a winner may have won with the token that the winner left.
                 line.refused.clear()
+        self._recorder.accepted(
+            line.name, operation, outcome, secret=line.secret, alone=not line.refused
+        )
         self._resolve(ticket, now, outcome=outcome)
         woken, in_vain = self._waiting.observe(operation, outcome)
         for waiter in woken:
@@ -527,6 +541,8 @@ class Coalescer:
         self._tried(ticket, now)
         if ticket.maybe_done and operation is not None:
             self._beware(line, operation, error, now)
+            if not isinstance(error, TokenConsumed):
+                self._recorder.refused(operation)
         if isinstance(error, BudgetExhausted) and self._waits(ticket, error, now):
             return
         self._resolve(ticket, now, error=error)
@@ -537,8 +553,12 @@ class Coalescer:
         """A duplicate of a refused operation may still be on its way, and win later."""
         if isinstance(error, TokenConsumed):
             line.refused.clear()
+            self._recorder.outrun(operation)
         elif line.linear:
             line.refused[operation.operation_id] = operation
+        self._sweep_later(line, operation, now)
+
+    def _sweep_later(self, line: Line, operation: Operation, now: float) -> None:
         if operation.kind == "reserve" or (operation.kind == "delegate" and not line.linear):
             # No attempt is decided after its time is over, so what it may make is there by then. The
             # children of a token's line are found when its next operation is told who was before it.
@@ -581,6 +601,7 @@ class Coalescer:
             self._resolve(ticket, now, error=_error(DeadlineExceeded, ticket, _TOO_LATE))
             return False
         if ticket.operation is not None:
+            self._recorder.ended(ticket.operation)
             ticket.operation = ticket.operation.again()
         ticket.attempts = 0
         ticket.maybe_done = False
@@ -663,8 +684,13 @@ class Coalescer:
         if ticket.place is Place.QUEUED:
             ticket.line.queue.remove(ticket)
         ticket.error = error
+        self._did_not(ticket)
         self._finish(ticket)
         return error
+
+    def _did_not(self, ticket: Ticket) -> None:
+        if ticket.operation is not None and not ticket.operation.dry_run:
+            self._recorder.ended(ticket.operation)
 
     def _finish(self, ticket: Ticket) -> None:
         ticket.place = Place.DONE
@@ -679,6 +705,8 @@ class Coalescer:
         error: PeculiumError | None = None,
     ) -> None:
         ticket.outcome, ticket.error = outcome, error
+        if error is not None and not isinstance(error, LedgerWentBack):
+            self._did_not(ticket)
         self._finish(ticket)
         self._tried(ticket, now)
         if ticket.awaited:
@@ -700,7 +728,9 @@ class Coalescer:
     def _undo(self, ticket: Ticket, now: float) -> None:
         """Give back what an operation took for a caller that is gone."""
         operation, outcome, line = ticket.operation, ticket.outcome, ticket.line
-        if operation is not None and outcome is not None and not outcome.dry_run:
+        if operation is None or outcome is None or operation.dry_run:
+            return
+        if not outcome.dry_run:
             self._take_back(line, operation, now)
 
     def _take_back(self, line: Line, operation: Operation, now: float) -> None:

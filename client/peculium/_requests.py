@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import wraps
-from typing import ParamSpec
+from typing import NamedTuple, ParamSpec
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -21,7 +21,7 @@ from peculium.capability import Receiver
 from peculium.errors import Malformed, TooLarge
 from peculium.money import Usage
 from peculium.v1 import admin_service_pb2, ledger_service_pb2 as ledger, types_pb2
-from peculium.values import Child, Seconds
+from peculium.values import Child, HoldInfo, Seconds
 
 # The authority is set when an operation is sent: at most a field's frame and a secret.
 _AUTHORITY_BYTES = 64
@@ -66,6 +66,13 @@ class MadeChild:
     secret: bytes | None
 
 
+class Rotated(NamedTuple):
+    """A hold that gets a new token, and its secret."""
+
+    info: HoldInfo
+    secret: bytes
+
+
 @dataclass(slots=True, eq=False)
 class Operation:
     """One operation, with everything that its acceptance will produce."""
@@ -89,6 +96,7 @@ class Operation:
     hold_secret: bytes | None = field(default=None, repr=False)
     """The secret of the hold that it makes."""
     children: tuple[MadeChild, ...] = ()
+    rotated: tuple[Rotated, ...] = field(default=(), repr=False)
     again: Callable[[], Operation] = field(init=False, repr=False)
     """Makes the same operation with a new id and new secrets, as a new attempt of the caller."""
 
@@ -98,9 +106,18 @@ class Operation:
         return self.header.dry_run
 
     @property
+    def by_holder(self) -> bool:
+        """It presents no token."""
+        return self.header.authority.HasField("holder")
+
+    @property
     def must_finish(self) -> bool:
         """It ends a hold: it is not given up when the caller goes away."""
         return self.kind in {"settle", "release"} and self.closes
+
+    def probe(self) -> Operation:
+        """The same as a dry run: it finds out whether the operation is recorded, and never does it."""
+        return _copy(self, dry_run=True)
 
     def asks_the_same(self, other: Operation) -> bool:
         """Whether both would have the same effect, ids aside."""
@@ -112,6 +129,46 @@ def _content(operation: Operation) -> bytes:
     message.CopyFrom(operation.message)
     getattr(message, operation.kind).ClearField("header")
     return message.SerializeToString(deterministic=True)
+
+
+def _copy(operation: Operation, **changes: bool | bytes) -> Operation:
+    message = ledger.Operation()
+    message.CopyFrom(operation.message)
+    own_header: types_pb2.OperationHeader = getattr(message, operation.kind).header
+    for name, value in changes.items():
+        setattr(own_header, name, value)
+    copied = replace(
+        operation, message=message, header=own_header, operation_id=own_header.operation_id
+    )
+    copied.again = lambda: _copy(copied, operation_id=new_id())
+    return copied
+
+
+def restored(
+    kind: str,
+    message: bytes,
+    *,
+    produced: bytes | None,
+    closes: bool,
+    hold_id: bytes,
+    hold_secret: bytes | None,
+    children: tuple[MadeChild, ...],
+    rotated: tuple[Rotated, ...],
+) -> Operation:
+    """An operation that was made before, from what was written down of it."""
+    parsed = ledger.Operation.FromString(message)
+    operation = _operation(
+        kind,
+        parsed,
+        getattr(parsed, kind).header,
+        produced=produced,
+        closes=closes,
+        hold_id=hold_id,
+        hold_secret=hold_secret,
+        children=children,
+        rotated=rotated,
+    )
+    return _copy(operation)
 
 
 def _repeatable(build: Callable[_P, Operation]) -> Callable[_P, Operation]:
@@ -268,13 +325,10 @@ def recover(
     target: Target,
     asked: Asked,
     *,
-    holds: Mapping[bytes, bytes],
+    holds: Sequence[Rotated] = (),
     if_seq: int | None = None,
 ) -> Operation:
-    """Give a budget a new token on its holder's word, perhaps only if it has so many entries.
-
-    `holds` are new secrets by hold id.
-    """
+    """Give a budget and holds new tokens on its holder's word, perhaps only if it has so many entries."""
     produced = new_secret()
     request = ledger.RecoverRequest(
         header=header(target, asked),
@@ -283,7 +337,9 @@ def recover(
         if_seq=if_seq,
     )
     message = ledger.Operation(recover=request)
-    return _operation("recover", message, message.recover.header, produced=produced)
+    return _operation(
+        "recover", message, message.recover.header, produced=produced, rotated=tuple(holds)
+    )
 
 
 @_repeatable
@@ -502,6 +558,7 @@ def _operation(
     hold_id: bytes = b"",
     hold_secret: bytes | None = None,
     children: tuple[MadeChild, ...] = (),
+    rotated: tuple[Rotated, ...] = (),
 ) -> Operation:
     size = message.ByteSize() + _AUTHORITY_BYTES
     if size > limits.MESSAGE_BYTES_MAX:
@@ -519,6 +576,7 @@ def _operation(
         hold_id=hold_id,
         hold_secret=hold_secret,
         children=children,
+        rotated=rotated,
     )
 
 
@@ -569,12 +627,12 @@ def _custody(
     return token_id(secret), secret
 
 
-def _rotations(holds: Mapping[bytes, bytes]) -> list[types_pb2.HoldRotation]:
+def _rotations(holds: Sequence[Rotated]) -> list[types_pb2.HoldRotation]:
     if len(holds) > limits.ROTATIONS_MAX:
         raise _too_large("holds", len(holds), limits.ROTATIONS_MAX)
     return [
-        types_pb2.HoldRotation(hold_id=_id("holds", hold_id), next_token_id=token_id(secret))
-        for hold_id, secret in holds.items()
+        types_pb2.HoldRotation(hold_id=_id("holds", info.hold_id), next_token_id=token_id(secret))
+        for info, secret in holds
     ]
 
 

@@ -23,6 +23,7 @@ from peculium._coalescer import Batch, Coalescer, Line, Ticket
 from peculium._config import CLOSE_SECONDS_DEFAULT, Config
 from peculium._handles import Process
 from peculium._history import History
+from peculium._recorder import Recorder
 from peculium._requests import Operation
 from peculium._retry import Attempts, Failure, Policy
 from peculium._translation import failure
@@ -56,8 +57,11 @@ _log = logging.getLogger("peculium")
 class Sender:
     """One connection, shared by the threads of one process."""
 
-    def __init__(self, config: Config, policy: Policy | None = None) -> None:
+    def __init__(
+        self, config: Config, policy: Policy | None = None, recorder: Recorder | None = None
+    ) -> None:
         self.process = Process()
+        self.recorder = recorder or Recorder()
         self.timeout = config.timeout
         self._config = config
         self._policy = policy or Policy()
@@ -67,6 +71,7 @@ class Sender:
             jitter=_jitter,
             flights_max=FLIGHTS_MAX,
             history=self._history,
+            recorder=self.recorder,
         )
         self._inbox: SimpleQueue[_Task] = SimpleQueue()
         self._opening = threading.Lock()
@@ -141,6 +146,11 @@ class Sender:
             self._inbox.put(lambda now: self._brain.abandon(ticket, now))
             raise
         return done
+
+    def beware(self, line: Line, operation: Operation) -> None:
+        """An operation that another process has sent did not happen; it may still."""
+        self._begin()
+        self._inbox.put(lambda now: self._brain.beware(line, operation, now))
 
     @contextmanager
     def section(self, line: Line, timeout: float | None = None) -> Iterator[bytes | None]:
@@ -234,6 +244,7 @@ class Sender:
         with self._opening:
             thread, self._closed = self._thread, True
         if thread is None or self._over:
+            self.recorder.close()
             return
         self._inbox.put(self._finish)
         thread.join(CLOSE_SECONDS_DEFAULT)
@@ -247,6 +258,7 @@ class Sender:
             thread.join()
         if self._channel is not None:
             self._channel.close()
+        self.recorder.close()
 
     def _finish(self, _: float) -> None:
         self._finishing = True
@@ -300,6 +312,11 @@ class Sender:
             self._send(batch)
 
     def _send(self, batch: Batch) -> None:
+        try:
+            self.recorder.flush()
+        except OSError as error:
+            self._brain.failed(batch, _unwritten(error), time.monotonic())
+            return
         call: Any = self._ledger.Batch.future(
             batch.request, timeout=batch.timeout, metadata=self._config.metadata
         )
@@ -318,6 +335,10 @@ def _failure(error: Any) -> Failure:
     if not isinstance(error, grpc.Call):
         return Failure("the call was cancelled")
     return failure(error.code(), error.details(), tuple(error.trailing_metadata() or ()))
+
+
+def _unwritten(error: OSError) -> Failure:
+    return Failure(f"the journal cannot be written: {error}", not_done=True, permanent=True)
 
 
 def _jitter() -> float:

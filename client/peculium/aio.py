@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
@@ -21,7 +22,8 @@ from peculium._config import TIMEOUT_SECONDS_DEFAULT, Tls, configure
 from peculium._handles import Handle, caller
 from peculium._ids import id_text, new_id, new_secret, token_id
 from peculium._limits import PAGE_SIZE_MAX, ROTATIONS_MAX
-from peculium._requests import Asked, HoldTarget, Operation, Target
+from peculium._recorder import Recorder, Subject, subject_of
+from peculium._requests import Asked, HoldTarget, Operation, Rotated, Target
 from peculium._trace import traceparent
 from peculium.capability import BudgetRef, Capability, Receiver
 from peculium.errors import (
@@ -30,6 +32,7 @@ from peculium.errors import (
     BudgetExpired,
     BudgetHeld,
     CapabilityMoved,
+    CapabilityUnknown,
     DeadlineExceeded,
     HoldEnded,
     Invalid,
@@ -39,6 +42,7 @@ from peculium.errors import (
     PeculiumError,
     Refused,
 )
+from peculium.journal import Attempt, Journal
 from peculium.money import Usage
 from peculium.v1 import audit_service_pb2, ledger_service_pb2, types_pb2
 from peculium.values import (
@@ -94,6 +98,7 @@ def connect(
     timeout: float = TIMEOUT_SECONDS_DEFAULT,
     tls: Tls | bool = False,
     allow_insecure: bool = False,
+    journal: Journal | None = None,
 ) -> Client:
     """Make a client of a ledger. Nothing is sent yet; use it as a context manager, or close it.
 
@@ -105,15 +110,17 @@ def connect(
         tls: Encrypt the connection; a `Tls` says with which certificates.
         allow_insecure: Send the key in clear text to other machines: only where something else
             encrypts the connection.
+        journal: Where to keep what this process must not forget, for its successor to `resume`.
 
     Raises:
         Malformed: An argument is not as it has to be.
         InsecureCredentials: The key would travel in clear text beyond this machine.
+        JournalLocked: The journal is another client's.
     """
     config = configure(
         target, api_key=api_key, timeout=timeout, tls=tls, allow_insecure=allow_insecure
     )
-    return Client(Sender(config))
+    return Client(Sender(config, recorder=None if journal is None else journal.use()), journal)
 
 
 class Client:
@@ -124,8 +131,9 @@ class Client:
         audit: What auditors may ask.
     """
 
-    def __init__(self, sender: Sender) -> None:
+    def __init__(self, sender: Sender, journal: Journal | None = None) -> None:
         self._sender = sender
+        self._journal = journal
         self._unresolved: dict[tuple[str, bytes], Ticket] = {}
         """Accepts and recoveries of unknown outcome, so that the next attempt finds out first."""
         self.audit = Audit(sender)
@@ -262,9 +270,110 @@ class Client:
                     raise
                 looks += 1
 
+    async def resume(self, *, timeout: float | None = None) -> Resumed:
+        """Take over what the process before this one has left in the journal.
+
+        What became of each operation whose outcome it did not know is found out first. None is
+        done that was not done, but for a settle or release of a hold that is still there. Then
+        there are handles for all that is live. Do this before anything else with those budgets.
+
+        Args:
+            timeout: In seconds, for each call that it takes.
+
+        Raises:
+            Invalid: The client has no journal.
+            LedgerUnavailable: Nothing is lost: try again later. So with OutcomeUnknown.
+        """
+        journal = self._journal
+        if journal is None:
+            raise Invalid("the client has no journal: pass one to connect")
+        left = journal.left
+        lines: dict[Subject, Line] = {}
+        for attempt in left.refused:
+            self._sender.beware(_line_of(lines, journal, attempt), attempt.operation)
+        last = {subject_of(attempt.operation): attempt for attempt in left.unknown}
+        for attempt in left.unknown:
+            operation, line = attempt.operation, _line_of(lines, journal, attempt)
+            try:
+                happened = await self._happened(line, operation, timeout)
+            except CapabilityUnknown as error:
+                _log.warning("what became of an operation is not told to this principal: %s", error)
+                happened = True
+                journal.ended(operation)
+            if happened:
+                continue
+            if operation.must_finish and last[subject_of(operation)] is attempt:
+                await self._end_late(journal, line, operation, timeout)
+            elif operation.by_holder:
+                journal.ended(operation)
+                self._sender.beware(line, operation)
+            else:
+                journal.refused(operation)
+                self._sender.beware(line, operation)
+        resumed = await self._handles(journal, lines, timeout)
+        journal.taken_over()
+        return resumed
+
+    async def _happened(self, line: Line, operation: Operation, timeout: float | None) -> bool:
+        """Find out whether an operation is recorded, without doing it."""
+        try:
+            ticket = await self._sender.wait(self._sender.submit(line, operation.probe(), timeout))
+        except CapabilityMoved:
+            # An operation before it has left no token.
+            return False
+        except CapabilityUnknown:
+            # Who is not the holder any more is told nothing; a token that consumed nothing did nothing.
+            if operation.by_holder:
+                raise
+            return False
+        except Refused:
+            return False
+        return _receipt(ticket).replayed
+
+    async def _end_late(
+        self, journal: Journal, line: Line, operation: Operation, timeout: float | None
+    ) -> None:
+        """Say what a call has cost whose process died before that was heard."""
+        secret = line.secret
+        try:
+            await self._sender.wait(self._sender.submit(line, operation, timeout))
+        except (CapabilityMoved, Refused) as error:
+            _log.warning("a hold that a process has left was not ended: %s", error)
+            if secret is not None:
+                journal.forget(subject_of(operation), secret)
+
+    async def _handles(
+        self, journal: Journal, lines: dict[Subject, Line], timeout: float | None
+    ) -> Resumed:
+        """Make handles of all tokens that are live."""
+        sender = self._sender
+        budgets: list[Budget] = []
+        holds: list[Hold] = []
+        capabilities: list[Capability] = []
+        for subject, token in journal.live():
+            root_id, budget_id, hold_id = subject
+            ref = journal.ref(subject, token)
+            line = lines.get(subject) or Line(token.name, linear=True)
+            line.secret = token.secret
+            if token.capability:
+                capabilities.append(_watched(sender.recorder, ref, token.secret))
+            elif not hold_id:
+                budget = Budget(sender, ref, Target(root_id, budget_id, by_token=True), line)
+                try:
+                    await budget.info(timeout=timeout)
+                except CapabilityUnknown:
+                    # Somebody else has it, or it was given back.
+                    journal.forget(subject, token.secret)
+                else:
+                    budgets.append(budget)
+            elif token.info is not None:
+                receipt = codec.receipt(types_pb2.Outcome.FromString(token.outcome))
+                holds.append(Hold(sender, root_id, line, receipt, token.info, ()))
+        return Resumed(tuple(budgets), tuple(holds), tuple(capabilities))
+
     async def _recover(self, ref: BudgetRef, if_seq: int | None, timeout: float | None) -> Budget:
         target = Target(ref.root_id, ref.budget_id, by_token=False)
-        asked = requests.recover(target, _asked(), holds={}, if_seq=if_seq)
+        asked = requests.recover(target, _asked(), if_seq=if_seq)
         line = Line(str(ref), linear=False)
         ticket = await self._resolved(("recover", ref.budget_id), line, asked, timeout)
         by_token = Target(ref.root_id, ref.budget_id, by_token=True)
@@ -303,6 +412,21 @@ class Client:
             raise
         self._unresolved.pop(key, None)
         return ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """What a process has left that can be gone on with.
+
+    Attributes:
+        budgets: Its token-held budgets.
+        holds: Its holds that were not ended. Their calls may have been made.
+        capabilities: Of budgets that it made and had not handed over.
+    """
+
+    budgets: tuple[Budget, ...]
+    holds: tuple[Hold, ...]
+    capabilities: tuple[Capability, ...]
 
 
 class Budget(Handle):
@@ -440,7 +564,7 @@ class Budget(Handle):
         asked = _asked(labels, dry_run=dry_run)
         operation = requests.delegate(self._target, asked, children=children)
         ticket = await self._sender.wait(self._sender.submit(self._line, operation, timeout))
-        return _delegated(ticket, self._ref)
+        return _delegated(ticket, self._ref, self._sender.recorder)
 
     @asynccontextmanager
     async def delegate_here(
@@ -477,7 +601,10 @@ class Budget(Handle):
         )
         [made] = await self.delegate([child], timeout=timeout)
         target = Target(made.ref.root_id, made.ref.budget_id, by_token=True)
-        line = Line(str(made.ref), linear=True, secret=made.capability.take(caller()))
+        secret = made.capability.take(caller())
+        line = Line(str(made.ref), linear=True, secret=secret)
+        subject = made.ref.root_id, made.ref.budget_id, b""
+        self._sender.recorder.keep(subject, secret, line.name, capability=False)
         budget = Budget(self._sender, made.ref, target, line)
         try:
             yield budget
@@ -615,7 +742,7 @@ class Budget(Handle):
         ticket = await self._sender.wait(
             self._sender.submit(
                 Line(self._about, linear=False),
-                requests.recover(target, _asked(), holds={}),
+                requests.recover(target, _asked()),
                 timeout,
             )
         )
@@ -739,26 +866,23 @@ class Budget(Handle):
         unbilled: tuple[type[BaseException], ...],
         timeout: float | None,
     ) -> list[Hold]:
-        secrets = {hold.hold_id: new_secret() for hold in holds}
+        rotated = [Rotated(hold, new_secret()) for hold in holds]
         target = Target(self._ref.root_id, self._ref.budget_id, by_token=False)
-        receipt = await self._do(requests.recover(target, _asked(), holds=secrets), timeout)
-        lines = [Line(self._about, linear=True, secret=secrets[hold.hold_id]) for hold in holds]
-        return [
-            Hold(self._sender, self._ref.root_id, line, receipt, hold, unbilled)
-            for line, hold in zip(lines, holds, strict=True)
-        ]
+        receipt = await self._do(requests.recover(target, _asked(), holds=rotated), timeout)
+        made = []
+        for hold, secret in rotated:
+            line = Line(self._about, linear=True, secret=secret)
+            made.append(Hold(self._sender, self._ref.root_id, line, receipt, hold, unbilled))
+        return made
 
     async def _take_out(self, timeout: float | None) -> Capability:
         async with self._sender.section(self._line, timeout) as secret:
             if secret is None:
                 raise _closed(self._about)
             self._line.secret = None
-        return Capability(
-            root_id=self._ref.root_id,
-            budget_id=self._ref.budget_id,
-            secret=secret,
-            path=self._ref.path,
-        )
+        recorder, ref = self._sender.recorder, self._ref
+        recorder.keep((ref.root_id, ref.budget_id, b""), secret, str(ref), capability=True)
+        return _watched(recorder, ref, secret)
 
     async def _do(self, operation: Operation, timeout: float | None) -> Receipt:
         self._check()
@@ -1297,7 +1421,30 @@ def _capability(ref: BudgetRef, secret: bytes | None) -> Capability | None:
     return Capability(root_id=ref.root_id, budget_id=ref.budget_id, secret=secret, path=ref.path)
 
 
-def _delegated(ticket: Ticket, parent: BudgetRef) -> list[Delegated]:
+def _watched(recorder: Recorder, ref: BudgetRef, secret: bytes) -> Capability:
+    """A capability whose leaving is told to the recorder."""
+    subject = ref.root_id, ref.budget_id, b""
+    return Capability(
+        root_id=ref.root_id,
+        budget_id=ref.budget_id,
+        secret=secret,
+        path=ref.path,
+        left=lambda: recorder.leave(subject, secret),
+    )
+
+
+def _line_of(lines: dict[Subject, Line], journal: Journal, attempt: Attempt) -> Line:
+    """The line of an operation that a process has left: one for each token, others for themselves."""
+    operation, subject = attempt.operation, subject_of(attempt.operation)
+    if operation.by_holder:
+        return Line(attempt.name, linear=False)
+    token = journal.token(subject)
+    line = lines.setdefault(subject, Line(attempt.name, linear=True))
+    line.secret = None if token is None else token.secret
+    return line
+
+
+def _delegated(ticket: Ticket, parent: BudgetRef, recorder: Recorder) -> list[Delegated]:
     receipt = _receipt(ticket)
     outcomes = (
         {}
@@ -1312,12 +1459,10 @@ def _delegated(ticket: Ticket, parent: BudgetRef) -> list[Delegated]:
         expires_at = (
             codec.at(outcome.lease_expires_at) if outcome.HasField("lease_expires_at") else None
         )
-        secret = None if receipt.dry_run else child.secret
-        made.append(
-            Delegated(
-                ref, child.name, outcome.granted, expires_at, receipt, _capability(ref, secret)
-            )
-        )
+        capability = None
+        if child.secret is not None and not receipt.dry_run:
+            capability = _watched(recorder, ref, child.secret)
+        made.append(Delegated(ref, child.name, outcome.granted, expires_at, receipt, capability))
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn, Self, SupportsIndex
 
@@ -76,9 +77,18 @@ class Capability(Affine):
     accepts it first owns the budget; the text is worthless from then on.
     """
 
-    __slots__ = ("_moved", "_secret", "budget_id", "path", "root_id")
+    __slots__ = ("_left", "_moved", "_secret", "budget_id", "path", "root_id")
 
-    def __init__(self, *, root_id: bytes, budget_id: bytes, secret: bytes, path: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        root_id: bytes,
+        budget_id: bytes,
+        secret: bytes,
+        path: str = "",
+        left: Callable[[], None] | None = None,
+    ) -> None:
+        self._left = left
         self.root_id = root_id
         self.budget_id = budget_id
         self.path = path
@@ -123,6 +133,8 @@ class Capability(Affine):
         """
         if self._moved is not None:
             raise CapabilityMoved(f"the capability was accepted at {self._moved}", budget=str(self))
+        if self._left is not None:
+            self._left()
         body = bytes([_VERSION]) + self.root_id + self.budget_id + self._secret
         return PREFIX + base64.urlsafe_b64encode(body + _checksum(body)).decode("ascii")
 

@@ -40,7 +40,9 @@
     │   ├── NotCopyable             (a TypeError, too)
     │   ├── PriceUnknown            (a LookupError, too)
     │   ├── InsecureCredentials     an API key would travel in clear text
-    │   └── NoCurrentBudget         (a LookupError, too)
+    │   ├── NoCurrentBudget         (a LookupError, too)
+    │   ├── JournalLocked
+    │   └── JournalUnreadable
     └── Unavailable                 no answer that holds: no permission to spend
         ├── LedgerUnavailable       nothing was done
         ├── DeadlineExceeded        nothing was done: the time ran out first
@@ -480,6 +482,18 @@ class NoCurrentBudget(Invalid, LookupError):
     """No budget is in use in this context."""
 
     advice = "enter `with peculium.use(budget)` first"
+
+
+class JournalLocked(Invalid):
+    """Another process, or another client of this one, has the journal."""
+
+    advice = "one journal for each client; end the process that has it"
+
+
+class JournalUnreadable(Invalid):
+    """The journal's key is another one, the file was changed, or others may read it."""
+
+    advice = "check the key and the file's owner and mode; recover budgets by their holder's word"
 
 
 # --- unavailable ---

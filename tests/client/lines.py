@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from peculium import _requests as requests
 from peculium._coalescer import Batch, Coalescer, Line, Ticket
 from peculium._history import History
+from peculium._recorder import Recorder
 from peculium._requests import Asked, Operation, Target
 from peculium._retry import Failure, Policy
 from peculium.values import Child
@@ -72,6 +73,7 @@ class Bench:
             jitter=lambda: 1.0,
             flights_max=flights_max,
             history=self.history,
+            recorder=Recorder(),
             finish_seconds=finish_seconds,
         )
 

@@ -328,7 +328,7 @@ def test_a_recovery_goes_in_order_with_what_else_its_line_does(bench: Bench) -> 
     root = bench.root(bound=True)
     before = bench.spend(root, 1)
     recover = requests.recover(
-        Target(root.target.root_id, root.target.budget_id, by_token=False), Asked(), holds={}
+        Target(root.target.root_id, root.target.budget_id, by_token=False), Asked()
     )
     recovery = bench.submit(root.line, recover)
     behind = bench.spend(root, 2)
@@ -344,7 +344,7 @@ def test_a_recovery_goes_in_order_with_what_else_its_line_does(bench: Bench) -> 
 def test_behind_a_recovery_that_was_refused_the_line_goes_on(bench: Bench) -> None:
     root = bench.root()
     recover = requests.recover(
-        Target(root.target.root_id, root.target.budget_id, by_token=False), Asked(), holds={}
+        Target(root.target.root_id, root.target.budget_id, by_token=False), Asked()
     )
     recovery = bench.submit(root.line, recover)
     behind = bench.spend(root, 2)

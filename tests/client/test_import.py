@@ -7,6 +7,7 @@ import peculium
 
 FORBIDDEN = (
     "alembic",
+    "cryptography",
     "opentelemetry.sdk",
     "peculium_server",
     "psycopg",

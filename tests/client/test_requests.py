@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 
-from peculium import Child, Receiver, Usage, _requests as requests
+from peculium import Child, HoldInfo, HoldState, Receiver, Usage, _requests as requests
 from peculium._ids import token_id
-from peculium._requests import Asked, HoldTarget, Operation, Target
+from peculium._requests import Asked, HoldTarget, Operation, Rotated, Target
 from peculium.errors import Malformed, TooLarge
 from peculium.v1 import types_pb2
 from peculium_server.core.operations import OPERATIONS, Kind
@@ -46,6 +46,11 @@ def grant(**changes: Any) -> requests.Grant:
     return requests.grant(Asked(), **{**arguments, **changes})
 
 
+def rotated(hold_id: bytes) -> Rotated:
+    now = datetime.now(UTC)
+    return Rotated(HoldInfo(hold_id, ID, HoldState.LIVE, 1, 1, 0, 0, now, now), bytes(32))
+
+
 def every_operation(asked: Asked) -> dict[str, Operation]:
     children = [Child("a", 0), Child("b", 1, holder="svc", lease=60, lease_latest=90)]
     return {
@@ -57,7 +62,7 @@ def every_operation(asked: Asked) -> dict[str, Operation]:
         "DELEGATE": requests.delegate(TARGET, asked, children=children),
         "ACCEPT": requests.accept(TARGET, asked),
         "RECOVER": requests.recover(
-            Target(bytes(16), ID, by_token=False), asked, holds={ID: bytes(32)}
+            Target(bytes(16), ID, by_token=False), asked, holds=[rotated(ID)]
         ),
         "FUND": requests.fund(TARGET, asked, descendant_id=ID, amount=0, lease=60),
         "RENEW": requests.renew(TARGET, asked, lease=60),
@@ -263,8 +268,8 @@ def test_a_mistake_is_noticed_before_anything_is_sent(mistake: str) -> None:
             TARGET, Asked(), children=[Child(str(index), 1) for index in range(257)])),
         ("labels", lambda: settle(Asked({str(index): "" for index in range(17)}))),
         ("holds", lambda: requests.recover(
-            PRINCIPALS, Asked(), holds={bytes([index, high]) * 8: bytes(32)
-                                        for index in range(256) for high in range(2)})),
+            PRINCIPALS, Asked(), holds=[rotated(bytes([index, high]) * 8)
+                                        for index in range(256) for high in range(2)])),
     ],
     ids=["children", "labels", "holds"],
 )  # fmt: skip
