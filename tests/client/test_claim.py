@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 
@@ -81,18 +82,27 @@ async def test_what_its_owner_above_does_to_it_does_not_make_it_held(
 
 
 async def test_of_many_who_have_all_seen_it_free_one_gets_it(
-    ledger: Ledger, served: Serving, job: BudgetRef
+    served: Serving, job: BudgetRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Whatever they have read, all recoveries arrive before the first is answered.
-    clients = [connect(served.target) for _ in range(8)]
-    before = len(ledger.batches)
-    gates = [ledger.hold_up() for _ in clients]
-    claims = [asyncio.create_task(each.claim(job, if_held=SKIP, timeout=20)) for each in clients]
-    await asyncio.to_thread(ledger.wait_for_batches, before + len(clients))
-    for gate in gates:
-        assert gate.until is not None
-        gate.until.set()
-    told = await asyncio.gather(*claims, return_exceptions=True)
+    clients = [connect(served.target, timeout=60) for _ in range(8)]
+    everybody = asyncio.Barrier(len(clients))
+
+    def looks_with_all(client: Client) -> None:
+        look = client._look
+
+        async def look_once_with_all(*args: Any) -> Any:
+            found = await look(*args)
+            monkeypatch.setattr(client, "_look", look)
+            await everybody.wait()
+            return found
+
+        monkeypatch.setattr(client, "_look", look_once_with_all)
+
+    for each in clients:
+        looks_with_all(each)
+    told = await asyncio.gather(
+        *(each.claim(job, if_held=SKIP) for each in clients), return_exceptions=True
+    )
     assert sum(isinstance(each, Budget) for each in told) == 1
     assert sum(isinstance(each, BudgetHeld) for each in told) == len(clients) - 1
     for each in clients:
@@ -120,8 +130,8 @@ async def test_looking_again_is_bounded(
     """An owner that funds it for ever does not keep its claimant for ever."""
     look = client._look
 
-    async def look_before_a_change(*args: object) -> object:
-        found = await look(*args)  # type: ignore[arg-type]
+    async def look_before_a_change(*args: Any) -> Any:
+        found = await look(*args)
         await client.admin.freeze(job)
         return found
 
