@@ -17,6 +17,7 @@ import os
 import platform
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -213,6 +214,8 @@ def main() -> int:
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
+    # To be told to end is to be interrupted: what was started has to be stopped.
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     say(f"seed {seed}, histories in {folder}")
     verdict, results = asyncio.run(campaign(arguments.parts, arguments.seconds, seed, folder))
     (folder / "verdict.json").write_text(verdict.line() + "\n")
