@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 import psycopg
@@ -12,6 +13,7 @@ from tests.faults.history import History
 from tests.faults.modelled import Campaign
 from tests.faults.planted import Planted
 from tests.faults.race import Storm
+from tests.faults.storms import TORN, storm
 from tests.faults.tally import Setting
 from tests.faults.wishes import ALL_KINDS
 
@@ -39,7 +41,8 @@ async def contended(setting: Setting, fault: Planted) -> Contention:
     """Let clients fight over what lies in one lane, on two servers with a fault.
 
     By the fault's `load` they use a few trees that all share (`fight`), send every operation to both
-    servers at once (`twice`), or all present the same token (`race`).
+    servers at once (`twice`), or all present the same token (`race`); or they fight while the servers'
+    connections to the database are cut (`cut`).
     """
     name = f"planted-{fault.name}"
     chance = setting.random(name)
@@ -51,6 +54,8 @@ async def contended(setting: Setting, fault: Planted) -> Contention:
             try:
                 if fault.load == "race":
                     return await _race(setting, cluster, history)
+                if fault.load == "cut":
+                    return await _cut(setting, cluster, history)
                 return await _fight(setting, cluster, history, twice=fault.load == "twice")
             except psycopg.Error as error:
                 # What such servers have left cannot even be read.
@@ -61,6 +66,18 @@ async def _race(setting: Setting, cluster: Cluster, history: History) -> Content
     racing = Storm(cluster, history, setting.random("race"))
     await racing.rounds(setting.seconds)
     return Contention(len(racing.asked), await racing.examined())
+
+
+async def _cut(setting: Setting, cluster: Cluster, history: History) -> Contention:
+    chance = setting.random("storm")
+    cutting = asyncio.create_task(
+        storm(cluster, history, chance, faults=((), TORN), calm_seconds=0.2, bad_seconds=0.3)
+    )
+    try:
+        return await _fight(setting, cluster, history, twice=False)
+    finally:
+        cutting.cancel()
+        await asyncio.gather(cutting, return_exceptions=True)
 
 
 async def _fight(

@@ -14,11 +14,13 @@ product has no switch for that.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import psycopg
 from sqlalchemy import (
     BigInteger,
     Select,
@@ -32,7 +34,7 @@ from sqlalchemy import (
 
 from peculium_server.store import lane, rows, statements
 from peculium_server.store.schema import budgets, lanes
-from peculium_server.store.wire import Statement, Step
+from peculium_server.store.wire import Connection, Statement, Step
 from tests.faults.progress import say
 from tests.faults.tally import Setting, Tally
 
@@ -104,6 +106,17 @@ def _without_row_checks() -> None:
     recipes["save_budgets"] = recipes["save_budgets"]._replace(build=save_budgets)
 
 
+def _without_waiting() -> None:
+    """A commit whose answer does not come counts as done."""
+    end = lane.LanesWriter._end
+
+    async def hasty(self: lane.LanesWriter, connection: Connection, steps: Sequence[Step]) -> None:
+        with contextlib.suppress(psycopg.OperationalError):
+            await end(self, connection, steps)
+
+    lane.LanesWriter._end = hasty  # type: ignore[method-assign]
+
+
 @dataclass(frozen=True)
 class Planted:
     """A fault, what it takes away, and by what it is found."""
@@ -166,6 +179,14 @@ PLANTED = {
             sql=("ALTER TABLE entries DROP CONSTRAINT pk_entries",),
             says="The primary key of entries is dropped; and the rest as above. Found by an operation"
             " that was sent twice at once and is recorded twice.",
+        ),
+        Planted(
+            "hasty",
+            (_without_waiting,),
+            "lost",
+            load="cut",
+            says="A commit whose answer was cut off counts as done, where it has to be found out. Found by"
+            " acknowledged operations that are not recorded. Nothing else is taken away.",
         ),
     )
 }

@@ -40,6 +40,11 @@ async def _cut_after_bytes(proxy: Proxy, chance: Random) -> None:
     proxy.trouble(**chance.choice(({"up": faults}, {"down": faults})))
 
 
+async def _torn(proxy: Proxy, chance: Random) -> None:
+    """What is asked does not arrive as a whole."""
+    proxy.trouble(up=Faults(cut_after_bytes=chance.randint(1, 5_000)))
+
+
 async def _reset(proxy: Proxy, chance: Random) -> None:
     proxy.reset(chance.choice((0.3, 1.0)))
 
@@ -60,6 +65,8 @@ ANYWHERE: tuple[Fault, ...] = (
 BEFORE_POSTGRES: tuple[Fault, ...] = (*ANYWHERE, _commit_cut, _commit_cut, _commit_cut)
 CUTS: tuple[Fault, ...] = (_silent, _cut_after_bytes, _reset)
 """What loses answers to what was done."""
+TORN: tuple[Fault, ...] = (_torn,)
+"""What loses what was asked."""
 
 
 async def storm(
@@ -72,7 +79,7 @@ async def storm(
     calm_seconds: float = 0.8,
     bad_seconds: float = 1.5,
 ) -> None:
-    """Trouble one proxy after another until cancelled; `faults` are those of fronts and of backs."""
+    """Trouble one proxy after another until cancelled; `faults` are those of fronts, if any, and of backs."""
     while True:
         await asyncio.sleep(chance.uniform(0, calm_seconds))
         if chance.random() < kill_chance:
@@ -82,7 +89,7 @@ async def storm(
             await _pause(cluster, history, chance)
             continue
         node = chance.choice(cluster.nodes)
-        front = chance.random() < 0.5
+        front = bool(faults[0]) and chance.random() < 0.5
         proxy = node.front if front else node.back
         fault = chance.choice(faults[0] if front else faults[1])
         where = f"{'front' if front else 'back'} of {node.name}"
