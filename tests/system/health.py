@@ -20,7 +20,7 @@ async def health(address: str) -> Any:
     async with grpc.aio.insecure_channel(address) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=30)
         except grpc.aio.AioRpcError:
             return UNKNOWN
         return answer.status
