@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import hashlib
 import json
+import os
 import signal
 import socket
 import tempfile
@@ -200,6 +201,23 @@ def test_without_a_database_a_server_keeps_one_of_its_own(
         client.admin.grant("acme", unit="calls", amount=100, holder="dev")
     assert first.stop() == 0
     assert not (data_dir / "cluster" / "postmaster.pid").exists()
+    second = start_server("--data-dir", str(data_dir))
+    with peculium.connect(second.address) as client:
+        assert client.audit.budget("acme").balances.granted == 100
+    assert second.stop() == 0
+
+
+def test_a_server_whose_own_database_is_killed_ends_and_has_everything_when_it_is_started_again(
+    start_server: StartServer, data_dir: Path
+) -> None:
+    first = start_server("--data-dir", str(data_dir))
+    with peculium.connect(first.address) as client:
+        client.admin.grant("acme", unit="calls", amount=100, holder="dev")
+    postmaster = int((data_dir / "cluster" / "postmaster.pid").read_text().splitlines()[0])
+    os.kill(postmaster, signal.SIGKILL)
+    assert first.process.wait(30) == 3
+    first.end()
+    assert "the server's own PostgreSQL has ended" in said(first)
     second = start_server("--data-dir", str(data_dir))
     with peculium.connect(second.address) as client:
         assert client.audit.budget("acme").balances.granted == 100

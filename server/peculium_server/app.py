@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Final
 
 from peculium_server.config import Config
-from peculium_server.embedded import EmbeddedPostgres
+from peculium_server.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from peculium_server.identity import DEV_PRINCIPAL, Identities
 from peculium_server.lanes.ledger import Ledger
 from peculium_server.rpc.server import Server
@@ -70,7 +70,7 @@ def _fastest_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
 async def _serve(config: Config, tell: Tell) -> None:
     stop = _stop_signal()
     identities = Identities.dev() if config.keys_file is None else Identities.load(config.keys_file)
-    async with _database(config, tell) as dsn, _store(config, dsn, tell) as store:
+    async with _database(config, tell, stop) as dsn, _store(config, dsn, tell) as store:
         ledger = Ledger(store, queue_rows_max=config.queue_max)
         server = Server(
             ledger,
@@ -117,7 +117,7 @@ def _stop_signal() -> asyncio.Event:
 
 
 @contextlib.asynccontextmanager
-async def _database(config: Config, tell: Tell) -> AsyncIterator[str]:
+async def _database(config: Config, tell: Tell, stop: asyncio.Event) -> AsyncIterator[str]:
     """The ledger's database: the configured one, or one of the server's own."""
     if config.database_url is not None:
         tell(f"database: {config.told_database}")
@@ -125,12 +125,25 @@ async def _database(config: Config, tell: Tell) -> AsyncIterator[str]:
         return
     tell(f"no database is configured: using a PostgreSQL of the server's own in {config.data_dir}")
     postgres = await asyncio.to_thread(EmbeddedPostgres.start, config.data_dir, progress=tell)
+    watching = asyncio.create_task(_stop_without(postgres, stop))
     try:
         # Nobody else decides when this one is migrated; of a configured one its operator does.
         await asyncio.to_thread(migrate.upgrade, postgres.dsn)
         yield postgres.dsn
+        if not postgres.running:
+            raise EmbeddedPostgresError(
+                f"the server's own PostgreSQL has ended: {postgres.log_file}"
+            )
     finally:
+        watching.cancel()
         await asyncio.to_thread(postgres.stop)
+
+
+async def _stop_without(postgres: EmbeddedPostgres, stop: asyncio.Event) -> None:
+    """Stop when the server's own PostgreSQL has ended: whatever starts the server starts both again."""
+    while postgres.running:  # noqa: ASYNC110 - nobody tells of the end of a process that is no child
+        await asyncio.sleep(PROBE_SECONDS)
+    stop.set()
 
 
 @contextlib.asynccontextmanager

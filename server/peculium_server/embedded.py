@@ -185,6 +185,11 @@ class EmbeddedPostgres:
         return self._postmaster.pid
 
     @property
+    def running(self) -> bool:
+        """Whether it is still there, or there again because another process has started it."""
+        return self._place.has_postmaster()
+
+    @property
     def log_file(self) -> Path:
         """Where the server logs."""
         return self._place.log_file
@@ -320,6 +325,11 @@ class _Place:
                     f" become ready:\n{self._log_tail()}"
                 )
             time.sleep(_POLL_SECONDS)
+
+    def has_postmaster(self) -> bool:
+        """Whether a server of this directory is there, ready or not."""
+        postmaster = self._read_postmaster()
+        return postmaster is not None and self._is_ours(postmaster.pid)
 
     def create_cluster(self, tell: Progress) -> None:
         """Make the cluster and its database, wholly or not at all.
