@@ -1,0 +1,185 @@
+"""Charts as SVG, drawn on a ground of their own, so that they read on light and dark pages alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+from tests.bench.figures import Spread
+
+_WIDTH, _HEIGHT = 760, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 24, 56, 92
+_COLOURS = ("#1f6feb", "#bf5b04", "#1a7f37", "#8250df", "#b3261e", "#57606a")
+_INK, _FAINT, _GROUND = "#24292f", "#d0d7de", "#ffffff"
+_BAR, _BAR_GAP, _BAR_LEFT = 24, 12, 300
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a chart."""
+
+    name: str
+    points: Sequence[tuple[float, Spread]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a chart."""
+
+    name: str
+    value: Spread
+    ours: bool
+
+
+def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], *, log_y: bool) -> str:
+    """Lines over a logarithmic axis: medians as points, and from the least to the most as whiskers."""
+    drawn = [one for one in series if one.points]
+    xs = sorted({x for one in drawn for x, _ in one.points})
+    top = max(value.high for one in drawn for _, value in one.points)
+    low = min(value.low for one in drawn for _, value in one.points)
+    y_ticks = _decades(low, top) if log_y else _steps(top)
+    right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
+
+    def x_at(value: float) -> float:
+        if len(xs) == 1:
+            return (_LEFT + right) / 2
+        part = math.log(value / xs[0]) / math.log(xs[-1] / xs[0])
+        return _LEFT + 24 + part * (right - _LEFT - 48)
+
+    def y_at(value: float) -> float:
+        if log_y:
+            part = math.log(value / y_ticks[0]) / math.log(y_ticks[-1] / y_ticks[0])
+        else:
+            part = value / y_ticks[-1]
+        return bottom - part * (bottom - _TOP)
+
+    parts = []
+    for tick in y_ticks:
+        y = y_at(tick)
+        parts += [
+            f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="{_FAINT}"/>',
+            _text(_LEFT - 8, y + 4, f"{tick:,g}", anchor="end"),
+        ]
+    for x in xs:
+        parts.append(_text(x_at(x), bottom + 18, f"{x:,g}", anchor="middle"))
+    for number, one in enumerate(drawn):
+        parts += _line(one, _COLOURS[number % len(_COLOURS)], x_at, y_at)
+    parts += _legend([one.name for one in drawn], _HEIGHT - 20)
+    parts += [
+        _text((_LEFT + right) / 2, bottom + 40, x_label, anchor="middle"),
+        (
+            f'<g transform="translate(18 {(_TOP + bottom) / 2}) rotate(-90)">'
+            f"{_text(0, 0, y_label, anchor='middle')}</g>"
+        ),
+    ]
+    return _page(title, _HEIGHT, parts)
+
+
+def _line(one: Series, colour: str, x_at: object, y_at: object) -> list[str]:
+    assert callable(x_at)
+    assert callable(y_at)
+    path = " ".join(f"{x_at(x):.1f},{y_at(value.median):.1f}" for x, value in one.points)
+    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
+    for x, value in one.points:
+        at = x_at(x)
+        parts += [
+            (
+                f'<line x1="{at:.1f}" y1="{y_at(value.low):.1f}" x2="{at:.1f}"'
+                f' y2="{y_at(value.high):.1f}" stroke="{colour}" stroke-width="1.5"/>'
+            ),
+            f'<circle cx="{at:.1f}" cy="{y_at(value.median):.1f}" r="3.5" fill="{colour}"/>',
+        ]
+    return parts
+
+
+def _legend(names: Sequence[str], y: float) -> list[str]:
+    parts = []
+    x = float(_LEFT)
+    for number, name in enumerate(names):
+        colour = _COLOURS[number % len(_COLOURS)]
+        parts += [
+            f'<rect x="{x:.0f}" y="{y - 9}" width="12" height="10" rx="2" fill="{colour}"/>',
+            _text(x + 17, y, name),
+        ]
+        x += 17 + 7.0 * len(name) + 18
+    return parts
+
+
+def bars(title: str, x_label: str, rows: Sequence[Bar]) -> str:
+    """Bars from zero: medians, and from the least to the most as whiskers."""
+    ticks = _steps(max(row.value.high for row in rows))
+    right = _WIDTH - 90
+    bottom = _TOP + len(rows) * (_BAR + _BAR_GAP)
+
+    def x_at(value: float) -> float:
+        return _BAR_LEFT + value / ticks[-1] * (right - _BAR_LEFT)
+
+    parts = []
+    for tick in ticks:
+        x = x_at(tick)
+        parts += [
+            f'<line x1="{x:.1f}" y1="{_TOP - 6}" x2="{x:.1f}" y2="{bottom}" stroke="{_FAINT}"/>',
+            _text(x, bottom + 16, f"{tick:,g}", anchor="middle"),
+        ]
+    for number, row in enumerate(rows):
+        y = _TOP + number * (_BAR + _BAR_GAP)
+        colour = _COLOURS[0] if row.ours else _COLOURS[-1]
+        middle = y + _BAR / 2
+        end = x_at(row.value.median)
+        parts += [
+            _text(_BAR_LEFT - 10, middle + 4, row.name, anchor="end"),
+            (
+                f'<rect x="{_BAR_LEFT}" y="{y}" width="{end - _BAR_LEFT:.1f}" height="{_BAR}" rx="2"'
+                f' fill="{colour}"/>'
+            ),
+            (
+                f'<line x1="{x_at(row.value.low):.1f}" y1="{middle}" x2="{x_at(row.value.high):.1f}"'
+                f' y2="{middle}" stroke="{_INK}" stroke-width="1.5"/>'
+            ),
+            _text(max(end, x_at(row.value.high)) + 8, middle + 4, f"{row.value.median:,.0f}"),
+        ]
+    parts.append(_text((_BAR_LEFT + right) / 2, bottom + 38, x_label, anchor="middle"))
+    return _page(title, bottom + 54, parts)
+
+
+def _page(title: str, height: float, parts: Sequence[str]) -> str:
+    return "\n".join(
+        [
+            (
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}"'
+                f' width="{_WIDTH}" role="img" aria-label="{escape(title, {chr(34): "&quot;"})}"'
+                ' font-family="system-ui, sans-serif" font-size="13">'
+            ),
+            f'<rect width="{_WIDTH}" height="{height:.0f}" rx="6" fill="{_GROUND}"/>',
+            (
+                f'<text x="{_WIDTH / 2:.0f}" y="28" text-anchor="middle" font-size="16" fill="{_INK}"'
+                f' font-weight="600">{escape(title)}</text>'
+            ),
+            *parts,
+            "</svg>\n",
+        ]
+    )
+
+
+def _text(x: float, y: float, content: str, *, anchor: str = "start") -> str:
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{_INK}">'
+        f"{escape(content)}</text>"
+    )
+
+
+def _steps(top: float) -> list[float]:
+    """From zero to beyond the top, in four to eight round steps."""
+    rough = max(top, 1e-9) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough)
+    return [step * number for number in range(math.ceil(top / step) + 1)]
+
+
+def _decades(low: float, top: float) -> list[float]:
+    """Powers of ten around everything."""
+    first = math.floor(math.log10(max(low, 1e-9)))
+    last = max(first + 1, math.ceil(math.log10(max(top, 1e-9))))
+    return [float(10**power) if power >= 0 else 10.0**power for power in range(first, last + 1)]

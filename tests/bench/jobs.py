@@ -1,0 +1,479 @@
+"""What a client process does while it is measured: the same closed loop for everything that is compared.
+
+A job makes *turns*, one for each agent or task. Each is taken again and again, as soon as the one before
+is done, and tells how long the part of it took that is of interest. What is counted is turns that ended
+within the window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from array import array
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import grpc
+import psycopg
+
+from peculium import BudgetRef, _requests as requests, aio
+from peculium._requests import Asked, HoldTarget, Target
+from peculium.aio import Budget, Client
+from peculium.v1 import ledger_service_pb2 as ledger, ledger_service_pb2_grpc
+
+ESTIMATE = 20
+"""What a Reserve asks for; a call costs from 1 to this."""
+TIMEOUT_SECONDS = 60.0
+"""Of one operation: beyond anything that is not broken."""
+BATCHES_AT_ONCE = 50
+"""How many operations a client of the empty handler puts into one call, where it does."""
+EMPTY = "/peculium.bench.Empty/"
+
+Turn = Callable[[], Awaitable[float | None]]
+"""Something to be done over and over: in seconds, how long it took as its caller sees it; None if it was
+refused."""
+
+clock = time.monotonic
+"""The same for all processes of a machine."""
+
+
+class Window(NamedTuple):
+    """When it counts, on the clock."""
+
+    begin: float
+    end: float
+
+
+@dataclass
+class Counted:
+    """What one process has done within a window."""
+
+    turns: int = 0
+    refused: int = 0
+    latencies: array[float] = field(default_factory=lambda: array("d"))
+    """In seconds, of each turn."""
+    billed: Counter[bytes] = field(default_factory=Counter)
+    """What the provider has billed by budget, before and after the window, too."""
+    cpu_seconds: float = 0.0
+    """What the process used of the processors within the window."""
+
+
+class Job(Protocol):
+    """Work for a client process. It is sent there, so it is data."""
+
+    def ready(self) -> contextlib.AbstractAsyncContextManager[Sequence[Turn]]:
+        """Prepare what is not to be measured; leaving takes it down again."""
+        ...
+
+    def billed(self) -> Counter[bytes]:
+        """What a provider has billed for it, by budget."""
+        ...
+
+
+async def take_turns(turns: Sequence[Turn], window: Window, counted: Counted) -> None:
+    """Let all take their turns at once until the window is over."""
+
+    async def repeat(turn: Turn) -> None:
+        while clock() < window.end:
+            took = await turn()
+            if not window.begin <= clock() < window.end:
+                continue
+            if took is None:
+                counted.refused += 1
+            else:
+                counted.turns += 1
+                counted.latencies.append(took)
+
+    async def use() -> None:
+        await asyncio.sleep(window.begin - clock())
+        before = time.process_time()
+        await asyncio.sleep(window.end - clock())
+        counted.cpu_seconds = time.process_time() - before
+
+    async with asyncio.TaskGroup() as working:
+        working.create_task(use())
+        for turn in turns:
+            working.create_task(repeat(turn))
+
+
+class Place(NamedTuple):
+    """A budget to spend from."""
+
+    root_id: bytes
+    budget_id: bytes
+    path: str
+    by_token: bool
+
+    @property
+    def ref(self) -> BudgetRef:
+        """As the SDK names it."""
+        return BudgetRef(self.path, self.root_id, self.budget_id)
+
+
+def _cost(number: int) -> int:
+    return 1 + number % ESTIMATE
+
+
+@dataclass
+class Spend:
+    """Agents of one process that reserve and settle through one SDK client, which coalesces."""
+
+    address: str
+    places: Sequence[Place]
+    """One for each agent, or several, which it then uses in turn."""
+    agents: int
+    bill: Counter[bytes] = field(default_factory=Counter)
+
+    @contextlib.asynccontextmanager
+    async def ready(self) -> AsyncIterator[Sequence[Turn]]:
+        """Connect, and take the budgets over: whoever had them before is fenced."""
+        async with aio.connect(self.address, timeout=TIMEOUT_SECONDS) as client:
+            budgets = await asyncio.gather(*(_take(client, place) for place in self.places))
+            yield [
+                self._turn(
+                    itertools.cycle(
+                        list(zip(self.places, budgets, strict=True))[number :: self.agents]
+                        or [(self.places[0], budgets[0])]
+                    )
+                )
+                for number in range(self.agents)
+            ]
+
+    def billed(self) -> Counter[bytes]:
+        """What the provider has billed."""
+        return self.bill
+
+    def _turn(self, budgets: itertools.cycle[tuple[Place, Budget]]) -> Turn:
+        numbers = itertools.count()
+
+        async def turn() -> float:
+            place, budget = next(budgets)
+            cost = _cost(next(numbers))
+            began = clock()
+            hold = await budget.reserve(ESTIMATE)
+            took = clock() - began
+            self.bill[place.budget_id] += cost
+            await hold.settle(cost)
+            return took
+
+        return turn
+
+
+async def _take(client: Client, place: Place) -> Budget:
+    if place.by_token:
+        return await client.recover(place.ref)
+    return await client.open(place.path)
+
+
+@dataclass
+class SpendAlone:
+    """Agents of one process whose operations travel alone: unary calls on the stubs over one channel.
+
+    The SDK always coalesces what is asked at once. So its own builder makes the requests, and the stubs
+    send them.
+    """
+
+    address: str
+    places: Sequence[Place]
+    agents: int
+    bill: Counter[bytes] = field(default_factory=Counter)
+
+    @contextlib.asynccontextmanager
+    async def ready(self) -> AsyncIterator[Sequence[Turn]]:
+        """Connect, and take the budgets over."""
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            stub = ledger_service_pb2_grpc.LedgerServiceStub(channel)
+            yield await asyncio.gather(
+                *(
+                    self._turn(stub, self.places[number % len(self.places)])
+                    for number in range(self.agents)
+                )
+            )
+
+    def billed(self) -> Counter[bytes]:
+        """What the provider has billed."""
+        return self.bill
+
+    async def _turn(
+        self, stub: ledger_service_pb2_grpc.LedgerServiceAsyncStub, place: Place
+    ) -> Turn:
+        target = Target(place.root_id, place.budget_id, by_token=place.by_token)
+        secret: bytes | None = None
+        if place.by_token:
+            by_name = Target(place.root_id, place.budget_id, by_token=False)
+            recovery = requests.recover(by_name, Asked(), holds={})
+            await stub.Recover(recovery.message.recover, timeout=TIMEOUT_SECONDS)
+            secret = recovery.produced
+        numbers = itertools.count()
+
+        async def turn() -> float:
+            nonlocal secret
+            cost = _cost(next(numbers))
+            began = clock()
+            reserve = requests.reserve(target, Asked(), amount=ESTIMATE, ttl=None)
+            if secret is not None:
+                reserve.header.authority.secret = secret
+            await stub.Reserve(reserve.message.reserve, timeout=TIMEOUT_SECONDS)
+            took = clock() - began
+            secret = reserve.produced
+            self.bill[place.budget_id] += cost
+            settle = requests.settle(
+                HoldTarget(place.root_id, place.budget_id, reserve.hold_id),
+                Asked(),
+                actual=cost,
+                keep_open=False,
+                reference="",
+                usage=None,
+                estimated=False,
+            )
+            assert reserve.hold_secret is not None
+            settle.header.authority.secret = reserve.hold_secret
+            await stub.Settle(settle.message.settle, timeout=TIMEOUT_SECONDS)
+            return took
+
+        return turn
+
+
+def reserve_bytes() -> bytes:
+    """A Reserve of a token-held budget, as it travels."""
+    target = Target(b"r" * 16, b"b" * 16, by_token=True)
+    operation = requests.reserve(target, Asked(), amount=ESTIMATE, ttl=None)
+    operation.header.authority.secret = b"s" * 32
+    return operation.message.reserve.SerializeToString()
+
+
+def batch_bytes(operations: int) -> bytes:
+    """A batch of them, as it travels."""
+    request = ledger.BatchRequest()
+    for _ in range(operations):
+        request.operations.add().reserve.ParseFromString(reserve_bytes())
+    return request.SerializeToString()
+
+
+@dataclass
+class _NothingBilled:
+    """A job that spends nothing."""
+
+    def billed(self) -> Counter[bytes]:
+        """Nothing."""
+        return Counter()
+
+
+@dataclass
+class CallNothing(_NothingBilled):
+    """Calls of the handler that does nothing, with an operation's bytes, or many operations', in each."""
+
+    address: str
+    callers: int
+    operations: int
+    """In each call."""
+
+    @contextlib.asynccontextmanager
+    async def ready(self) -> AsyncIterator[Sequence[Turn]]:
+        """Connect."""
+        content = reserve_bytes() if self.operations == 1 else batch_bytes(self.operations)
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            # Bytes in, bytes out: what messages cost is not the transport's.
+            call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
+                EMPTY + "Call"
+            )
+
+            async def turn() -> float:
+                began = clock()
+                await call(content, timeout=TIMEOUT_SECONDS)
+                return clock() - began
+
+            yield [turn] * self.callers
+
+
+@dataclass
+class StayConnected(_NothingBilled):
+    """Clients with a connection each, which have asked for something once, and stay."""
+
+    address: str
+    place: Place
+    connections: int
+
+    @contextlib.asynccontextmanager
+    async def ready(self) -> AsyncIterator[Sequence[Turn]]:
+        """Connect all of them."""
+        request = ledger.LedgerServiceGetBudgetRequest(authority=requests.authority(None))
+        request.budget.root_id = self.place.root_id
+        request.budget.budget_id = self.place.budget_id
+        # Otherwise all channels of a process share one connection.
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        async with contextlib.AsyncExitStack() as open_:
+            for _ in range(self.connections):
+                channel = grpc.aio.insecure_channel(self.address, options=options)
+                await open_.enter_async_context(channel)
+                stub = ledger_service_pb2_grpc.LedgerServiceStub(channel)
+                await stub.GetBudget(request, timeout=TIMEOUT_SECONDS)
+            yield []
+
+
+# --- a ledger as most would write it ---
+
+ROW_LOCK_SCHEMA = """
+    CREATE TABLE budgets (
+        id bigint PRIMARY KEY, available bigint NOT NULL, held bigint NOT NULL, spent bigint NOT NULL);
+    CREATE TABLE entries (
+        id bigserial PRIMARY KEY, budget_id bigint NOT NULL, kind text NOT NULL, amount bigint NOT NULL,
+        available bigint NOT NULL, held bigint NOT NULL, spent bigint NOT NULL,
+        at timestamptz NOT NULL DEFAULT now());
+    INSERT INTO budgets SELECT id, 1000000000000, 0, 0 FROM generate_series(0, 999) AS id;
+"""
+_LOOK = "SELECT available, held, spent FROM budgets WHERE id = %s FOR UPDATE"
+_CHANGE = "UPDATE budgets SET available = %s, held = %s, spent = %s WHERE id = %s"
+_NOTE = (
+    "INSERT INTO entries (budget_id, kind, amount, available, held, spent)"
+    " VALUES (%s, %s, %s, %s, %s, %s)"
+)
+
+
+@dataclass
+class RowLock(_NothingBilled):
+    """Tasks that reserve and settle with a lock on the budget's row, a transaction for each operation.
+
+    Each task has a connection of its own, which is the most that a pool can do for it.
+    """
+
+    dsn: str
+    rows: Sequence[int]
+    """The budget of each task."""
+
+    @contextlib.asynccontextmanager
+    async def ready(self) -> AsyncIterator[Sequence[Turn]]:
+        """Connect."""
+        async with contextlib.AsyncExitStack() as open_:
+            turns = []
+            for row in self.rows:
+                connection = await psycopg.AsyncConnection.connect(self.dsn)
+                await open_.enter_async_context(connection)
+                turns.append(self._turn(connection, row))
+            yield turns
+
+    def _turn(self, connection: psycopg.AsyncConnection, row: int) -> Turn:
+        numbers = itertools.count()
+
+        async def operate(kind: str, hold: int, spend: int) -> None:
+            async with connection.transaction():
+                cursor = await connection.execute(_LOOK, (row,))
+                found = await cursor.fetchone()
+                assert found is not None
+                available, held, spent = found
+                if available < hold:
+                    raise ValueError("exhausted")
+                after = (available - hold - spend, held + hold, spent + spend)
+                await connection.execute(_CHANGE, (*after, row))
+                await connection.execute(_NOTE, (row, kind, hold or spend, *after))
+
+        async def turn() -> float:
+            cost = _cost(next(numbers))
+            began = clock()
+            await operate("reserve", ESTIMATE, 0)
+            took = clock() - began
+            await operate("settle", -ESTIMATE, cost)
+            return took
+
+        return turn
+
+
+@dataclass
+class Commit(_NothingBilled):
+    """One INSERT after the other over one connection, each of which commits."""
+
+    dsn: str
+
+    @contextlib.asynccontextmanager
+    async def ready(self) -> AsyncIterator[Sequence[Turn]]:
+        """Connect."""
+        async with await psycopg.AsyncConnection.connect(self.dsn, autocommit=True) as connection:
+
+            async def turn() -> float:
+                began = clock()
+                await connection.execute(_NOTE, (0, "commit", 1, 2, 3, 4), prepare=True)
+                return clock() - began
+
+            yield [turn]
+
+
+# --- a counter in Redis ---
+
+_RESERVE = (
+    "if tonumber(redis.call('GET', KEYS[1])) < tonumber(ARGV[1]) then return -1 end"
+    " redis.call('INCRBY', KEYS[2], ARGV[1]) return redis.call('DECRBY', KEYS[1], ARGV[1])"
+)
+_SETTLE = (
+    "redis.call('DECRBY', KEYS[2], ARGV[1]) redis.call('INCRBY', KEYS[3], ARGV[2])"
+    " return redis.call('INCRBY', KEYS[1], ARGV[1] - ARGV[2])"
+)
+
+
+@dataclass
+class Redis(_NothingBilled):
+    """Connections that reserve and settle on one counter by scripts, many at once where pipelined."""
+
+    path: str
+    """Of the server's socket."""
+    connections: int
+    pairs: int
+    """That each connection has on their way at once: a turn is as many pairs."""
+
+    @contextlib.asynccontextmanager
+    async def ready(self) -> AsyncIterator[Sequence[Turn]]:
+        """Connect, and load the scripts."""
+        async with contextlib.AsyncExitStack() as open_:
+            turns = []
+            for _ in range(self.connections):
+                reader, writer = await asyncio.open_unix_connection(self.path)
+                open_.callback(writer.close)
+                scripts = []
+                for script in (_RESERVE, _SETTLE):
+                    writer.write(_command("SCRIPT", "LOAD", script))
+                    await reader.readline()
+                    scripts.append((await reader.readline()).decode().strip())
+                writer.write(_command("SETNX", "available", "1000000000000"))
+                await reader.readline()
+                turns.append(self._turn(reader, writer, *scripts))
+            yield turns
+
+    def _turn(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        reserve: str,
+        settle: str,
+    ) -> Turn:
+        keys = ("3", "available", "held", "spent")
+        reserving = _command("EVALSHA", reserve, *keys, str(ESTIMATE)) * self.pairs
+        numbers = itertools.count()
+
+        async def ask(content: bytes) -> None:
+            writer.write(content)
+            for _ in range(self.pairs):
+                answer = await reader.readline()
+                if not answer.startswith(b":") or answer.startswith(b":-"):
+                    raise ValueError(answer.decode())
+
+        async def turn() -> float:
+            began = clock()
+            await ask(reserving)
+            took = clock() - began
+            costs = (_cost(next(numbers)) for _ in range(self.pairs))
+            asked = (("EVALSHA", settle, *keys, str(ESTIMATE), str(cost)) for cost in costs)
+            await ask(b"".join(itertools.starmap(_command, asked)))
+            return took
+
+        return turn
+
+
+def _command(*words: str) -> bytes:
+    parts = [f"*{len(words)}\r\n".encode()]
+    for word in words:
+        content = word.encode()
+        parts.append(b"$%d\r\n%s\r\n" % (len(content), content))
+    return b"".join(parts)
