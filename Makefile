@@ -71,6 +71,17 @@ faults: install ## Do harm to servers, connections and databases, and check the 
 	@$(BIN)/python -m tests.faults $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(PARTS),--parts $(PARTS)) $(if $(FOLDER),--folder $(FOLDER))
 
+# A slice only shows that everything runs; with parts left out the page would not be whole.
+.PHONY: bench
+bench: install ## Measure everything in one run, and write docs/performance.md (SLICE=1, ONLY=stack,growth).
+	@$(BIN)/python -m tests.bench $(if $(SLICE),--slice) $(if $(ONLY),--only $(ONLY)) \
+		$(if $(SLICE)$(ONLY),,--report) $(if $(FOLDER),--folder $(FOLDER)) $(ARGS)
+
+.PHONY: fleet
+fleet: install ## Let AGENTS=10000 reserve, think and settle for SECONDS=300.
+	@$(BIN)/python -m tests.bench.fleet $(if $(AGENTS),--agents $(AGENTS)) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(FOLDER),--folder $(FOLDER)) $(ARGS)
+
 .PHONY: demo
 demo: install ## Spend a real request trace from one capped budget (TRACE=file for another one).
 	@$(BIN)/peculium demo $(if $(TRACE),--trace "$(TRACE)")

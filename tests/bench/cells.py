@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ class Bench:
         jobs: Sequence[Job],
         *,
         ledger: Ledger | None = None,
-        servers: Sequence[RunningServer] = (),
+        servers: Sequence[int] = (),
         turns: int = 1,
     ) -> Measured:
         """Have jobs done at once: what came of it.
@@ -82,12 +82,12 @@ class Bench:
         Args:
             jobs: One for each client process.
             ledger: Which they spend from.
-            servers: Whose use of the processors is told.
+            servers: Process ids of the servers, whose use of the processors is told.
             turns: How many of what is counted a turn is.
         """
         _, self.log_seen = self.postgres.conflicts(self.log_seen)
         watched: dict[str, Sequence[int]] = {
-            "server": [server.process.pid for server in servers] or [self.empty[1]],
+            "server": servers,
             "postgres": [self.postgres.pid],
         }
         counted, spans = self.crew.work(
@@ -130,14 +130,17 @@ def percentiles(latencies: Sequence[float]) -> dict[str, float | None]:
     }
 
 
+def pids(servers: Sequence[RunningServer]) -> list[int]:
+    """The processes of servers."""
+    return [server.process.pid for server in servers]
+
+
 @dataclass
 class Cell(ABC):
     """One thing to be measured."""
 
     name: str
     part: str
-    facts: dict[str, Any] = field(default_factory=dict, kw_only=True)
-    """What it is, for the report."""
 
     def prepare(self, bench: Bench) -> None:  # noqa: B027 - most need nothing
         """Set up, once."""
@@ -176,7 +179,7 @@ class Stack(Cell):
                 kind(servers[number % len(servers)].address, part, self.agents // self.processes)
                 for number, part in enumerate(share(places, self.agents, self.processes))
             ]
-            return bench.work(jobs, ledger=bench.ledger, servers=servers)
+            return bench.work(jobs, ledger=bench.ledger, servers=pids(servers))
 
     def prepare(self, bench: Bench) -> None:
         """Make the budgets, and start the clients."""
@@ -211,7 +214,7 @@ class Lanes(Cell):
                 Spend(servers[0].address, first[:half], half),
                 Spend(servers[-1].address, second[-half:], half),
             ]
-            return bench.work(jobs, ledger=bench.ledger, servers=servers)
+            return bench.work(jobs, ledger=bench.ledger, servers=pids(servers))
 
     def prepare(self, bench: Bench) -> None:
         """Make the trees."""
@@ -234,7 +237,7 @@ class Tree(Cell):
     def measure(self, bench: Bench) -> Measured:
         """Measure."""
         job = Spend(bench.server.address, self._places(bench), self.working)
-        return bench.work([job], ledger=bench.ledger, servers=[bench.server])
+        return bench.work([job], ledger=bench.ledger, servers=pids([bench.server]))
 
     def prepare(self, bench: Bench) -> None:
         """Make the tree."""
@@ -258,7 +261,7 @@ class Empty(Cell):
     def measure(self, bench: Bench) -> Measured:
         """Measure."""
         job = CallNothing(bench.empty[0], self.callers, self.operations)
-        return bench.work([job], turns=self.operations)
+        return bench.work([job], servers=[bench.empty[1]], turns=self.operations)
 
 
 @dataclass
@@ -336,6 +339,7 @@ class RedisCounter(Cell):
     pairs: int
     """That each connection has on their way at once."""
     path: str = ""
+    pid: int = 0
 
     def prepare(self, bench: Bench) -> None:
         """Start the server."""
@@ -354,11 +358,13 @@ class RedisCounter(Cell):
         )
         bench.open_.enter_context(process)
         bench.open_.callback(process.kill)
+        self.pid = process.pid
         _wait_until(lambda: Path(self.path).exists(), "redis does not start")
 
     def measure(self, bench: Bench) -> Measured:
         """Measure."""
-        return bench.work([Redis(self.path, self.connections, self.pairs)], turns=self.pairs)
+        job = Redis(self.path, self.connections, self.pairs)
+        return bench.work([job], servers=[self.pid], turns=self.pairs)
 
 
 def redis_program() -> str | None:

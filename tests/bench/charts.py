@@ -179,7 +179,10 @@ def _steps(top: float) -> list[float]:
 
 
 def _decades(low: float, top: float) -> list[float]:
-    """Powers of ten around everything."""
+    """One, two and five times powers of ten, around everything."""
     first = math.floor(math.log10(max(low, 1e-9)))
-    last = max(first + 1, math.ceil(math.log10(max(top, 1e-9))))
-    return [float(10**power) if power >= 0 else 10.0**power for power in range(first, last + 1)]
+    last = math.ceil(math.log10(max(top, 1e-9)))
+    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
+    begin = max(tick for tick in ticks if tick <= max(low, 1e-9))
+    end = min(tick for tick in ticks if tick >= top and tick > begin)
+    return [tick for tick in ticks if begin <= tick <= end]

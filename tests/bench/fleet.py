@@ -40,11 +40,13 @@ from tests.bench.ledgers import HOLDER, Ledger, Postgres
 
 PROCESSES = 4
 CYCLE_SECONDS = 10.0
-"""From one Reserve of an agent to its next, in the mean: ten thousand agents make a thousand pairs a second."""
+"""From one Reserve of an agent to its next, in the mean: ten thousand agents make a thousand pairs a second,
+which two cores carry beside the agents themselves."""
 FIRST_TOKEN_SECONDS = 0.4
 PROMPT_TOKENS_PER_S = 4_000.0
 ANSWER_TOKENS_PER_S = 40.0
-"""How fast the provider reads and writes, so that thinking takes what the trace says: 1.6 s in the mean."""
+"""How fast the provider reads and writes, so that thinking takes as long as the trace's tokens say."""
+THINK_SECONDS_MAX = 15.0
 WARM_UP_SECONDS_MAX = 20.0
 SCARCE_ONE_IN = 10
 """How many agents there are for each that runs out of money."""
@@ -61,11 +63,12 @@ _SAMPLE_SECONDS = 1.0
 
 def think_seconds(request: Request) -> float:
     """How long the provider takes."""
-    return (
+    seconds = (
         FIRST_TOKEN_SECONDS
         + request.context_tokens / PROMPT_TOKENS_PER_S
         + request.generated_tokens / ANSWER_TOKENS_PER_S
     )
+    return min(seconds, THINK_SECONDS_MAX)
 
 
 def mean_think_seconds() -> float:
@@ -130,7 +133,7 @@ class Think:
         return turn
 
 
-def run(agents: int, seconds: float, folder: Path, seed: int) -> dict[str, Any]:
+def run(agents: int, seconds: float, cycle: float, folder: Path, seed: int) -> dict[str, Any]:
     """Let a fleet work: its figures, and how it went."""
     begun, load = machine.now(), machine.load()
     with contextlib.ExitStack() as open_:
@@ -139,12 +142,12 @@ def run(agents: int, seconds: float, folder: Path, seed: int) -> dict[str, Any]:
         ledger = Ledger.made(postgres, "fleet")
         [server] = open_.enter_context(ledger.serving())
         warm_up = min(WARM_UP_SECONDS_MAX, seconds / 3)
-        amounts = _amounts(agents, warm_up + seconds)
+        amounts = _amounts(agents, (warm_up + seconds) / cycle)
         places = asyncio.run(_budgets(server.address, amounts))
         tell(f"{agents} agents, {seconds:g} s after {warm_up:.0f} s of warming up")
         processes = min(PROCESSES, agents)
         jobs = [
-            Think(server.address, places[number::processes], seed + number, CYCLE_SECONDS)
+            Think(server.address, places[number::processes], seed + number, cycle)
             for number in range(processes)
         ]
         with _memory_of(server.process.pid) as memory:
@@ -175,7 +178,7 @@ def run(agents: int, seconds: float, folder: Path, seed: int) -> dict[str, Any]:
     return {
         "begun": begun,
         "load_average": {"begin": load, "end": machine.load()},
-        "cadence": cadence(),
+        "cadence": cadence(cycle),
         "figures": {name: figures[name] for name in FIGURES},
         "refused": sum(one.refused for one in counted),
         "cpu": measured["cpu"],
@@ -185,23 +188,23 @@ def run(agents: int, seconds: float, folder: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def cadence() -> str:
+def cadence(cycle: float) -> str:
     """How an agent spends its time, for people."""
     return (
         f"Agents replay the demonstration's trace from {PROCESSES} processes, each over one SDK client."
         f" An agent reserves, thinks {mean_think_seconds():.1f} s in the mean"
         f" ({FIRST_TOKEN_SECONDS:g} s, and {PROMPT_TOKENS_PER_S:,.0f} tokens read and"
         f" {ANSWER_TOKENS_PER_S:g} written a second), settles, and pauses by chance, so that it reserves"
-        f" every {CYCLE_SECONDS:g} s in the mean. One in {SCARCE_ONE_IN} has half of what it would spend,"
+        f" every {cycle:g} s in the mean. One in {SCARCE_ONE_IN} has half of what it would spend,"
         " and is refused when that is used up."
     )
 
 
-def _amounts(agents: int, seconds: float) -> list[int]:
-    """What each agent gets."""
+def _amounts(agents: int, calls: float) -> list[int]:
+    """What each agent gets that makes so many calls."""
     requests = trace.read(None)
     costs = [prices.actual(one.context_tokens, one.generated_tokens)[0] for one in requests]
-    needed = seconds / CYCLE_SECONDS * sum(costs) / len(costs)
+    needed = calls * sum(costs) / len(costs)
     scarce = int(needed * SCARCE_PART)
     return [AMPLE if number % SCARCE_ONE_IN else scarce for number in range(agents)]
 
@@ -260,6 +263,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.fleet", description=__doc__)
     parser.add_argument("--agents", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument(
+        "--cycle-seconds",
+        type=float,
+        default=CYCLE_SECONDS,
+        help="from one Reserve of an agent to its next, in the mean",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="for the data; default: a new one")
     parser.add_argument("--report", action="store_true", help="show it in docs/performance.md, too")
@@ -270,7 +279,7 @@ def main(words: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # The user who runs PostgreSQL has to get in.
     folder.chmod(0o755)
-    data = run(given.agents, given.seconds, folder, given.seed)
+    data = run(given.agents, given.seconds, given.cycle_seconds, folder, given.seed)
     file = folder / "fleet.json"
     file.write_text(json.dumps(data, indent=1) + "\n")
     tell(f"{data['refused']} refused, processors used: {data['cpu']}; everything is in {file}")

@@ -13,7 +13,7 @@ import psutil
 from peculium import aio
 from peculium.errors import Unavailable
 from peculium_server.embedded import EmbeddedPostgres
-from tests.bench.cells import Bench, Measured
+from tests.bench.cells import Bench, Measured, pids
 from tests.bench.crew import BenchBroken
 from tests.bench.jobs import Place, Spend, StayConnected
 from tests.bench.ledgers import Ledger, Trees
@@ -95,7 +95,7 @@ def measure(bench: Bench, grown: Grown) -> None:
     ledger = grown.ledger.copied(f"{grown.ledger.database}_now") if small else grown.ledger
     with ledger.serving() as [server]:
         job = Spend(server.address, grown.places, len(grown.places))
-        measured = bench.work([job], ledger=ledger, servers=[server])
+        measured = bench.work([job], ledger=ledger, servers=pids([server]))
     problems = ledger.wrong()
     grown.repetitions.append({**measured, "mismatches": len(problems), "problems": problems[:5]})
     if small:

@@ -430,10 +430,10 @@ def _compared(run: Run) -> list[Bar]:
     best = run.best(["stack"])
     if best is not None:
         named.append((f"pairs, {best[0]}", best[0], True))
-    named += [
-        (f"pairs, shared root, {run.agents} agents", f"shared root, {run.agents} agents", True),
-        ("transactions of pgbench", "pgbench", False),
-    ]
+    shared = f"shared root, {run.agents} agents"
+    if best is None or best[0] != shared:
+        named.append((f"pairs, {shared}", shared, True))
+    named.append(("transactions of pgbench", "pgbench", False))
     for kind, what in (("hot", "on one row"), ("spread", "on many rows")):
         found = run.best(["baselines"], f"row locks, {kind}")
         named.append((f"pairs, row locks {what}", found and found[0], False))
