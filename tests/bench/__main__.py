@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import resource
 import shutil
 import sys
@@ -35,7 +34,7 @@ PARTS = (
     *("growth", "memory", "recovery"),
 )
 SIZES = (10_000, 100_000, 1_000_000)
-SIZE_FULL = 3_000_000
+SIZES_FULL = (*SIZES, 3_000_000)
 GROWTH_AGENTS = 200
 CONNECTIONS = 10_000
 CONNECTION_PROCESSES = 4
@@ -210,9 +209,13 @@ def _allow_many_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
+def _sizes(text: str) -> Sequence[int]:
+    return [int(word) for word in text.split(",")]
+
+
 def _arguments(words: Sequence[str] | None) -> tuple[Options, bool]:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("--seconds-per-cell", type=float, help="default: 3, in a slice 0.4")
+    parser.add_argument("--seconds-per-cell", type=float, help="default: 3, in a slice 0.3")
     parser.add_argument("--repetitions", type=int, help="default: 5, in a slice 1")
     parser.add_argument(
         "--only", default="", help=f"parts ({', '.join(PARTS)}), or how names of cells begin"
@@ -221,17 +224,26 @@ def _arguments(words: Sequence[str] | None) -> tuple[Options, bool]:
         "--folder", type=Path, help="for the data and bench.json; default: a new one"
     )
     parser.add_argument("--slice", action="store_true", help="only see that it runs")
-    parser.add_argument("--full", action="store_true", help="grow to three million entries")
+    parser.add_argument(
+        "--entries", type=_sizes, help="how large the ledger grows; default: 10000,100000,1000000"
+    )
+    parser.add_argument(
+        "--full",
+        dest="entries",
+        action="store_const",
+        const=SIZES_FULL,
+        help="grow to three million entries",
+    )
     parser.add_argument("--report", action="store_true", help="write docs/performance.md from it")
     given = parser.parse_args(words)
     folder = given.folder or Path(tempfile.mkdtemp(prefix="peculium-bench-"))
     small = given.slice
     options = Options(
-        seconds=given.seconds_per_cell or (0.4 if small else 3.0),
+        seconds=given.seconds_per_cell or (0.3 if small else 3.0),
         repetitions=given.repetitions or (1 if small else 5),
         only=[word for word in given.only.split(",") if word],
         small=small,
-        sizes=(500, 1_500) if small else (*SIZES, SIZE_FULL) if given.full else SIZES,
+        sizes=given.entries or ((500, 1_500) if small else SIZES),
         connections=40 if small else CONNECTIONS,
         folder=folder.absolute(),
     )
@@ -241,14 +253,10 @@ def _arguments(words: Sequence[str] | None) -> tuple[Options, bool]:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, write it down, and say it in one line: 0 if nothing failed or is wrong."""
     options, reporting = _arguments(words)
-    for name in [name for name in os.environ if name.startswith("PECULIUM_")]:
-        del os.environ[name]
-    options.folder.mkdir(parents=True, exist_ok=True)
-    # The user who runs PostgreSQL has to get in.
-    options.folder.chmod(0o755)
+    machine.prepare(options.folder)
     data = run(options)
     file = options.folder / "bench.json"
-    file.write_text(json.dumps(data, indent=1) + "\n")
+    file.write_text(report.text(data))
     tell(f"everything is in {file}; the pages are written by: python -m tests.bench.report {file}")
     if reporting:
         report.write(file, machine.ROOT / "docs")

@@ -407,6 +407,12 @@ def all_cells(*, small: bool) -> list[Cell]:
         *(Stack(f"one root, {n} agents", "stack", n, "one root") for n in agents),
         *(Stack(f"own roots, {n} agents", "stack", n, "own roots") for n in agents),
         *(Stack(f"shared root, {n} agents", "stack", n, "shared") for n in agents),
+        Stack(f"two clients, one root, {many} agents", "stack", many, "one root", processes=2),
+        Stack(
+            f"two clients, own roots, {agents[-1]} agents",
+            *("stack", agents[-1], "own roots"),
+            processes=2,
+        ),
         *(
             Stack(f"unary, one root, {n} agents", "unary", n, "one root", coalesced=False)
             for n in agents

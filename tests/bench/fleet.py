@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import sys
 import tempfile
@@ -274,14 +273,10 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="show it in docs/performance.md, too")
     given = parser.parse_args(words)
     folder = (given.folder or Path(tempfile.mkdtemp(prefix="peculium-fleet-"))).absolute()
-    for name in [name for name in os.environ if name.startswith("PECULIUM_")]:
-        del os.environ[name]
-    folder.mkdir(parents=True, exist_ok=True)
-    # The user who runs PostgreSQL has to get in.
-    folder.chmod(0o755)
+    machine.prepare(folder)
     data = run(given.agents, given.seconds, given.cycle_seconds, folder, given.seed)
     file = folder / "fleet.json"
-    file.write_text(json.dumps(data, indent=1) + "\n")
+    file.write_text(report.text(data))
     tell(f"{data['refused']} refused, processors used: {data['cpu']}; everything is in {file}")
     if given.report:
         report.write_fleet(file, machine.ROOT / "docs")

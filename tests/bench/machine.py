@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
@@ -25,6 +26,17 @@ _SETTINGS = (
     "max_connections",
     "max_wal_size",
 )
+
+
+def prepare(folder: Path) -> None:
+    """Make a folder to work in, forget settings that are meant for others, and end in order when told to."""
+    for name in [name for name in os.environ if name.startswith("PECULIUM_")]:
+        del os.environ[name]
+    folder.mkdir(parents=True, exist_ok=True)
+    # The user who runs PostgreSQL has to get in.
+    folder.chmod(0o755)
+    # As Ctrl-C does: servers and PostgreSQL would stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def now() -> str:

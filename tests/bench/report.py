@@ -45,9 +45,21 @@ def write_fleet(file: Path, docs: Path) -> None:
     """Keep a fleet's JSON, and write the page again with it if there is one."""
     folder = docs / "performance"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fleet.json").write_text(file.read_text())
+    (folder / "fleet.json").write_text(text(json.loads(file.read_text())))
     if (folder / "bench.json").exists():
         write(folder / "bench.json", docs)
+
+
+def text(data: Mapping[str, Any]) -> str:
+    """JSON with a line for each thing, and in lists for each of theirs, so that changes can be seen."""
+    parts = []
+    for name, value in data.items():
+        if isinstance(value, list) and value:
+            shown = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        else:
+            shown = json.dumps(value)
+        parts.append(f" {json.dumps(name)}: {shown}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def write(file: Path, docs: Path) -> None:
@@ -55,7 +67,7 @@ def write(file: Path, docs: Path) -> None:
     run = Run(json.loads(file.read_text()))
     folder = docs / "performance"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "bench.json").write_text(json.dumps(run.data, indent=1) + "\n")
+    (folder / "bench.json").write_text(text(run.data))
     drawn = charts(run)
     for name, chart in drawn.items():
         (folder / name).write_text(chart)
@@ -150,7 +162,7 @@ _RATES = ("pairs/s", "p50 ms", "p99 ms", "p99.9 ms", "client CPU", "server CPU",
 def _throughput(run: Run, drawn: Sequence[str]) -> list[str]:
     sections = []
     for part, title in (
-        ("stack", "Pairs a second, coalesced, from one process"),
+        ("stack", "Pairs a second, coalesced"),
         ("unary", "Pairs a second, every operation alone, from one process"),
         ("cluster", "Processes with one agent each, over two servers"),
     ):
@@ -164,7 +176,7 @@ def _throughput(run: Run, drawn: Sequence[str]) -> list[str]:
         sections.append("\n\n".join([section, *_pictures(pictures, drawn)]))
     if sections:
         sections.append(
-            "CPU is in cores. A client of one process cannot use more than one, and the server of a lane neither."
+            "CPU is in cores. Neither a client process nor a server can use more than one."
         )
     return sections
 
@@ -385,7 +397,7 @@ def charts(run: Run) -> dict[str, str]:
     throughput = [Series(name, _by_agents(run, prefix)) for name, prefix in kinds.items()]
     if any(one.points for one in throughput):
         drawn["throughput.svg"] = lines(
-            "Reserve and settle, from one process",
+            "Reserve and settle, from one client process",
             *("agents", "pairs a second"),
             throughput,
             log_y=False,
