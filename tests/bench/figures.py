@@ -83,6 +83,18 @@ class Run:
         found = self.best(parts, prefix)
         return None if found is None else found[1]
 
+    def worst_p99(self, parts: Iterable[str], suffix: str = "") -> float | None:
+        """The highest median p99 of the cells of some parts, in milliseconds."""
+        wanted = set(parts)
+        found = [
+            value
+            for name, cell in self.cells.items()
+            if cell["part"] in wanted
+            and name.endswith(suffix)
+            and (value := self.median(name, "p99_ms")) is not None
+        ]
+        return max(found, default=None)
+
     @property
     def agents(self) -> int:
         """How many share a root in the cells that the goals speak of; fewer in a slice."""
@@ -206,13 +218,6 @@ def goals(run: Run) -> list[Goal]:
             )
         )
     lowest = min(run.hot_roots().values(), default=None)
-    p99 = [
-        value
-        for name, cell in run.cells.items()
-        if cell["part"] in {"stack", "cluster"}
-        and (name.endswith(f" {run.agents} agents") or cell["part"] == "cluster")
-        and (value := run.median(name, "p99_ms")) is not None
-    ]
     lanes = [
         value
         for name in ("two lanes", "two lanes, two servers")
@@ -263,8 +268,14 @@ def goals(run: Run) -> list[Goal]:
             "{:.2f} times",
         ),
         _goal(
-            f"p99 of a Reserve with {run.agents} agents, worst setting: at most 100 ms",
-            max(p99, default=None),
+            f"p99 of a Reserve with {run.agents} agents in one process or two, worst setting: at most 100 ms",
+            run.worst_p99(["stack"], f" {run.agents} agents"),
+            lambda value: value <= 100,
+            "{:,.1f} ms",
+        ),
+        _goal(
+            "the same with an agent in each of as many processes, over two servers",
+            run.worst_p99(["cluster"]),
             lambda value: value <= 100,
             "{:,.1f} ms",
         ),
