@@ -255,13 +255,13 @@ class Empty(Cell):
     """The transport alone: a handler that does nothing."""
 
     callers: int
-    operations: int = 1
-    """In each call."""
+    operations: int = 0
+    """Whose bytes each call carries; 0: a Reserve as ours, with its messages."""
 
     def measure(self, bench: Bench) -> Measured:
         """Measure."""
         job = CallNothing(bench.empty[0], self.callers, self.operations)
-        return bench.work([job], servers=[bench.empty[1]], turns=self.operations)
+        return bench.work([job], servers=[bench.empty[1]], turns=self.operations or 1)
 
 
 @dataclass
@@ -430,6 +430,7 @@ def all_cells(*, small: bool) -> list[Cell]:
             *("cluster", processes, "shared", True, processes, 2),
         ),
         *(Empty(f"empty handler, {n} callers", "baselines", n) for n in agents[1:4]),
+        Empty("bytes to the empty handler", "baselines", 50, 1),
         Empty("batches to the empty handler", "baselines", 4, BATCHES_AT_ONCE),
         Pgbench("pgbench", "baselines", 1 if small else PGBENCH_SCALE),
         *(

@@ -16,6 +16,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import starmap
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from typing import Any, Self
@@ -23,7 +24,8 @@ from typing import Any, Self
 import grpc
 import psutil
 
-from tests.bench.jobs import EMPTY, Counted, Job, Window, clock, take_turns
+from peculium.v1 import ledger_service_pb2 as ledger
+from tests.bench.jobs import EMPTY, LEDGER, Counted, Job, Window, clock, take_turns
 
 READY_SECONDS_MAX = 180.0
 """Until a process is ready for its job."""
@@ -257,10 +259,22 @@ async def _serve(connection: Connection) -> None:
     async def nothing(_request: bytes, _context: Any) -> bytes:
         return b""
 
-    handler = grpc.method_handlers_generic_handler(
-        EMPTY.strip("/"), {"Call": grpc.unary_unary_rpc_method_handler(nothing)}
+    async def reserve(_request: ledger.ReserveRequest, _context: Any) -> ledger.ReserveResponse:
+        return ledger.ReserveResponse()
+
+    by_service = {
+        EMPTY: {"Call": grpc.unary_unary_rpc_method_handler(nothing)},
+        LEDGER: {
+            "Reserve": grpc.unary_unary_rpc_method_handler(
+                reserve,
+                request_deserializer=ledger.ReserveRequest.FromString,
+                response_serializer=ledger.ReserveResponse.SerializeToString,
+            )
+        },
+    }
+    server.add_generic_rpc_handlers(
+        tuple(starmap(grpc.method_handlers_generic_handler, by_service.items()))
     )
-    server.add_generic_rpc_handlers((handler,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     connection.send(f"127.0.0.1:{port}")

@@ -251,6 +251,12 @@ def goals(run: Run) -> list[Goal]:
             "{:.0%}",
         ),
         _goal(
+            "the same of calls without messages, of bytes alone (stricter than the goal)",
+            _ratio(run.unary_ops, run.median("bytes to the empty handler")),
+            lambda value: value >= 0.6,
+            "{:.0%}",
+        ),
+        _goal(
             "unloaded Reserve: at most twice an empty call and a commit (medians)",
             _ratio(reserve, both),
             lambda value: value <= 2,

@@ -31,7 +31,10 @@ TIMEOUT_SECONDS = 60.0
 """Of one operation: beyond anything that is not broken."""
 BATCHES_AT_ONCE = 50
 """How many operations a client of the empty handler puts into one call, where it does."""
-EMPTY = "/peculium.bench.Empty/"
+EMPTY = "peculium.bench.Empty"
+"""The service of the handler that does nothing, for bytes."""
+LEDGER = "peculium.v1.LedgerService"
+"""As which it takes a Reserve, too."""
 
 Turn = Callable[[], Awaitable[float | None]]
 """Something to be done over and over: in seconds, how long it took as its caller sees it; None if it was
@@ -265,29 +268,44 @@ class _NothingBilled:
 
 @dataclass
 class CallNothing(_NothingBilled):
-    """Calls of the handler that does nothing, with an operation's bytes, or many operations', in each."""
+    """Calls of a handler that does nothing.
+
+    A Reserve as ours, with its messages on both sides; or the bytes of many operations, with no messages.
+    """
 
     address: str
     callers: int
-    operations: int
-    """In each call."""
+    operations: int = 0
+    """Whose bytes each call carries; 0: a Reserve as ours."""
 
     @contextlib.asynccontextmanager
     async def ready(self) -> AsyncIterator[Sequence[Turn]]:
         """Connect."""
-        content = reserve_bytes() if self.operations == 1 else batch_bytes(self.operations)
         async with grpc.aio.insecure_channel(self.address) as channel:
-            # Bytes in, bytes out: what messages cost is not the transport's.
-            call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(
-                EMPTY + "Call"
-            )
+            yield [self._bytes(channel) if self.operations else _reserve(channel)] * self.callers
 
-            async def turn() -> float:
-                began = clock()
-                await call(content, timeout=TIMEOUT_SECONDS)
-                return clock() - began
+    def _bytes(self, channel: grpc.aio.Channel) -> Turn:
+        content = reserve_bytes() if self.operations == 1 else batch_bytes(self.operations)
+        call: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(f"/{EMPTY}/Call")
 
-            yield [turn] * self.callers
+        async def turn() -> float:
+            began = clock()
+            await call(content, timeout=TIMEOUT_SECONDS)
+            return clock() - began
+
+        return turn
+
+
+def _reserve(channel: grpc.aio.Channel) -> Turn:
+    call = ledger_service_pb2_grpc.LedgerServiceStub(channel).Reserve
+    request = ledger.ReserveRequest.FromString(reserve_bytes())
+
+    async def turn() -> float:
+        began = clock()
+        await call(request, timeout=TIMEOUT_SECONDS)
+        return clock() - began
+
+    return turn
 
 
 @dataclass

@@ -35,10 +35,24 @@ and client processes share its processors. `fsync`, `synchronous_commit` and `fu
   one channel, with requests that the SDK's own builder makes.
 - *One root*: each agent has a budget held by token, all below one root, and so all in one lane. *Own roots*: each
   agent has a root held by token. *Shared root*: all reserve from one budget that their principal holds.
-- The *empty handler* is a gRPC server as ours, whose only method takes the bytes of a Reserve and answers with none.
+- The *empty handler* is a gRPC server as ours, on uvloop in a process of its own, whose Reserve parses its request and
+  answers with an empty response. *Bytes* and *batches* are calls of a method without messages, which carry the bytes of
+  one and of 50 Reserves.
   *pgbench* is `pgbench -N -M prepared -c 16 -j 2`, scale 10. *Row locks* are what one would write first: SELECT …
   FOR UPDATE, UPDATE, INSERT, COMMIT for each operation, a connection for each task.
 - The provider's bill is kept beside the ledger, and compared with every budget at the end."""
+
+AGAIN = """\
+## Again
+
+    make bench                                 # half an hour on a quiet machine; writes this page
+    make bench ARGS="--full"                   # up to three million entries
+    make bench ARGS="--seconds-per-cell 1.5"   # shorter windows
+    make bench ONLY=stack,baselines            # only some parts; this page stays as it is
+    make bench SLICE=1                         # see that it runs
+    make fleet AGENTS=10000 SECONDS=300        # `ARGS=--report` shows it here
+
+All figures, of every repetition: [bench.json](performance/bench.json)."""
 
 
 def write_fleet(file: Path, docs: Path) -> None:
@@ -94,10 +108,7 @@ def page(
         *_fleet(fleet),
         *_flames(flames),
         *_not_measured(run, fleet),
-        (
-            "## Again\n\n    make bench\n    make fleet\n\nAll figures, of every repetition:"
-            " [bench.json](performance/bench.json)."
-        ),
+        AGAIN,
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -194,6 +205,7 @@ def _baselines(run: Run, drawn: Sequence[str]) -> list[str]:
     counted = {
         "empty": "calls",
         "batches": "operations",
+        "bytes": "calls",
         "pgbench": "transactions",
         "row": "pairs",
         "redis,": "pairs",
