@@ -208,7 +208,7 @@ class SpendAlone:
         secret: bytes | None = None
         if place.by_token:
             by_name = Target(place.root_id, place.budget_id, by_token=False)
-            recovery = requests.recover(by_name, Asked(), holds={})
+            recovery = requests.recover(by_name, Asked())
             await stub.Recover(recovery.message.recover, timeout=TIMEOUT_SECONDS)
             secret = recovery.produced
         numbers = itertools.count()
