@@ -302,17 +302,19 @@ def _check_new(
 def check_state(case: Case, kind: Kind, budget: Budget) -> Refused | None:
     """The first that applies, of closed, expired, frozen and overrun, and which budget it is."""
     line = list(case.tree.line(budget))
-    here = named(case.tree, budget)
     for level in line:
         if level.closed:
-            return Refused(Refusal.BUDGET_CLOSED, here | {"closed": id_text(level.budget_id)})
+            return Refused(
+                Refusal.BUDGET_CLOSED,
+                named(case.tree, budget) | {"closed": id_text(level.budget_id)},
+            )
     if kind in EXPIRABLE_KINDS:
         for level in line:
             if level.expired(case.at):
                 assert level.lease_until is not None
                 return Refused(
                     Refusal.BUDGET_EXPIRED,
-                    here
+                    named(case.tree, budget)
                     | {
                         "expired": id_text(level.budget_id),
                         "lease_expires_at": time_text(level.lease_until),
@@ -323,7 +325,7 @@ def check_state(case: Case, kind: Kind, budget: Budget) -> Refused | None:
             if level.frozen or level.disputes:
                 return Refused(
                     Refusal.BUDGET_FROZEN,
-                    here
+                    named(case.tree, budget)
                     | {
                         "frozen": id_text(level.budget_id),
                         "by": "admin" if level.frozen else "dispute",
@@ -333,7 +335,7 @@ def check_state(case: Case, kind: Kind, budget: Budget) -> Refused | None:
     if kind in SPENDING_KINDS and root.money.overrun:
         return Refused(
             Refusal.TREE_OVERRUN,
-            here
+            named(case.tree, budget)
             | {
                 "root": id_text(root.budget_id),
                 "overrun": str(root.money.overrun),

@@ -131,6 +131,14 @@ class Budget(NamedTuple):
         """Say whether this is the top of its tree."""
         return not self.ancestors
 
+    def with_money(self, money: Balances) -> Budget:
+        """The same with other balances."""
+        return Budget._make((*self[:_MONEY], money, *self[_MONEY + 1 :]))
+
+    def stepped(self, version: int, seq: int, last_at: int, head: bytes) -> Budget:
+        """The same with its last four fields: what each of its entries counts on."""
+        return Budget._make((*self[:-4], version, seq, last_at, head))
+
     def expired(self, at: int) -> bool:
         """Say whether its lease has ended at a time."""
         return self.lease_until is not None and self.lease_until <= at
@@ -153,6 +161,9 @@ class Budget(NamedTuple):
             self.lease_until,
             self.money.overrun > 0,
         )
+
+
+_MONEY = Budget._fields.index("money")
 
 
 class Hold(NamedTuple):
