@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,14 @@ class Results:
     more: dict[str, Any] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def going_on(self, what: str) -> Any:
+    def going_on(self, what: str) -> Iterator[None]:
         """Whatever fails is noted, and the rest is measured all the same."""
         try:
             yield
-        except Exception:  # noqa: BLE001 - hours of other figures must not be lost for it
-            self.failures.append(f"{what}: {traceback.format_exc()}")
-            tell(f"FAILED: {self.failures[-1]}")
+        except Exception as error:  # noqa: BLE001 - hours of other figures must not be lost for it
+            # Where in the code is for whoever looks on, not for the page.
+            tell(f"FAILED: {what}: {traceback.format_exc()}")
+            self.failures.append(f"{what}: {type(error).__name__}")
 
 
 def tell(text: str) -> None:

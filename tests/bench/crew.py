@@ -176,12 +176,9 @@ class Crew:
                 self._members.remove(member)
             raise
 
-    def stay(self, jobs: Sequence[Job]) -> contextlib.AbstractContextManager[None]:
-        """Have jobs prepared, and nothing more, for the time of the block."""
-        return self._stay(jobs)
-
     @contextlib.contextmanager
-    def _stay(self, jobs: Sequence[Job]) -> Iterator[None]:
+    def stay(self, jobs: Sequence[Job]) -> Iterator[None]:
+        """Have jobs prepared, and nothing more, for the time of the block."""
         with self.prepared(jobs) as members:
             yield
             for member in members:

@@ -135,7 +135,7 @@ def _when(run: Run) -> str:
             " The figures are lower than those of a quiet run, and none should be quoted.**"
         )
     if data["failures"]:
-        notes.append(f"**{len(data['failures'])} parts failed and are missing.**")
+        notes.append(f"**What failed is missing: {'; '.join(data['failures'])}.**")
     rows = [
         ("run", f"{data['begun']} to {data['ended']}, at {machine['commit']}"),
         (
