@@ -21,7 +21,7 @@ class Recorder:
     durable = False
     """Whether there is anything to flush."""
 
-    def sending(self, name: str, operation: Operation, *, secret: bytes | None) -> None:
+    def sending(self, name: str, operation: Operation, /, *, secret: bytes | None) -> None:
         """An operation is about to be sent; the secret is the one that its line has now, if any."""
 
     def accepted(
@@ -29,6 +29,7 @@ class Recorder:
         name: str,
         operation: Operation,
         outcome: types_pb2.Outcome,
+        /,
         *,
         secret: bytes | None,
         alone: bool,

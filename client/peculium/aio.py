@@ -291,9 +291,11 @@ class Client:
         lines: dict[Subject, Line] = {}
         for attempt in left.refused:
             self._sender.beware(_line_of(lines, journal, attempt), attempt.operation)
-        last = {subject_of(attempt.operation): attempt for attempt in left.unknown}
         for attempt in left.unknown:
             operation, line = attempt.operation, _line_of(lines, journal, attempt)
+            if not journal.is_unknown(operation):
+                # A call of this before has found it out.
+                continue
             try:
                 happened = await self._happened(line, operation, timeout)
             except CapabilityUnknown as error:
@@ -302,7 +304,7 @@ class Client:
                 journal.ended(operation)
             if happened:
                 continue
-            if operation.must_finish and last[subject_of(operation)] is attempt:
+            if operation.must_finish:
                 await self._end_late(journal, line, operation, timeout)
             elif operation.by_holder:
                 journal.ended(operation)

@@ -218,6 +218,10 @@ class Journal(Recorder):
         self._used = True
         return self
 
+    def is_unknown(self, operation: Operation) -> bool:
+        """Whether it is still not known what became of it."""
+        return operation.operation_id in self._state.unknown
+
     @property
     def left(self) -> Left:
         """What the process before this one has left, until it is `taken_over`."""
@@ -248,7 +252,7 @@ class Journal(Recorder):
 
     # --- what is said to it ---
 
-    def sending(self, name: str, operation: Operation, *, secret: bytes | None) -> None:
+    def sending(self, name: str, operation: Operation, /, *, secret: bytes | None) -> None:
         """See `Recorder`."""
         state, operation_id = self._state, operation.operation_id
         if operation.dry_run or operation_id in state.unknown or operation_id in state.refused:
@@ -261,6 +265,7 @@ class Journal(Recorder):
         name: str,
         operation: Operation,
         outcome: types_pb2.Outcome,
+        /,
         *,
         secret: bytes | None,
         alone: bool,

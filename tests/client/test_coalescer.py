@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,8 @@ from peculium import _requests as requests
 from peculium._coalescer import Batch, Line
 from peculium._ids import token_id
 from peculium._limits import OPERATIONS_MAX, REQUEST_BYTES_MAX
-from peculium._requests import Asked, Target
+from peculium._recorder import Recorder
+from peculium._requests import Asked, Operation, Target
 from peculium._retry import Failure
 from peculium.errors import (
     BudgetExhausted,
@@ -24,7 +26,7 @@ from peculium.errors import (
 from peculium.v1 import ledger_service_pb2 as wire, types_pb2
 from peculium.values import Child
 from tests.client.ledger import PRINCIPAL
-from tests.client.lines import Asking, Bench, Held, Told
+from tests.client.lines import NOT_DONE, Asking, Bench, Held, Told
 
 
 @pytest.fixture
@@ -978,3 +980,77 @@ def test_a_waiter_that_leaves_does_not_hold_up_the_next(bench: Bench) -> None:
     bench.answer(bench.send())
     assert second.told.result is not None
     assert not first.told.answers
+
+
+# --- what is written down ---
+
+
+class Unknown(Recorder):
+    """Of what was sent, what has not become known."""
+
+    def __init__(self) -> None:
+        self.ids: set[bytes] = set()
+
+    def sending(self, _: str, operation: Operation, **__: Any) -> None:
+        self.ids.add(operation.operation_id)
+
+    def accepted(self, _: str, operation: Operation, *__: Any, **___: Any) -> None:
+        self.ids.discard(operation.operation_id)
+
+    def ended(self, operation: Operation) -> None:
+        self.ids.discard(operation.operation_id)
+
+
+@pytest.fixture
+def unknown(bench: Bench) -> Unknown:
+    recorder = Unknown()
+    bench.brain._recorder = recorder
+    return recorder
+
+
+def test_whatever_was_sent_is_unknown_until_it_is_known(bench: Bench, unknown: Unknown) -> None:
+    root = bench.root()
+    asked = bench.reserve(root, 10)
+    batch = bench.send()
+    assert unknown.ids == {asked.operation.operation_id}
+    bench.lose_answer(batch)
+    assert unknown.ids == {asked.operation.operation_id}
+    bench.settle_down()
+    assert not unknown.ids
+
+
+def test_what_was_refused_is_known(bench: Bench, unknown: Unknown) -> None:
+    root = bench.root(5)
+    bench.reserve(root, 10)
+    bench.answer(bench.send())
+    assert not unknown.ids
+
+
+def test_what_was_turned_away_is_known_once_nobody_wants_it(bench: Bench, unknown: Unknown) -> None:
+    root = bench.root()
+    asked = bench.reserve(root, 10)
+    bench.brain.failed(bench.send(), NOT_DONE, bench.now)
+    bench.brain.expire(asked.ticket, bench.now)
+    assert isinstance(asked.told.error, LedgerUnavailable)
+    assert not unknown.ids
+
+
+def test_what_is_asked_anew_is_known_not_to_have_happened(bench: Bench, unknown: Unknown) -> None:
+    root = bench.root(50)
+    bench.reserve(root, 60)
+    behind = bench.spend(root, 1)
+    bench.lose_answer(bench.send())
+    bench.settle_down()
+    assert behind.told.result is not None
+    assert not unknown.ids
+
+
+def test_what_a_ledger_that_went_back_has_said_is_not_known(bench: Bench, unknown: Unknown) -> None:
+    root = bench.root()
+    restore = bench.ledger.backup()
+    bench.answer_all(*(bench.spend(root, 1) for _ in range(3)))
+    asked = bench.spend(root, 1)
+    batch = bench.send()
+    restore()
+    bench.answer(batch)
+    assert unknown.ids == {asked.operation.operation_id}

@@ -306,26 +306,29 @@ async def test_what_was_refused_stays_refused(ledger: Ledger, root: Budget, life
     assert (await budget.balances()).spent == 0
 
 
-async def test_a_straggler_that_wins_after_it_was_asked_about_is_adopted(
-    ledger: Ledger, root: Budget, life: Life
+@pytest.mark.parametrize("how", ["token", "principal"])
+async def test_a_straggler_that_wins_after_it_was_asked_about_leaves_no_hold(
+    ledger: Ledger, root: Budget, life: Life, how: str
 ) -> None:
     client = await life.begin()
-    job = await taken(client, root)
+    budget = await taken(client, root) if how == "token" else await client.open("acme")
     ledger.hold_up(done=False)
     with pytest.raises(OutcomeUnknown):
-        await job.reserve(40, timeout=0.2)
+        await budget.reserve(40, timeout=0.2)
     straggler = ledger.batches[-1]
     successor, resumed = await life.next()
-    [budget] = resumed.budgets
     ledger.answer(straggler)
-    assert len(ledger.live_holds("acme/job")) == 1
-    await budget.spend(1)
+    path = "acme/job" if how == "token" else "acme"
+    assert len(ledger.live_holds(path)) == 1
+    for each in resumed.budgets:
+        await each.spend(1)
     await successor.close()
-    assert ledger.live_holds("acme/job") == []
+    assert ledger.live_holds(path) == []
 
 
+@pytest.mark.parametrize("lose", ["requests", "answers"])
 async def test_a_ledger_that_does_not_answer_is_asked_another_time(
-    ledger: Ledger, root: Budget, life: Life
+    ledger: Ledger, root: Budget, life: Life, lose: str
 ) -> None:
     client = await life.begin()
     job = await taken(client, root)
@@ -334,10 +337,16 @@ async def test_a_ledger_that_does_not_answer_is_asked_another_time(
         await job.reserve(40, timeout=0.2)
     life.end()
     successor = await life.begin()
-    ledger.lose_requests(1000)
+    (ledger.lose_requests if lose == "requests" else ledger.lose_answers)(1000)
     with pytest.raises((OutcomeUnknown, LedgerUnavailable)):
         await successor.resume(timeout=0.3)
     ledger.faults.clear()
+
+    async def answered() -> bool:
+        return successor._sender._brain.idle
+
+    # What was asked is answered by then, and is no reason to give the hold back.
+    await until(answered)
     resumed = await successor.resume()
     [budget], [hold] = resumed.budgets, resumed.holds
     await hold.settle(1)
@@ -621,6 +630,56 @@ async def test_nothing_is_sent_before_it_is_written(
     await job.spend(1)
     await asyncio.gather(*(job.reserve(1) for _ in range(50)))
     assert order == ["written", "sent", "written", "sent"]
+
+
+async def test_an_operation_is_written_once_however_often_it_is_sent(
+    ledger: Ledger, root: Budget, life: Life, path: Path
+) -> None:
+    client = await life.begin()
+    job = await taken(client, root)
+    ledger.lose_answers(3)
+    before = path.stat().st_size
+    await job.spend(1)
+    once = path.stat().st_size - before
+    await job.spend(1)
+    assert path.stat().st_size - before < 3 * once
+
+
+async def test_what_is_known_is_not_asked_again(
+    ledger: Ledger, root: Budget, life: Life, path: Path
+) -> None:
+    client = await life.begin()
+    job = await taken(client, root)
+    ledger.lose_requests()
+    with pytest.raises(BudgetExhausted):
+        await job.spend(150)
+    with pytest.raises(BudgetExhausted):
+        await job.spend(150)
+    await job.spend(1)
+    await client.close()
+    journal = Journal(path, key=KEY)
+    assert (journal.left.unknown, journal.left.refused) == ([], [])
+    journal.close()
+
+
+async def test_what_was_refused_and_may_win_late_is_left_too(
+    ledger: Ledger, root: Budget, life: Life
+) -> None:
+    client = await life.begin()
+    job = await taken(client, root)
+    ledger.lose_requests()
+    with pytest.raises(BudgetExhausted):
+        await job.reserve(150)
+    straggler = ledger.batches[-1]
+    await client.close()
+    await root.fund(job.ref, 100)
+    successor, resumed = await life.next()
+    [budget] = resumed.budgets
+    ledger.answer(straggler)
+    assert len(ledger.live_holds("acme/job")) == 1
+    await budget.spend(1)
+    await successor.close()
+    assert ledger.live_holds("acme/job") == []
 
 
 async def test_without_a_disk_nothing_is_sent(
