@@ -115,7 +115,7 @@ def run(options: Options) -> dict[str, Any]:
         _measure_cells(bench, cells, options, results)
         _measure_growth(bench, options, results)
         _measure_rest(bench, options, results)
-        problems = ledger.wrong()
+        problems, operations = ledger.wrong(), ledger.operations
     for grown in results.more.get("growth", ()):
         for one in grown["repetitions"]:
             problems += one.pop("problems")
@@ -136,6 +136,7 @@ def run(options: Options) -> dict[str, Any]:
         },
         "cells": results.cells,
         **results.more,
+        "operations": operations,
         "mismatches": len(problems),
         "problems": problems,
         "failures": results.failures,

@@ -83,14 +83,15 @@ class Think:
     address: str
     places: Sequence[Place]
     seed: int
-    cycle_seconds: float
+    pace: float
+    """How many times faster than the cadence it thinks and pauses."""
     bill: Counter[bytes] = field(default_factory=Counter)
 
     @contextlib.asynccontextmanager
     async def ready(self) -> AsyncIterator[Sequence[Turn]]:
         """Connect, and take the budgets over."""
         requests = trace.read(None)
-        pause = max(0.0, self.cycle_seconds - mean_think_seconds())
+        pause = (CYCLE_SECONDS - mean_think_seconds()) / self.pace
         chance = random.Random(self.seed)
         async with aio.connect(self.address, timeout=TIMEOUT_SECONDS) as client:
             budgets = await asyncio.gather(*(client.recover(place.ref) for place in self.places))
@@ -112,7 +113,7 @@ class Think:
         pause: float,
     ) -> Turn:
         # Nobody starts a fleet at one instant: the first pause is anywhere in a cycle.
-        waits = iter([chance.uniform(0, self.cycle_seconds)])
+        waits = iter([chance.uniform(0, CYCLE_SECONDS / self.pace)])
 
         async def turn() -> float | None:
             await asyncio.sleep(next(waits, chance.uniform(0, 2 * pause)))
@@ -123,7 +124,7 @@ class Think:
             except BudgetExhausted:
                 return None
             took = clock() - began
-            await asyncio.sleep(think_seconds(request))
+            await asyncio.sleep(think_seconds(request) / self.pace)
             cost, usage = prices.actual(request.context_tokens, request.generated_tokens)
             self.bill[budget_id] += cost
             await hold.settle(cost, usage=usage, reference=f"req-{request.number}")
@@ -132,7 +133,7 @@ class Think:
         return turn
 
 
-def run(agents: int, seconds: float, cycle: float, folder: Path, seed: int) -> dict[str, Any]:
+def run(agents: int, seconds: float, pace: float, folder: Path, seed: int) -> dict[str, Any]:
     """Let a fleet work: its figures, and how it went."""
     begun, load = machine.now(), machine.load()
     with contextlib.ExitStack() as open_:
@@ -141,12 +142,12 @@ def run(agents: int, seconds: float, cycle: float, folder: Path, seed: int) -> d
         ledger = Ledger.made(postgres, "fleet")
         [server] = open_.enter_context(ledger.serving())
         warm_up = min(WARM_UP_SECONDS_MAX, seconds / 3)
-        amounts = _amounts(agents, (warm_up + seconds) / cycle)
+        amounts = _amounts(agents, (warm_up + seconds) * pace / CYCLE_SECONDS)
         places = asyncio.run(_budgets(server.address, amounts))
         tell(f"{agents} agents, {seconds:g} s after {warm_up:.0f} s of warming up")
         processes = min(PROCESSES, agents)
         jobs = [
-            Think(server.address, places[number::processes], seed + number, cycle)
+            Think(server.address, places[number::processes], seed + number, pace)
             for number in range(processes)
         ]
         with _memory_of(server.process.pid) as memory:
@@ -177,7 +178,7 @@ def run(agents: int, seconds: float, cycle: float, folder: Path, seed: int) -> d
     return {
         "begun": begun,
         "load_average": {"begin": load, "end": machine.load()},
-        "cadence": cadence(cycle),
+        "cadence": cadence(pace),
         "figures": {name: figures[name] for name in FIGURES},
         "refused": sum(one.refused for one in counted),
         "cpu": measured["cpu"],
@@ -187,14 +188,15 @@ def run(agents: int, seconds: float, cycle: float, folder: Path, seed: int) -> d
     }
 
 
-def cadence(cycle: float) -> str:
+def cadence(pace: float) -> str:
     """How an agent spends its time, for people."""
+    faster = "" if pace == 1 else f"; all of it {pace:g} times faster"
     return (
         f"Agents replay the demonstration's trace from {PROCESSES} processes, each over one SDK client."
         f" An agent reserves, thinks {mean_think_seconds():.1f} s in the mean"
         f" ({FIRST_TOKEN_SECONDS:g} s, and {PROMPT_TOKENS_PER_S:,.0f} tokens read and"
         f" {ANSWER_TOKENS_PER_S:g} written a second), settles, and pauses by chance, so that it reserves"
-        f" every {cycle:g} s in the mean. One in {SCARCE_ONE_IN} has half of what it would spend,"
+        f" every {CYCLE_SECONDS:g} s in the mean{faster}. One in {SCARCE_ONE_IN} has half of what it would spend,"
         " and is refused when that is used up."
     )
 
@@ -263,10 +265,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--agents", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument(
-        "--cycle-seconds",
-        type=float,
-        default=CYCLE_SECONDS,
-        help="from one Reserve of an agent to its next, in the mean",
+        "--pace", type=float, default=1.0, help="how many times faster agents think and pause"
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="for the data; default: a new one")
@@ -274,7 +273,7 @@ def main(words: Sequence[str] | None = None) -> int:
     given = parser.parse_args(words)
     folder = (given.folder or Path(tempfile.mkdtemp(prefix="peculium-fleet-"))).absolute()
     machine.prepare(folder)
-    data = run(given.agents, given.seconds, given.cycle_seconds, folder, given.seed)
+    data = run(given.agents, given.seconds, given.pace, folder, given.seed)
     file = folder / "fleet.json"
     file.write_text(report.text(data))
     tell(f"{data['refused']} refused, processors used: {data['cpu']}; everything is in {file}")

@@ -47,16 +47,21 @@ def folder() -> Iterator[Path]:
 
 def program(module: str, *words: object) -> dict[str, Any]:
     """The figures that a program ends with."""
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", module, *map(str, words)],
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=SECONDS_MAX,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    ) as process:
+        try:
+            said, told = process.communicate(timeout=SECONDS_MAX - 60)
+        except BaseException:
+            # It takes its servers and its PostgreSQL with it.
+            process.terminate()
+            raise
+    assert process.returncode == 0, told
+    figures: dict[str, Any] = json.loads(said.splitlines()[-1])
     return figures
 
 
@@ -68,10 +73,12 @@ def test_a_slice_of_the_benchmark_tells_what_it_measured_and_null_for_the_rest(
     assert tuple(figures) == KEYS
     assert figures["mismatches"] == 0
     told = {key for key, value in figures.items() if value is not None}
-    measured = {"pairs_per_s", "pairs_per_s_hot_root", "p50_ms", "p99_ms"}
-    assert told == measured | {"unary_ops_per_s", "mismatches"}
-    assert all(figures[key] > 0 for key in measured)
+    rates = {"pairs_per_s", "pairs_per_s_hot_root", "unary_ops_per_s"}
+    # Where nothing ended within so short a window there are no latencies.
+    assert told - {"p50_ms", "p99_ms"} == rates | {"mismatches"}
     data = json.loads((folder / "bench.json").read_text())
+    assert data["operations"] > 0
+    assert (data["problems"], data["failures"]) == ([], [])
     report.write(folder / "bench.json", folder)
     page = (folder / "performance.md").read_text()
     assert all(f"| {cell['name']} |" in page for cell in data["cells"])
@@ -81,7 +88,7 @@ def test_a_slice_of_the_benchmark_tells_what_it_measured_and_null_for_the_rest(
 def test_a_small_fleet_spends_no_more_than_it_has(folder: Path) -> None:
     figures = program(
         "tests.bench.fleet",
-        *("--agents", 40, "--seconds", 2, "--cycle-seconds", 2),
+        *("--agents", 40, "--seconds", 4, "--pace", 5),
         *("--folder", folder),
     )
     assert tuple(figures) == FIGURES
