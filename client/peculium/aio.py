@@ -282,7 +282,7 @@ class Client:
 
         Raises:
             Invalid: The client has no journal.
-            LedgerUnavailable: Nothing is lost: try again later. So with OutcomeUnknown.
+            Unavailable: There was no answer. Nothing is lost: try again later.
         """
         journal = self._journal
         if journal is None:
