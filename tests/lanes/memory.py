@@ -22,7 +22,11 @@ from peculium_server.core.operations import (
     Role,
     Spend,
 )
+from peculium_server.core.outcome import Outcome
+from peculium_server.core.refusals import Refused
 from peculium_server.core.state import Accepted, Tree
+from peculium_server.lanes.answers import Answer, Unanswered
+from peculium_server.lanes.ledger import Ledger
 from peculium_server.store.lane import Loaded, LoadedLanes
 
 _K = TypeVar("_K")
@@ -218,6 +222,22 @@ def reserve(root: Grant, amount: int, authority: Authority) -> Reserve:
     )
 
 
+async def granted(ledger: Ledger, amount: int = 100, lane: int = 0) -> Grant:
+    """Make a root through a ledger."""
+    root = grant(amount, lane=lane)
+    [answer] = await ledger.execute([request(root, actor=ADMIN)], None)
+    assert isinstance(answer.result, Outcome)
+    return root
+
+
+def reasons(answers: Sequence[Answer]) -> list[str]:
+    """Why operations were refused or got no answer, and "ok" for the others."""
+    return [
+        answer.result.reason.name if isinstance(answer.result, Refused | Unanswered) else "ok"
+        for answer in answers
+    ]
+
+
 def chain(operations: Sequence[Operation]) -> list[Request]:
     return [request(operation, index) for index, operation in enumerate(operations)]
 
@@ -231,8 +251,10 @@ __all__ = [
     "MemoryWriter",
     "chain",
     "grant",
+    "granted",
     "new_id",
     "new_token",
+    "reasons",
     "request",
     "reserve",
     "spend",

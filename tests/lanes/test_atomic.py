@@ -10,43 +10,16 @@ import pytest
 
 from peculium_server.core.batch import Request
 from peculium_server.core.limits import CHILDREN_MAX
-from peculium_server.core.operations import AtomicBatch, ByHolder, Child, Delegate, Grant, Operation
-from peculium_server.core.outcome import Outcome
-from peculium_server.core.refusals import Refused
-from peculium_server.lanes.answers import Answer, Unanswered
+from peculium_server.core.operations import AtomicBatch, ByHolder, Child, Delegate, Operation
 from peculium_server.lanes.lane import DeadlinePassed
 from peculium_server.lanes.ledger import Ledger
 from peculium_server.lanes.weight import GROUP_ROWS_MAX
-from tests.lanes.memory import ADMIN, MemoryStore, chain, grant, new_id, request, spend
-
-
-@pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture
-def ledger(store: MemoryStore) -> Ledger:
-    return Ledger(store, queue_rows_max=1_000)
-
-
-async def granted(ledger: Ledger, amount: int = 100, lane: int = 0) -> Grant:
-    root = grant(amount, lane=lane)
-    [answer] = await ledger.execute([request(root, actor=ADMIN)], None)
-    assert isinstance(answer.result, Outcome)
-    return root
+from tests.lanes.memory import MemoryStore, chain, granted, new_id, reasons, spend
 
 
 def together(operations: Sequence[Operation]) -> list[Request]:
     batch = AtomicBatch(new_id(), len(operations))
     return chain([replace(operation, batch=batch) for operation in operations])
-
-
-def reasons(answers: Sequence[Answer]) -> list[str]:
-    return [
-        answer.result.reason.name if isinstance(answer.result, Refused | Unanswered) else "ok"
-        for answer in answers
-    ]
 
 
 async def test_operations_of_two_lanes_are_answered_with_the_position_of_their_own(

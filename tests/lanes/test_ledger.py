@@ -7,8 +7,7 @@ import pytest
 
 from peculium_server.core.operations import After, ByHolder, ByToken, Child, Delegate, Grant
 from peculium_server.core.outcome import Outcome
-from peculium_server.core.refusals import Refused
-from peculium_server.lanes.answers import Answer, Unanswered, Unavailability
+from peculium_server.lanes.answers import Unanswered, Unavailability
 from peculium_server.lanes.ledger import Ledger
 from peculium_server.lanes.weight import GROUP_ROWS_MAX
 from peculium_server.store.errors import StoreUnavailable
@@ -17,29 +16,14 @@ from tests.lanes.memory import (
     MemoryStore,
     chain,
     grant,
+    granted,
     new_id,
     new_token,
+    reasons,
     request,
     reserve,
     spend,
 )
-
-
-@pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture
-def ledger(store: MemoryStore) -> Ledger:
-    return Ledger(store, queue_rows_max=1_000)
-
-
-async def granted(ledger: Ledger, amount: int = 100, lane: int = 0) -> Grant:
-    root = grant(amount, lane=lane)
-    [answer] = await ledger.execute([request(root, actor=ADMIN)], None)
-    assert isinstance(answer.result, Outcome)
-    return root
 
 
 async def token_held(ledger: Ledger, amount: int = 100) -> tuple[Grant, bytes]:
@@ -48,13 +32,6 @@ async def token_held(ledger: Ledger, amount: int = 100) -> tuple[Grant, bytes]:
     [answer] = await ledger.execute([request(root, actor=ADMIN)], None)
     assert isinstance(answer.result, Outcome)
     return root, token
-
-
-def reasons(answers: list[Answer]) -> list[str]:
-    return [
-        answer.result.reason.name if isinstance(answer.result, Refused | Unanswered) else "ok"
-        for answer in answers
-    ]
 
 
 async def test_a_request_is_split_by_lane_and_answered_in_its_own_order(
