@@ -55,6 +55,8 @@ def grow(bench: Bench, sizes: Sequence[int], agents: int, tell: Tell) -> list[Gr
             if not places:
                 places = Trees(server.address, 1).children("grown", max(agents, _fillers(sizes)))
             _fill(bench, ledger, server, places, size, tell)
+        # Otherwise it would do so while this size is measured, and not the smaller ones.
+        ledger.vacuum()
         entries = ledger.entries
         kept = ledger.copied(f"growth_{size}") if size != max(sizes) else ledger
         grown.append(Grown(size, entries, kept, places[:agents]))
@@ -104,7 +106,8 @@ def measure(bench: Bench, grown: Grown) -> None:
 
 def disk(grown: Grown) -> dict[str, Any]:
     """Bytes on disk, by table and for each operation."""
-    sizes = grown.ledger.bytes_after_vacuum()
+    grown.ledger.vacuum()
+    sizes = grown.ledger.bytes_on_disk()
     operations = grown.ledger.operations
     return {
         "operations": operations,

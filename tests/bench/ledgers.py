@@ -162,10 +162,13 @@ class Ledger:
         """How many were accepted so far."""
         return int(self.fetch("SELECT sum(position) FROM lanes")[0][0])
 
-    def bytes_after_vacuum(self) -> dict[str, int]:
-        """What tables and all their indexes take on disk, by table, when nothing dead is in them."""
+    def vacuum(self) -> None:
+        """Do what PostgreSQL would soon do by itself."""
         with psycopg.connect(self.dsn, autocommit=True) as connection:
-            connection.execute("VACUUM")
+            connection.execute("VACUUM (ANALYZE)")
+
+    def bytes_on_disk(self) -> dict[str, int]:
+        """What tables and all their indexes take, by table."""
         rows = self.fetch(
             "SELECT coalesce(inhparent, oid)::regclass::text, sum(pg_total_relation_size(oid))"
             " FROM pg_class LEFT JOIN pg_inherits ON inhrelid = oid"
