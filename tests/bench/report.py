@@ -40,6 +40,9 @@ and client processes share its processors. `fsync`, `synchronous_commit` and `fu
   one and of 50 Reserves.
   *pgbench* is `pgbench -N -M prepared -c 16 -j 2`, scale 10. *Row locks* are what one would write first: SELECT …
   FOR UPDATE, UPDATE, INSERT, COMMIT for each operation, a connection for each task.
+- *Redis*, where there is one, is a counter that a script checks, `appendfsync always`: it knows no holds, no operations
+  and no history, so it is no ledger, and shows what a sync of a log alone allows. Pipelined are four connections with 50
+  pairs each on their way.
 - The provider's bill is kept beside the ledger, and compared with every budget at the end."""
 
 AGAIN = """\
