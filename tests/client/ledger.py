@@ -92,6 +92,9 @@ class Ledger:
     def __init__(self) -> None:
         self.trees: dict[bytes, WholeTree] = {}
         self.faults: deque[Fault] = deque()
+        self.verdict = threading.Event()
+        """Cleared: a verification does not end before this is set, or the call is over."""
+        self.verdict.set()
         self.batches: list[wire.BatchRequest] = []
         self.keys: list[str | None] = []
         self.principal = PRINCIPAL
@@ -336,6 +339,8 @@ class Services(
 
     def Verify(self, request: audit.VerifyRequest, context: Any) -> Iterator[audit.VerifyResponse]:
         yield audit.VerifyResponse(entries=1, trees=0)
+        context.add_callback(self.ledger.verdict.set)
+        self.ledger.verdict.wait(30.0)
         if request.HasField("tree") and self._found(request.tree) is None:
             self._refuse(Refusal.BUDGET_UNKNOWN, {"budget": request.tree.path}, context)
         yield audit.VerifyResponse(entries=2, trees=1, verdict=audit.Verdict(verified=True))

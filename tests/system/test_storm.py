@@ -196,6 +196,8 @@ def _content(result: ledger.OperationResult) -> bytes:
     if content.HasField("outcome"):
         content.outcome.ClearField("replayed")
         content.outcome.ClearField("ledger")
+    else:
+        content.refused.ClearField("ledger")
     return content.SerializeToString(deterministic=True)
 
 
