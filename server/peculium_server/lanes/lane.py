@@ -298,11 +298,8 @@ class AtomicLane(_Queue):
 
 
 def _awaited(groups: Iterable[_Group], now: float) -> Iterator[_Group]:
-    """The groups that somebody still waits for; what an attempt that failed has decided is void."""
-    for group in groups:
-        group.results = None
-        if not group.abandoned(now):
-            yield group
+    """The groups that somebody still waits for; the others have been told, or have gone."""
+    return (group for group in groups if not group.abandoned(now))
 
 
 def _latest(groups: Iterable[_Group]) -> float | None:
