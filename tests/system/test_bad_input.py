@@ -894,6 +894,15 @@ def test_a_call_whose_deadline_has_passed_does_nothing(
     assert answer.code is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
+async def somebody_waits_behind(blocker: psycopg.AsyncConnection) -> None:
+    waits = (
+        "SELECT EXISTS (SELECT FROM pg_locks"
+        " WHERE NOT granted AND pg_backend_pid() = ANY (pg_blocking_pids(pid)))"
+    )
+    while await (await blocker.execute(waits)).fetchone() != (True,):
+        pass
+
+
 async def test_calls_that_were_given_up_before_they_were_decided_do_nothing(
     running_server: RunningServer, database: str
 ) -> None:
@@ -911,6 +920,8 @@ async def test_calls_that_were_given_up_before_they_were_decided_do_nothing(
         async with blocker:
             await blocker.execute("LOCK TABLE entries IN ACCESS EXCLUSIVE MODE")
             waiting = connection.ledger.Spend(first, timeout=30)
+            # Calls may overtake each other: the others are sent when this one is being saved.
+            await somebody_waits_behind(blocker)
             given_up = connection.ledger.Spend(cancelled, timeout=30)
             with pytest.raises(grpc.aio.AioRpcError) as over:
                 await connection.ledger.Spend(late, timeout=0.5)
