@@ -82,6 +82,10 @@ fleet: install ## Let AGENTS=10000 reserve, think and settle for SECONDS=300.
 	@$(BIN)/python -m tests.bench.fleet $(if $(AGENTS),--agents $(AGENTS)) \
 		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(FOLDER),--folder $(FOLDER)) $(ARGS)
 
+.PHONY: flame
+flame: install ## Draw where server and client spend their time, as docs/performance/flame-*-NAME.svg.
+	@$(BIN)/python -m tests.bench.flame $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS) $(NAME)
+
 .PHONY: demo
 demo: install ## Spend a real request trace from one capped budget (TRACE=file for another one).
 	@$(BIN)/peculium demo $(if $(TRACE),--trace "$(TRACE)")

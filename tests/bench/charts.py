@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
@@ -60,21 +60,24 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], *, l
         y = y_at(tick)
         parts += [
             f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="{_FAINT}"/>',
-            _text(_LEFT - 8, y + 4, f"{tick:,g}", anchor="end"),
+            text(_LEFT - 8, y + 4, f"{tick:,g}", anchor="end"),
         ]
     for x in xs:
-        parts.append(_text(x_at(x), bottom + 18, f"{x:,g}", anchor="middle"))
+        parts.append(text(x_at(x), bottom + 18, f"{x:,g}", anchor="middle"))
     for number, one in enumerate(drawn):
         parts += _line(one, _COLOURS[number % len(_COLOURS)], x_at, y_at)
-    parts += _legend([one.name for one in drawn], _HEIGHT - 20)
+    parts += legend(
+        {one.name: _COLOURS[number % len(_COLOURS)] for number, one in enumerate(drawn)},
+        _HEIGHT - 20,
+    )
     parts += [
-        _text((_LEFT + right) / 2, bottom + 40, x_label, anchor="middle"),
+        text((_LEFT + right) / 2, bottom + 40, x_label, anchor="middle"),
         (
             f'<g transform="translate(18 {(_TOP + bottom) / 2}) rotate(-90)">'
-            f"{_text(0, 0, y_label, anchor='middle')}</g>"
+            f"{text(0, 0, y_label, anchor='middle')}</g>"
         ),
     ]
-    return _page(title, _HEIGHT, parts)
+    return page(title, _HEIGHT, parts)
 
 
 def _line(one: Series, colour: str, x_at: object, y_at: object) -> list[str]:
@@ -94,14 +97,14 @@ def _line(one: Series, colour: str, x_at: object, y_at: object) -> list[str]:
     return parts
 
 
-def _legend(names: Sequence[str], y: float) -> list[str]:
+def legend(colours: Mapping[str, str], y: float, *, left: float = _LEFT) -> list[str]:
+    """What colours stand for, in a row."""
     parts = []
-    x = float(_LEFT)
-    for number, name in enumerate(names):
-        colour = _COLOURS[number % len(_COLOURS)]
+    x = float(left)
+    for name, colour in colours.items():
         parts += [
             f'<rect x="{x:.0f}" y="{y - 9}" width="12" height="10" rx="2" fill="{colour}"/>',
-            _text(x + 17, y, name),
+            text(x + 17, y, name),
         ]
         x += 17 + 7.0 * len(name) + 18
     return parts
@@ -121,7 +124,7 @@ def bars(title: str, x_label: str, rows: Sequence[Bar]) -> str:
         x = x_at(tick)
         parts += [
             f'<line x1="{x:.1f}" y1="{_TOP - 6}" x2="{x:.1f}" y2="{bottom}" stroke="{_FAINT}"/>',
-            _text(x, bottom + 16, f"{tick:,g}", anchor="middle"),
+            text(x, bottom + 16, f"{tick:,g}", anchor="middle"),
         ]
     for number, row in enumerate(rows):
         y = _TOP + number * (_BAR + _BAR_GAP)
@@ -129,7 +132,7 @@ def bars(title: str, x_label: str, rows: Sequence[Bar]) -> str:
         middle = y + _BAR / 2
         end = x_at(row.value.median)
         parts += [
-            _text(_BAR_LEFT - 10, middle + 4, row.name, anchor="end"),
+            text(_BAR_LEFT - 10, middle + 4, row.name, anchor="end"),
             (
                 f'<rect x="{_BAR_LEFT}" y="{y}" width="{end - _BAR_LEFT:.1f}" height="{_BAR}" rx="2"'
                 f' fill="{colour}"/>'
@@ -138,23 +141,24 @@ def bars(title: str, x_label: str, rows: Sequence[Bar]) -> str:
                 f'<line x1="{x_at(row.value.low):.1f}" y1="{middle}" x2="{x_at(row.value.high):.1f}"'
                 f' y2="{middle}" stroke="{_INK}" stroke-width="1.5"/>'
             ),
-            _text(max(end, x_at(row.value.high)) + 8, middle + 4, f"{row.value.median:,.0f}"),
+            text(max(end, x_at(row.value.high)) + 8, middle + 4, f"{row.value.median:,.0f}"),
         ]
-    parts.append(_text((_BAR_LEFT + right) / 2, bottom + 38, x_label, anchor="middle"))
-    return _page(title, bottom + 54, parts)
+    parts.append(text((_BAR_LEFT + right) / 2, bottom + 38, x_label, anchor="middle"))
+    return page(title, bottom + 54, parts)
 
 
-def _page(title: str, height: float, parts: Sequence[str]) -> str:
+def page(title: str, height: float, parts: Sequence[str], *, width: int = _WIDTH) -> str:
+    """A whole drawing."""
     return "\n".join(
         [
             (
-                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}"'
-                f' width="{_WIDTH}" role="img" aria-label="{escape(title, {chr(34): "&quot;"})}"'
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height:.0f}"'
+                f' width="{width}" role="img" aria-label="{escape(title, {chr(34): "&quot;"})}"'
                 ' font-family="system-ui, sans-serif" font-size="13">'
             ),
-            f'<rect width="{_WIDTH}" height="{height:.0f}" rx="6" fill="{_GROUND}"/>',
+            f'<rect width="{width}" height="{height:.0f}" rx="6" fill="{_GROUND}"/>',
             (
-                f'<text x="{_WIDTH / 2:.0f}" y="28" text-anchor="middle" font-size="16" fill="{_INK}"'
+                f'<text x="{width / 2:.0f}" y="28" text-anchor="middle" font-size="16" fill="{_INK}"'
                 f' font-weight="600">{escape(title)}</text>'
             ),
             *parts,
@@ -163,7 +167,8 @@ def _page(title: str, height: float, parts: Sequence[str]) -> str:
     )
 
 
-def _text(x: float, y: float, content: str, *, anchor: str = "start") -> str:
+def text(x: float, y: float, content: str, *, anchor: str = "start") -> str:
+    """Words at a place."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{_INK}">'
         f"{escape(content)}</text>"

@@ -123,6 +123,11 @@ class Crew:
             theirs.close()
             self._members.append(_Member(process, ours))
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes, in the order in which they get jobs."""
+        return [member.process.pid or 0 for member in self._members]
+
     def work(
         self,
         jobs: Sequence[Job],

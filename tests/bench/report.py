@@ -45,6 +45,13 @@ and client processes share its processors. `fsync`, `synchronous_commit` and `fu
   pairs each on their way.
 - The provider's bill is kept beside the ledger, and compared with every budget at the end."""
 
+FLAMES = """\
+Of a run of its own: 200 agents below one root, coalesced, from one client process; py-spy looks 250 times a second at
+what holds the interpreter's lock. So only Python that runs is in the pictures, and neither gRPC's own threads nor
+PostgreSQL. Each box is a function, as wide as its part of the samples, and stands on its caller. *Before* is commit
+3d27db8, the last one before the work on processor time. Opened by itself, a picture tells of each box under the
+pointer what it is, and how much."""
+
 AGAIN = """\
 ## Again
 
@@ -54,6 +61,7 @@ AGAIN = """\
     make bench ONLY=stack,baselines            # only some parts; this page stays as it is
     make bench SLICE=1                         # see that it runs
     make fleet AGENTS=10000 SECONDS=300        # `ARGS=--report` shows it here
+    make flame NAME=after                      # pictures of where the time goes
 
 All figures, of every repetition: [bench.json](performance/bench.json)."""
 
@@ -367,12 +375,17 @@ def _fleet(fleet: Mapping[str, Any] | None) -> list[str]:
 
 
 def _flames(flames: Sequence[str]) -> list[str]:
+    """By process, what was before first."""
     if not flames:
         return []
-    pictures = [
-        f"![{name.removesuffix('.svg').replace('-', ' ')}](performance/{name})" for name in flames
-    ]
-    return ["## Where the time goes\n\n" + "\n\n".join(pictures)]
+    sections = [f"## Where the time goes\n\n{FLAMES}"]
+    for who in ("server", "client"):
+        begin = f"flame-{who}-"
+        names = [file.removeprefix(begin).removesuffix(".svg") for file in flames if begin in file]
+        names.sort(key=lambda name: (name != "before", name))
+        pictures = [f"![{who}, {name}](performance/{begin}{name}.svg)" for name in names]
+        sections.append("\n\n".join([f"### The {who}", *pictures]))
+    return sections
 
 
 def _not_measured(run: Run, fleet: Mapping[str, Any] | None) -> list[str]:

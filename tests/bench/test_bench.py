@@ -21,7 +21,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import peculium
-from tests.bench import crew as crews, report
+from tests.bench import crew as crews, flame, report
 from tests.bench.cells import percentiles, summary
 from tests.bench.crew import BenchBroken, Crew, Spans
 from tests.bench.figures import KEYS, Run, goals
@@ -350,3 +350,68 @@ def test_charts_are_drawings_within_their_bounds() -> None:
         for circle in root.iter("{http://www.w3.org/2000/svg}circle"):
             assert 0 <= float(circle.attrib["cx"]) <= width
             assert 0 <= float(circle.attrib["cy"]) <= height
+
+
+# --- pictures of where the time goes ---
+
+LOOP = "_run_code (<frozen runpy>);Runner.run (/lib/python3.11/asyncio/runners.py:118)"
+STACKS = f"""\
+{LOOP};Lane._run (/srv/peculium/server/peculium_server/lanes/lane.py:20);decide (/srv/peculium/server/peculium_server/core/rules.py:1) 600
+{LOOP};Lane._run (/srv/peculium/server/peculium_server/lanes/lane.py:21);decide (/srv/peculium/server/peculium_server/core/rules.py:9) 290
+{LOOP};wait <C> (/srv/peculium/.venv/lib/python3.11/site-packages/psycopg/waiting.py:3) 100
+{LOOP};<lambda> (/lib/python3.11/uuid.py) 7
+{LOOP};rare (/srv/peculium/client/peculium/aio.py:7) 2
+_bootstrap (threading.py:5) 1
+"""
+
+
+def test_a_picture_merges_lines_and_names_files_from_their_package_on() -> None:
+    drawn = flame.draw("One & all", STACKS)
+    titles = [one.text for one in ET.fromstring(drawn).iter("{http://www.w3.org/2000/svg}title")]  # noqa: S314 - we have drawn it
+    assert titles == [
+        "<lambda> (uuid.py): 0.7%",
+        "Lane._run (peculium_server/lanes/lane.py): 89.0%",
+        "decide (peculium_server/core/rules.py): 89.0%",
+        "wait <C> (psycopg/waiting.py): 10.0%",
+    ]
+    assert "srv" not in drawn
+    rare = STACKS.splitlines()[4].rpartition(" ")[0]
+    layers = [flame.frame(text).layer for text in rare.split(";")]
+    assert layers == ["interpreter", "interpreter", "SDK"]
+
+
+def test_a_picture_of_the_same_stacks_is_the_same_in_whatever_order_they_come() -> None:
+    lines = STACKS.splitlines()
+    assert len({flame.draw("x", "\n".join(some)) for some in (lines, lines[::-1])}) == 1
+
+
+def test_boxes_of_a_picture_stand_on_their_callers_and_within_it() -> None:
+    root = ET.fromstring(flame.draw("x", STACKS))  # noqa: S314 - we have drawn it
+    width, height = (float(value) for value in root.attrib["viewBox"].split()[2:])
+    boxes = {}
+    for group in root.iter("{http://www.w3.org/2000/svg}g"):
+        if (title := group.findtext("{http://www.w3.org/2000/svg}title")) is not None:
+            [box] = group.iter("{http://www.w3.org/2000/svg}rect")
+            x, y, wide, high = (float(box.attrib[key]) for key in ("x", "y", "width", "height"))
+            assert 0 <= x <= x + wide <= width
+            assert 0 <= y <= y + high <= height
+            boxes[title.split()[0]] = (x, y, wide)
+    assert boxes["Lane._run"][0::2] == boxes["decide"][0::2]
+    assert boxes["Lane._run"][1] > boxes["decide"][1]
+
+
+def test_a_picture_that_is_kept_is_small_and_knows_nothing_of_the_machine() -> None:
+    for file in (ROOT / "docs" / "performance").glob("flame-*.svg"):
+        text = file.read_text()
+        assert len(text) < 150_000
+        assert "<script" not in text
+        assert not any(f"({path}" in text for path in ("/", *map(str, ROOT.parents)))
+
+
+def test_the_page_shows_for_each_process_what_was_before_first() -> None:
+    files = [f"flame-{who}-{name}.svg" for who in ("client", "server") for name in ("a", "before")]
+    [_, *shown] = report._flames(files)
+    assert [one.split("performance/")[1:] for one in shown] == [
+        [f"flame-{who}-before.svg)\n\n![{who}, a](", f"flame-{who}-a.svg)"]
+        for who in ("server", "client")
+    ]
