@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from peculium_server.core.admission import check_role
 from peculium_server.core.operations import (
@@ -26,13 +26,24 @@ from peculium_server.core.shape import check_shape
 from peculium_server.core.state import Accepted, Tree
 
 
-@dataclass(frozen=True, slots=True)
 class Request:
-    """One operation of a client's request, and its index there."""
+    """One operation of a client's request, and its index there. It is never changed."""
 
-    operation: Operation
-    actor: Actor
-    index: int
+    __slots__ = ("_checked", "_malformed", "actor", "index", "operation")
+
+    def __init__(self, operation: Operation, actor: Actor, index: int) -> None:
+        self.operation = operation
+        self.actor = actor
+        self.index = index
+        self._checked = False
+        self._malformed: Refused | None = None
+
+    def malformed(self) -> Refused | None:
+        """Why no state of the ledger could accept it (see `check_shape`), if so; looked for once."""
+        if not self._checked:
+            self._malformed = check_shape(self.operation)
+            self._checked = True
+        return self._malformed
 
 
 Left = dict[tuple[int, bytes, bytes, bytes | None], bytes]
@@ -123,7 +134,7 @@ def decide_atomic(
 def check_atomic(batch: Sequence[Request]) -> list[Outcome | Refused] | None:
     """Refuse an atomic batch that no state of the ledger could accept."""
     for request in batch:
-        refused = check_shape(request.operation)
+        refused = request.malformed()
         if refused is None and request.operation.dry_run is not batch[0].operation.dry_run:
             problem = "must be the same in all operations of an atomic batch"
             refused = Refused(Refusal.MALFORMED, {"field": "dry_run", "problem": problem})
@@ -177,7 +188,8 @@ def _decide_next(
         return operation, None
     answer: Outcome | Refused
     accepted: Accepted | None = None
-    malformed = check_shape(operation)
+    chained = operation is not request.operation
+    malformed = check_shape(operation) if chained else request.malformed()
     if malformed is not None:
         answer = malformed
     else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Callable
+from typing import Any
 
 from peculium_server.core import limits
 from peculium_server.core.operations import (
@@ -20,6 +22,7 @@ from peculium_server.core.operations import (
     Freeze,
     Fund,
     Grant,
+    Kind,
     Labels,
     Lapse,
     Operation,
@@ -43,6 +46,8 @@ Problem = tuple[str, str]
 """The field and what is wrong with it."""
 
 _UNIT_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""Control characters (NUL does not fit into the database) and halves of surrogate pairs."""
 
 
 def check_shape(operation: Operation) -> Refused | None:
@@ -50,306 +55,494 @@ def check_shape(operation: Operation) -> Refused | None:
 
     Of what is too large, only as much is looked at as it may have.
     """
-    for field, problem in _problems(operation):
+    found = _problem(operation)
+    if found is not None:
+        field, problem = found
         return Refused(Refusal.MALFORMED, {"field": field, "problem": problem})
-    for field, size, limit in _sizes(operation):
-        if size > limit:
-            return Refused(
-                Refusal.TOO_LARGE, {"field": field, "limit": str(limit), "size": str(size)}
-            )
+    return _check_sizes(operation)
+
+
+def _check_sizes(operation: Operation) -> Refused | None:
+    """What may be repeated is bounded."""
+    if len(operation.labels) > limits.LABELS_MAX:
+        return _too_large("labels", operation.labels, limits.LABELS_MAX)
+    if isinstance(operation, Delegate):
+        if len(operation.children) > limits.CHILDREN_MAX:
+            return _too_large("children", operation.children, limits.CHILDREN_MAX)
+        for index, child in enumerate(operation.children):
+            if len(child.labels) > limits.LABELS_MAX:
+                return _too_large(f"children[{index}].labels", child.labels, limits.LABELS_MAX)
+    if isinstance(operation, Recover) and len(operation.holds) > limits.ROTATIONS_MAX:
+        return _too_large("holds", operation.holds, limits.ROTATIONS_MAX)
     return None
 
 
-def _sizes(operation: Operation) -> Iterator[tuple[str, int, int]]:
-    """What may be repeated: the field, how many there are, and how many there may be."""
-    yield "labels", len(operation.labels), limits.LABELS_MAX
-    if isinstance(operation, Delegate):
-        yield "children", len(operation.children), limits.CHILDREN_MAX
-        for index, child in enumerate(operation.children):
-            yield f"children[{index}].labels", len(child.labels), limits.LABELS_MAX
-    if isinstance(operation, Recover):
-        yield "holds", len(operation.holds), limits.ROTATIONS_MAX
+def _too_large(field: str, repeated: tuple[object, ...], limit: int) -> Refused:
+    return Refused(
+        Refusal.TOO_LARGE, {"field": field, "limit": str(limit), "size": str(len(repeated))}
+    )
 
 
-def _problems(operation: Operation) -> Iterator[Problem]:
-    # Of the ledger's own operations the version is another, so that no client can take their ids.
-    version = 8 if isinstance(operation, Lapse | Expire | Collect) else 7
-    yield from _uuid("operation_id", operation.operation_id, version)
-    yield from _id("root_id", operation.root_id)
-    yield from _id("budget_id", operation.budget_id)
-    yield from _authority(operation)
-    yield from _labels("labels", operation.labels)
-    if operation.trace_id is not None:
-        yield from _length("trace_id", operation.trace_id, limits.ID_BYTES)
-    if operation.batch is not None:
-        yield from _batch(operation.batch)
-    yield from _own(operation)
+# Every check below returns the first problem that it finds, or None.
 
 
-def _batch(batch: AtomicBatch) -> Iterator[Problem]:
-    yield from _uuid("batch.operation_id", batch.batch_id)
-    if not 1 <= batch.size <= limits.OPERATIONS_MAX:
-        yield "batch.size", f"must be 1 to {limits.OPERATIONS_MAX}"
+def _problem(operation: Operation) -> Problem | None:
+    return (
+        # Of the ledger's own operations the version is another, so that no client can take their ids.
+        _uuid("operation_id", operation.operation_id, 8 if isinstance(operation, _SYSTEM) else 7)
+        or _id("root_id", operation.root_id)
+        or _id("budget_id", operation.budget_id)
+        or _authority(operation)
+        or _labels("labels", operation.labels)
+        or (None if operation.trace_id is None else _id("trace_id", operation.trace_id))
+        or (None if operation.batch is None else _batch(operation.batch))
+        or _OWN[operation.kind](operation)
+    )
 
 
-def _own(operation: Operation) -> Iterator[Problem]:
-    match operation:
-        case Grant():
-            yield from _uuid("budget_id", operation.budget_id)
-            if operation.root_id != operation.budget_id:
-                yield "budget_id", "must be the root id: a grant makes a root"
-            yield from _name("name", operation.name)
-            yield from _unit(operation.unit)
-            yield from _amount("amount", operation.amount, 0)
-            yield from _receiver("", operation.token_id, operation.holder)
-        case TopUp() | Withdraw():
-            yield from _amount("amount", operation.amount, 1)
-        case Reserve():
-            yield from _amount("amount", operation.amount, 1)
-            yield from _duration(
-                "ttl", operation.ttl_us, limits.HOLD_TTL_US_MIN, limits.HOLD_AGE_US_MAX
-            )
-            yield from _uuid("hold_id", operation.hold_id)
-            yield from _token("hold_token_id", operation.hold_token_id)
-        case Settle():
-            yield from _settle(operation)
-        case Release() | Lapse():
-            yield from _id("hold_id", operation.hold_id)
-        case Extend():
-            yield from _id("hold_id", operation.hold_id)
-            yield from _duration(
-                "ttl", operation.ttl_us, limits.HOLD_TTL_US_MIN, limits.HOLD_AGE_US_MAX
-            )
-            yield from _token("next_hold_token_id", operation.next_hold_token_id)
-        case Spend():
-            yield from _amount("amount", operation.amount, 1)
-            yield from _text("reference", operation.reference, limits.REFERENCE_BYTES_MAX)
-            yield from _usage(operation.usage)
-        case Delegate():
-            yield from _children(operation.children)
-        case Recover():
-            yield from _recover(operation)
-        case Fund():
-            yield from _id("descendant_id", operation.descendant_id)
-            yield from _amount("amount", operation.amount, 0)
-            if operation.lease_us is not None:
-                yield from _lease("lease", operation.lease_us)
-        case Renew():
-            yield from _lease("lease", operation.lease_us)
-        case Return():
-            if operation.amount is not None:
-                yield from _amount("amount", operation.amount, 1)
-                if operation.cascade:
-                    yield "cascade", "only with all"
-        case Revoke():
-            yield from _id("descendant_id", operation.descendant_id)
-        case Resolve():
-            yield from _id("hold_id", operation.hold_id)
-            yield from _amount("actual", operation.actual, 0)
-            yield from _text("reason", operation.reason, limits.REASON_BYTES_MAX, least=1)
-        case Freeze() | Unfreeze():
-            yield from _text("reason", operation.reason, limits.REASON_BYTES_MAX)
-        case Accept() | Expire() | Collect():
-            pass
+_SYSTEM = (Lapse, Expire, Collect)
 
 
-def _authority(operation: Operation) -> Iterator[Problem]:
+def _batch(batch: AtomicBatch) -> Problem | None:
+    found = _uuid("batch.operation_id", batch.batch_id)
+    if found is None and not 1 <= batch.size <= limits.OPERATIONS_MAX:
+        return "batch.size", f"must be 1 to {limits.OPERATIONS_MAX}"
+    return found
+
+
+# -- By what right ----------------------------------------------------------------------------------
+
+
+def _authority(operation: Operation) -> Problem | None:
     """By what right, and whether the token that this right needs next is named."""
-    match operation.authority:
-        case ByToken(token_id):
-            yield from _length("authority.secret", token_id, limits.TOKEN_ID_BYTES)
-        case After(index):
-            if not 0 <= index < limits.OPERATIONS_MAX:
-                yield "authority.after", "must be the index of an earlier operation of the batch"
-        case ByHolder() | ByRole():
-            pass
-    by_token = isinstance(operation.authority, ByToken | After)
-    match operation:
-        case (
-            Grant() | TopUp() | Withdraw() | Freeze() | Unfreeze() | Lapse() | Expire() | Collect()
-        ):
-            if not isinstance(operation.authority, ByRole):
-                yield "authority", "must be absent: the caller's role is the authority"
-        case Settle() | Release() | Extend():
-            if not by_token:
-                yield "authority", "must be the hold's secret"
-        case Accept():
-            if isinstance(operation.authority, ByRole):
-                yield "authority", "is missing"
-            yield from _token("next_token_id", operation.next_token_id)
-        case Recover():
-            if by_token:
-                yield "authority", "must be the holder: who has the secret needs no Recover"
-        case Resolve():
-            yield from _next(operation.next_token_id, wanted=by_token)
-        case _:
-            if isinstance(operation.authority, ByRole):
-                yield "authority", "is missing"
-            closes = isinstance(operation, Return) and operation.amount is None
-            yield from _next(operation.next_token_id, wanted=by_token and not closes)
+    authority = operation.authority
+    by_token = False
+    if isinstance(authority, ByToken):
+        by_token = True
+        if len(authority.token_id) != limits.TOKEN_ID_BYTES:
+            return _token("authority.secret", authority.token_id)
+    elif isinstance(authority, After):
+        by_token = True
+        if not 0 <= authority.index < limits.OPERATIONS_MAX:
+            return "authority.after", "must be the index of an earlier operation of the batch"
+    return _RIGHT[operation.kind](operation, by_token)
 
 
-def _next(token_id: bytes | None, *, wanted: bool) -> Iterator[Problem]:
+def _by_role(operation: Operation, _: bool) -> Problem | None:
+    if not isinstance(operation.authority, ByRole):
+        return "authority", "must be absent: the caller's role is the authority"
+    return None
+
+
+def _by_hold(_: Operation, by_token: bool) -> Problem | None:
+    return None if by_token else ("authority", "must be the hold's secret")
+
+
+def _by_budget(operation: Any, by_token: bool) -> Problem | None:
+    if isinstance(operation.authority, ByRole):
+        return "authority", "is missing"
+    return _next(operation.next_token_id, wanted=by_token)
+
+
+def _by_budget_or_role(operation: Resolve, by_token: bool) -> Problem | None:
+    return _next(operation.next_token_id, wanted=by_token)
+
+
+def _by_closing(operation: Return, by_token: bool) -> Problem | None:
+    if isinstance(operation.authority, ByRole):
+        return "authority", "is missing"
+    return _next(operation.next_token_id, wanted=by_token and operation.amount is not None)
+
+
+def _by_new_holder(operation: Accept, _: bool) -> Problem | None:
+    if isinstance(operation.authority, ByRole):
+        return "authority", "is missing"
+    return _token("next_token_id", operation.next_token_id)
+
+
+def _without_secret(_: Operation, by_token: bool) -> Problem | None:
+    if by_token:
+        return "authority", "must be the holder: who has the secret needs no Recover"
+    return None
+
+
+def _next(token_id: bytes | None, *, wanted: bool) -> Problem | None:
     if wanted:
-        yield from _token("next_token_id", token_id)
-    elif token_id is not None:
-        yield "next_token_id", "must be absent: this operation produces no token"
+        return _token("next_token_id", token_id)
+    if token_id is not None:
+        return "next_token_id", "must be absent: this operation produces no token"
+    return None
 
 
-def _settle(operation: Settle) -> Iterator[Problem]:
-    yield from _id("hold_id", operation.hold_id)
-    if operation.actual is not None:
-        yield from _amount("actual", operation.actual, 0)
-    elif operation.keep_open:
-        yield "actual", "must be said when the hold is kept open"
-    if operation.keep_open:
-        yield from _token("next_hold_token_id", operation.next_hold_token_id)
-    elif operation.next_hold_token_id is not None:
-        yield "next_hold_token_id", "only with keep_open"
-    yield from _text("reference", operation.reference, limits.REFERENCE_BYTES_MAX)
-    yield from _usage(operation.usage)
+_RIGHT: dict[Kind, Callable[[Any, bool], Problem | None]] = {
+    Kind.GRANT: _by_role,
+    Kind.TOP_UP: _by_role,
+    Kind.WITHDRAW: _by_role,
+    Kind.RESERVE: _by_budget,
+    Kind.SETTLE: _by_hold,
+    Kind.RELEASE: _by_hold,
+    Kind.EXTEND: _by_hold,
+    Kind.SPEND: _by_budget,
+    Kind.DELEGATE: _by_budget,
+    Kind.ACCEPT: _by_new_holder,
+    Kind.RECOVER: _without_secret,
+    Kind.FUND: _by_budget,
+    Kind.RENEW: _by_budget,
+    Kind.RETURN: _by_closing,
+    Kind.REVOKE: _by_budget,
+    Kind.RESOLVE: _by_budget_or_role,
+    Kind.FREEZE: _by_role,
+    Kind.UNFREEZE: _by_role,
+    Kind.LAPSE: _by_role,
+    Kind.EXPIRE: _by_role,
+    Kind.COLLECT: _by_role,
+}
 
 
-def _recover(operation: Recover) -> Iterator[Problem]:
-    if isinstance(operation.authority, ByHolder):
-        yield from _token("next_token_id", operation.next_token_id)
-        if operation.holder is not None:
-            yield "holder", "is set by an admin only"
-    else:
-        yield from _receiver("", operation.next_token_id, operation.holder, "next_token_id")
-    if operation.if_seq is not None:
-        yield from _amount("if_seq", operation.if_seq, 1)
-    seen = set()
-    for index, rotation in enumerate(operation.holds[: limits.ROTATIONS_MAX]):
-        yield from _id(f"holds[{index}].hold_id", rotation.hold_id)
-        yield from _token(f"holds[{index}].next_token_id", rotation.next_token_id)
-        if rotation.hold_id in seen:
-            yield f"holds[{index}].hold_id", "is named twice"
-        seen.add(rotation.hold_id)
+# -- What each kind has of its own ------------------------------------------------------------------
 
 
-def _children(children: tuple[Child, ...]) -> Iterator[Problem]:
-    if not children:
-        yield "children", "must be at least 1"
+def _grant(grant: Grant) -> Problem | None:
+    return (
+        _root(grant)
+        or _name("name", grant.name)
+        or _unit(grant.unit)
+        or _amount("amount", grant.amount, 0)
+        or _receiver(grant.token_id, grant.holder)
+    )
+
+
+def _root(grant: Grant) -> Problem | None:
+    found = _uuid("budget_id", grant.budget_id)
+    if found is None and grant.root_id != grant.budget_id:
+        return "budget_id", "must be the root id: a grant makes a root"
+    return found
+
+
+def _positive(operation: TopUp | Withdraw) -> Problem | None:
+    return _amount("amount", operation.amount, 1)
+
+
+def _reserve(reserve: Reserve) -> Problem | None:
+    return (
+        _amount("amount", reserve.amount, 1)
+        or _ttl(reserve.ttl_us)
+        or _uuid("hold_id", reserve.hold_id)
+        or _token("hold_token_id", reserve.hold_token_id)
+    )
+
+
+def _settle(settle: Settle) -> Problem | None:
+    return (
+        _id("hold_id", settle.hold_id)
+        or _actual(settle)
+        or _next_hold(settle)
+        or _text("reference", settle.reference, limits.REFERENCE_BYTES_MAX)
+        or _usage(settle.usage)
+    )
+
+
+def _actual(settle: Settle) -> Problem | None:
+    if settle.actual is not None:
+        return _amount("actual", settle.actual, 0)
+    if settle.keep_open:
+        return "actual", "must be said when the hold is kept open"
+    return None
+
+
+def _next_hold(settle: Settle) -> Problem | None:
+    if settle.keep_open:
+        return _token("next_hold_token_id", settle.next_hold_token_id)
+    if settle.next_hold_token_id is not None:
+        return "next_hold_token_id", "only with keep_open"
+    return None
+
+
+def _hold(operation: Release | Lapse) -> Problem | None:
+    return _id("hold_id", operation.hold_id)
+
+
+def _extend(extend: Extend) -> Problem | None:
+    return (
+        _id("hold_id", extend.hold_id)
+        or _ttl(extend.ttl_us)
+        or _token("next_hold_token_id", extend.next_hold_token_id)
+    )
+
+
+def _spend(spend: Spend) -> Problem | None:
+    return (
+        _amount("amount", spend.amount, 1)
+        or _text("reference", spend.reference, limits.REFERENCE_BYTES_MAX)
+        or _usage(spend.usage)
+    )
+
+
+def _delegate(delegate: Delegate) -> Problem | None:
+    if not delegate.children:
+        return "children", "must be at least 1"
     ids: set[bytes] = set()
     names: set[str] = set()
-    for index, child in enumerate(children[: limits.CHILDREN_MAX]):
-        prefix = f"children[{index}]."
-        yield from _uuid(f"{prefix}budget_id", child.budget_id)
-        yield from _name(f"{prefix}name", child.name)
-        yield from _amount(f"{prefix}amount", child.amount, 0)
-        yield from _receiver(prefix, child.token_id, child.holder)
-        yield from _labels(f"{prefix}labels", child.labels)
-        if not 0 <= child.overrun_factor <= limits.OVERRUN_FACTOR_MAX:
-            yield f"{prefix}overrun_factor", f"must be 0 to {limits.OVERRUN_FACTOR_MAX}"
-        if child.lease_us is not None:
-            yield from _lease(f"{prefix}lease", child.lease_us)
-        if child.lease_latest_us is not None:
-            yield from _lease(f"{prefix}lease_latest", child.lease_latest_us)
-            if child.lease_us is None:
-                yield f"{prefix}lease_latest", "only with a lease"
-            elif child.lease_latest_us < child.lease_us:
-                yield f"{prefix}lease_latest", "must not be before the lease's end"
-        if child.budget_id in ids:
-            yield f"{prefix}budget_id", "is named twice"
-        if child.name in names:
-            yield f"{prefix}name", "is named twice"
+    for index, child in enumerate(delegate.children[: limits.CHILDREN_MAX]):
+        found = _child(child)
+        if found is None and child.budget_id in ids:
+            found = "budget_id", "is named twice"
+        if found is None and child.name in names:
+            found = "name", "is named twice"
+        if found is not None:
+            field, problem = found
+            return f"children[{index}].{field}", problem
         ids.add(child.budget_id)
         names.add(child.name)
+    return None
 
 
-def _length(field: str, value: bytes, length: int) -> Iterator[Problem]:
+def _child(child: Child) -> Problem | None:
+    return (
+        _uuid("budget_id", child.budget_id)
+        or _name("name", child.name)
+        or _amount("amount", child.amount, 0)
+        or _receiver(child.token_id, child.holder)
+        or _labels("labels", child.labels)
+        or _overrun_factor(child.overrun_factor)
+        or (None if child.lease_us is None else _lease("lease", child.lease_us))
+        or _lease_latest(child)
+    )
+
+
+def _overrun_factor(value: int) -> Problem | None:
+    if not 0 <= value <= limits.OVERRUN_FACTOR_MAX:
+        return "overrun_factor", f"must be 0 to {limits.OVERRUN_FACTOR_MAX}"
+    return None
+
+
+def _lease_latest(child: Child) -> Problem | None:
+    if child.lease_latest_us is None:
+        return None
+    found = _lease("lease_latest", child.lease_latest_us)
+    if found is not None:
+        return found
+    if child.lease_us is None:
+        return "lease_latest", "only with a lease"
+    if child.lease_latest_us < child.lease_us:
+        return "lease_latest", "must not be before the lease's end"
+    return None
+
+
+def _recover(recover: Recover) -> Problem | None:
+    return (
+        _recovered(recover)
+        or (None if recover.if_seq is None else _amount("if_seq", recover.if_seq, 1))
+        or _rotations(recover)
+    )
+
+
+def _recovered(recover: Recover) -> Problem | None:
+    if not isinstance(recover.authority, ByHolder):
+        return _receiver(recover.next_token_id, recover.holder, "next_token_id")
+    found = _token("next_token_id", recover.next_token_id)
+    if found is None and recover.holder is not None:
+        return "holder", "is set by an admin only"
+    return found
+
+
+def _rotations(recover: Recover) -> Problem | None:
+    seen: set[bytes] = set()
+    for index, rotation in enumerate(recover.holds[: limits.ROTATIONS_MAX]):
+        found = _id(f"holds[{index}].hold_id", rotation.hold_id) or _token(
+            f"holds[{index}].next_token_id", rotation.next_token_id
+        )
+        if found is not None:
+            return found
+        if rotation.hold_id in seen:
+            return f"holds[{index}].hold_id", "is named twice"
+        seen.add(rotation.hold_id)
+    return None
+
+
+def _fund(fund: Fund) -> Problem | None:
+    return (
+        _id("descendant_id", fund.descendant_id)
+        or _amount("amount", fund.amount, 0)
+        or (None if fund.lease_us is None else _lease("lease", fund.lease_us))
+    )
+
+
+def _renew(renew: Renew) -> Problem | None:
+    return _lease("lease", renew.lease_us)
+
+
+def _return(give: Return) -> Problem | None:
+    if give.amount is None:
+        return None
+    found = _amount("amount", give.amount, 1)
+    if found is None and give.cascade:
+        return "cascade", "only with all"
+    return found
+
+
+def _revoke(revoke: Revoke) -> Problem | None:
+    return _id("descendant_id", revoke.descendant_id)
+
+
+def _resolve(resolve: Resolve) -> Problem | None:
+    return (
+        _id("hold_id", resolve.hold_id)
+        or _amount("actual", resolve.actual, 0)
+        or _text("reason", resolve.reason, limits.REASON_BYTES_MAX, least=1)
+    )
+
+
+def _freeze(operation: Freeze | Unfreeze) -> Problem | None:
+    return _text("reason", operation.reason, limits.REASON_BYTES_MAX)
+
+
+def _nothing(_: Operation) -> Problem | None:
+    return None
+
+
+_OWN: dict[Kind, Callable[[Any], Problem | None]] = {
+    Kind.GRANT: _grant,
+    Kind.TOP_UP: _positive,
+    Kind.WITHDRAW: _positive,
+    Kind.RESERVE: _reserve,
+    Kind.SETTLE: _settle,
+    Kind.RELEASE: _hold,
+    Kind.EXTEND: _extend,
+    Kind.SPEND: _spend,
+    Kind.DELEGATE: _delegate,
+    Kind.ACCEPT: _nothing,
+    Kind.RECOVER: _recover,
+    Kind.FUND: _fund,
+    Kind.RENEW: _renew,
+    Kind.RETURN: _return,
+    Kind.REVOKE: _revoke,
+    Kind.RESOLVE: _resolve,
+    Kind.FREEZE: _freeze,
+    Kind.UNFREEZE: _freeze,
+    Kind.LAPSE: _hold,
+    Kind.EXPIRE: _nothing,
+    Kind.COLLECT: _nothing,
+}
+
+
+# -- Values -----------------------------------------------------------------------------------------
+
+
+def _length(field: str, value: bytes, length: int) -> Problem | None:
     if len(value) != length:
-        yield field, f"must be {length} bytes, not {len(value)}"
+        return field, f"must be {length} bytes, not {len(value)}"
+    return None
 
 
-def _id(field: str, value: bytes) -> Iterator[Problem]:
-    yield from _length(field, value, limits.ID_BYTES)
-
-
-def _uuid(field: str, value: bytes, version: int = 7) -> Iterator[Problem]:
+def _id(field: str, value: bytes) -> Problem | None:
     if len(value) != limits.ID_BYTES:
-        yield from _id(field, value)
-    elif value[6] >> 4 != version or value[8] >> 6 != 2:  # noqa: PLR2004 - RFC 9562, section 4.1
-        yield field, f"must be a UUIDv{version}"
+        return _length(field, value, limits.ID_BYTES)
+    return None
 
 
-def _token(field: str, value: bytes | None) -> Iterator[Problem]:
+def _uuid(field: str, value: bytes, version: int = 7) -> Problem | None:
+    if len(value) != limits.ID_BYTES:
+        return _id(field, value)
+    if value[6] >> 4 != version or value[8] >> 6 != 2:  # noqa: PLR2004 - RFC 9562, section 4.1
+        return field, f"must be a UUIDv{version}"
+    return None
+
+
+def _token(field: str, value: bytes | None) -> Problem | None:
     if value is None:
-        yield field, "is missing"
-    else:
-        yield from _length(field, value, limits.TOKEN_ID_BYTES)
+        return field, "is missing"
+    if len(value) != limits.TOKEN_ID_BYTES:
+        return _length(field, value, limits.TOKEN_ID_BYTES)
+    return None
 
 
 def _receiver(
-    prefix: str, token_id: bytes | None, holder: str | None, field: str = "token_id"
-) -> Iterator[Problem]:
+    token_id: bytes | None, holder: str | None, field: str = "token_id"
+) -> Problem | None:
     if token_id is None and holder is None:
-        yield f"{prefix}{field}", "is missing: name a token id, a holder, or both"
-    if token_id is not None:
-        yield from _length(f"{prefix}{field}", token_id, limits.TOKEN_ID_BYTES)
-    if holder is not None:
-        yield from _text(f"{prefix}holder", holder, limits.PRINCIPAL_BYTES_MAX, least=1)
+        return field, "is missing: name a token id, a holder, or both"
+    return (None if token_id is None else _token(field, token_id)) or (
+        None if holder is None else _text("holder", holder, limits.PRINCIPAL_BYTES_MAX, least=1)
+    )
 
 
-def _amount(field: str, value: int, least: int) -> Iterator[Problem]:
+def _amount(field: str, value: int, least: int) -> Problem | None:
     if value < least:
-        yield field, f"must be at least {least}"
-    elif value > limits.AMOUNT_MAX:
-        yield field, f"must be at most {limits.AMOUNT_MAX}"
+        return field, f"must be at least {least}"
+    if value > limits.AMOUNT_MAX:
+        return field, f"must be at most {limits.AMOUNT_MAX}"
+    return None
 
 
-def _duration(field: str, value: int, least: int, most: int) -> Iterator[Problem]:
+def _duration(field: str, value: int, least: int, most: int) -> Problem | None:
     if not least <= value <= most:
-        yield (
+        return (
             field,
             f"must be {least // limits.SECOND_US} to {most // limits.SECOND_US} seconds",
         )
+    return None
 
 
-def _lease(field: str, value: int) -> Iterator[Problem]:
-    yield from _duration(field, value, limits.LEASE_US_MIN, limits.LEASE_US_MAX)
+def _ttl(value: int) -> Problem | None:
+    return _duration("ttl", value, limits.HOLD_TTL_US_MIN, limits.HOLD_AGE_US_MAX)
 
 
-def _text(field: str, value: str, most: int, least: int = 0) -> Iterator[Problem]:
+def _lease(field: str, value: int) -> Problem | None:
+    return _duration(field, value, limits.LEASE_US_MIN, limits.LEASE_US_MAX)
+
+
+def _text(field: str, value: str, most: int, least: int = 0) -> Problem | None:
+    if value.isascii() and value.isprintable() and least <= len(value) <= most:
+        return None
     size = len(value.encode(errors="surrogatepass"))
     if not least <= size <= most:
-        yield field, f"must be {least} to {most} bytes of UTF-8, not {size}"
-    elif not all(map(_printable, value)):
-        yield field, "must not contain control characters"
+        return field, f"must be {least} to {most} bytes of UTF-8, not {size}"
+    if _UNPRINTABLE.search(value):
+        return field, "must not contain control characters"
+    return None
 
 
-def _printable(character: str) -> bool:
-    """Neither a control character (NUL does not fit into the database) nor half a surrogate pair."""
-    if character < " " or "\x7f" <= character <= "\x9f":
-        return False
-    return not "\ud800" <= character <= "\udfff"
-
-
-def _name(field: str, value: str) -> Iterator[Problem]:
-    yield from _text(field, value, limits.NAME_BYTES_MAX, least=1)
+def _name(field: str, value: str) -> Problem | None:
+    found = _text(field, value, limits.NAME_BYTES_MAX, least=1)
+    if found is not None:
+        return found
     if "/" in value:
-        yield field, "must not contain a slash: it separates the names of a path"
+        return field, "must not contain a slash: it separates the names of a path"
     if value != value.strip():
-        yield field, "must not begin or end with white space"
+        return field, "must not begin or end with white space"
+    return None
 
 
-def _unit(value: str) -> Iterator[Problem]:
+def _unit(value: str) -> Problem | None:
     if not 1 <= len(value) <= limits.UNIT_BYTES_MAX or not _UNIT_ALPHABET.issuperset(value):
-        yield "unit", f"must be 1 to {limits.UNIT_BYTES_MAX} of a-z, 0-9 and _"
+        return "unit", f"must be 1 to {limits.UNIT_BYTES_MAX} of a-z, 0-9 and _"
+    return None
 
 
-def _labels(field: str, labels: Labels) -> Iterator[Problem]:
+def _labels(field: str, labels: Labels) -> Problem | None:
     for key, value in labels[: limits.LABELS_MAX]:
-        yield from _text(f"{field} key", key, limits.LABEL_KEY_BYTES_MAX, least=1)
-        yield from _text(f"{field} value", value, limits.LABEL_VALUE_BYTES_MAX)
+        found = _text(f"{field} key", key, limits.LABEL_KEY_BYTES_MAX, least=1) or _text(
+            f"{field} value", value, limits.LABEL_VALUE_BYTES_MAX
+        )
+        if found is not None:
+            return found
+    return None
 
 
-def _usage(usage: Usage | None) -> Iterator[Problem]:
+def _usage(usage: Usage | None) -> Problem | None:
     if usage is None:
-        return
-    yield from _text("usage.provider", usage.provider, limits.PROVIDER_BYTES_MAX)
-    yield from _text("usage.model", usage.model, limits.PROVIDER_BYTES_MAX)
-    for field in ("input_tokens", "output_tokens", "cached_tokens"):
-        if not 0 <= getattr(usage, field) <= limits.USAGE_TOKENS_MAX:
-            yield f"usage.{field}", f"must be 0 to {limits.USAGE_TOKENS_MAX}"
+        return None
+    return (
+        _text("usage.provider", usage.provider, limits.PROVIDER_BYTES_MAX)
+        or _text("usage.model", usage.model, limits.PROVIDER_BYTES_MAX)
+        or _tokens("usage.input_tokens", usage.input_tokens)
+        or _tokens("usage.output_tokens", usage.output_tokens)
+        or _tokens("usage.cached_tokens", usage.cached_tokens)
+    )
+
+
+def _tokens(field: str, value: int) -> Problem | None:
+    if not 0 <= value <= limits.USAGE_TOKENS_MAX:
+        return field, f"must be 0 to {limits.USAGE_TOKENS_MAX}"
+    return None

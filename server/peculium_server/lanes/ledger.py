@@ -11,7 +11,6 @@ from peculium_server.core.batch import Left, Request, check_atomic
 from peculium_server.core.operations import After, ByToken
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refusal, Refused
-from peculium_server.core.shape import check_shape
 from peculium_server.lanes.answers import Answer, Position, Unanswered, Unavailability
 from peculium_server.lanes.lane import Answered, AtomicLane, Lane, LanesWriter, Writer
 from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows
@@ -176,7 +175,7 @@ def _admit(requests: Sequence[Request]) -> tuple[Sequence[Request], dict[int, Re
     admitted: list[Request] = []
     for each in requests:
         request = _past_refused(each, untouched) if untouched else each
-        refusal = check_shape(request.operation)
+        refusal = request.malformed()
         if refusal is None:
             admitted.append(request)
             continue
@@ -193,7 +192,7 @@ def _past_refused(request: Request, untouched: dict[int, ByToken | After]) -> Re
     if not isinstance(authority, After) or authority.index not in untouched:
         return request
     operation = replace(request.operation, authority=untouched[authority.index])
-    return replace(request, operation=operation)
+    return Request(operation, request.actor, request.index)
 
 
 def _parts(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
