@@ -16,6 +16,7 @@ from hypothesis import given, strategies as st
 from peculium_server.core import cbor
 from peculium_server.core.encoding import (
     FIELDS,
+    OPERATION_DOMAIN,
     Part,
     decode_effect,
     decode_request,
@@ -273,6 +274,122 @@ def test_the_page_tells_every_key() -> None:
     assert "granted, available, held, delegated, spent, forfeited,\noverrun, advanced" in PAGE
     for state in HoldState:
         assert f"{state.value} {state.name.lower()}" in HOLD_KEYS["state"][1]
+
+
+# -- What is written piece by piece is the deterministic encoding of what the page tells -------------------------
+
+
+def _said(source: Any, keys: dict[str, tuple[int, str]]) -> dict[cbor.Key, cbor.Value]:
+    """What is None, False or empty is absent; a number is always said."""
+    return {
+        keys[field.name][0]: _plain(value)
+        for field in fields(source)
+        if field.name in keys and ((value := getattr(source, field.name)) or type(value) is int)
+    }
+
+
+def _plain(value: Any) -> cbor.Value:
+    match value:
+        case Usage():
+            return _said(value, USAGE_KEYS)
+        case AtomicBatch():
+            return [value.batch_id, value.size]
+        case (Child(), *_):
+            return [_said(child, KEYS) for child in value]
+        case (Rotation(), *_):
+            return [[rotation.hold_id, rotation.next_token_id] for rotation in value]
+        case (tuple(), *_):
+            return dict(value)
+        case _:
+            plain: cbor.Value = value
+            return plain
+
+
+AUTHORITIES = {ByToken: 1, ByHolder: 2, ByRole: 3}
+OWN_KEYS = {name: key for name, key in KEYS.items() if name not in ("authority", "budget_id")}
+
+
+@pytest.mark.parametrize("kind", Kind)
+@given(data=st.data())
+def test_a_request_is_the_encoding_of_its_map(kind: Kind, data: st.DataObject) -> None:
+    operation = data.draw(_operations(kind))
+    said: dict[cbor.Key, cbor.Value] = {1: AUTHORITIES[type(operation.authority)]}
+    assert encode_request(operation) == cbor.encode(said | _said(operation, OWN_KEYS))
+
+
+def _told(hold: Hold) -> cbor.Value:
+    """What is zero is absent."""
+    told: dict[cbor.Key, cbor.Value] = {
+        key: int(value)
+        for name, (key, _) in HOLD_KEYS.items()
+        if (value := getattr(hold, name)) and name != "hold_id"
+    }
+    return told | {1: hold.hold_id}
+
+
+@given(EFFECT)
+def test_an_effect_is_the_encoding_of_its_map(effect: Effect) -> None:
+    told: dict[cbor.Key, cbor.Value] = {}
+    for name, (key, _) in EFFECT_KEYS.items():
+        value = getattr(effect, name)
+        if isinstance(value, Balances):
+            value = {number: by for number, by in enumerate(value, start=1) if by}
+        elif isinstance(value, Hold):
+            value = _told(value)
+        elif isinstance(value, tuple):
+            value = [_told(each) if isinstance(each, Hold) else each for each in value]
+        if value:
+            told[key] = value
+    assert encode_effect(effect) == cbor.encode(told)
+
+
+@given(
+    st.sampled_from(Kind),
+    st.lists(ID, min_size=2, max_size=2),
+    st.lists(AMOUNT, min_size=3, max_size=3),
+    TEXT,
+    st.none() | ID,
+    st.binary(max_size=300),
+    st.lists(
+        st.builds(
+            Part, ID, AMOUNT, st.none() | TOKEN, st.builds(Balances, *[CHANGE] * 8), st.binary()
+        ),
+        max_size=30,
+    ),
+)
+def test_a_digest_is_of_the_encoding_of_a_record(
+    kind: Kind,
+    ids: list[bytes],
+    numbers: list[int],
+    principal: str,
+    trace_id: bytes | None,
+    request: bytes,
+    parts: list[Part],
+) -> None:
+    told: list[cbor.Value] = [[*part[:3], [*part.money], part.effect] for part in parts]
+    record: cbor.Value = [
+        int(kind),
+        *ids,
+        *numbers[:2],
+        principal,
+        trace_id,
+        numbers[2],
+        request,
+        told,
+    ]
+    digest = operation_digest(
+        kind=kind,
+        root_id=ids[0],
+        operation_id=ids[1],
+        position=numbers[0],
+        at=numbers[1],
+        principal=principal,
+        trace_id=trace_id,
+        amount=numbers[2],
+        request=request,
+        parts=parts,
+    )
+    assert digest == hashlib.sha256(OPERATION_DOMAIN + cbor.encode(record)).digest()
 
 
 # -- The vectors: held to the page by cbor2 and hashlib alone ---------------------------------------------------

@@ -7,6 +7,7 @@ their encoding, true and null. Shortest form of every length; one value has one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from struct import Struct
 from types import NoneType
 from typing import Any
 
@@ -21,62 +22,84 @@ def encode(value: Value) -> bytes:
 
 def head(major: int, argument: int) -> bytes:
     """The first bytes of an item: its major type and its argument in the shortest form."""
-    if argument < 24:
-        return _SHORT[major][argument]
-    bits = argument.bit_length()
-    if bits > 64:
-        raise OverflowError(f"{argument} does not fit into 64 bits")
-    first, size = _LONG[major][bits]
-    return first + argument.to_bytes(size)
+    if argument < 0x100:
+        return _HEADS[major][argument]
+    if argument < 0x1_0000:
+        return _PACK_16(major << 5 | 25, argument)
+    if argument < 0x1_0000_0000:
+        return _PACK_32(major << 5 | 26, argument)
+    if argument < 0x1_0000_0000_0000_0000:
+        return _PACK_64(major << 5 | 27, argument)
+    raise OverflowError(f"{argument} does not fit into 64 bits")
 
 
-_SHORT = [[bytes((major << 5 | argument,)) for argument in range(24)] for major in range(6)]
-_SIZES = [1] * 9 + [2] * 8 + [4] * 16 + [8] * 32
-"""How many bytes an argument takes, by its length in bits."""
-_LONG = [
-    [(bytes((major << 5 | 23 + size.bit_length(),)), size) for size in _SIZES] for major in range(6)
+_HEADS = [
+    [bytes((major << 5 | argument,)) for argument in range(24)]
+    + [bytes((major << 5 | 24, argument)) for argument in range(24, 256)]
+    for major in range(6)
 ]
+_PACK_16, _PACK_32, _PACK_64 = (Struct(form).pack for form in (">BH", ">BI", ">BQ"))
+
+NULL, TRUE, FALSE = b"\xf6", b"\xf5", b"\xf4"
 
 
-def _integer(value: int) -> bytes:
-    if 0 <= value < 24:
-        return _SHORT[0][value]
+def integer(value: int) -> bytes:
+    """The encoding of a number."""
+    if 0 <= value < 0x100:
+        return _UNSIGNED[value]
     return head(0, value) if value >= 0 else head(1, -1 - value)
 
 
-def _bytes(value: bytes) -> bytes:
+_UNSIGNED = _HEADS[0]
+
+
+def byte_string(value: bytes) -> bytes:
+    """The encoding of bytes."""
     return head(2, len(value)) + value
 
 
-def _text(value: str) -> bytes:
+def text(value: str) -> bytes:
+    """The encoding of a text."""
     data = value.encode()
     return head(3, len(data)) + data
 
 
+def array(items: list[bytes]) -> bytes:
+    """The encoding of an array of items that are encoded."""
+    return head(4, len(items)) + b"".join(items)
+
+
+def mapping(items: list[bytes]) -> bytes:
+    """The encoding of a map of items that are encoded, each its key and value, by ascending keys."""
+    return head(5, len(items)) + b"".join(items)
+
+
 def _array(value: list[Value]) -> bytes:
-    return head(4, len(value)) + b"".join([_ENCODERS[type(item)](item) for item in value])
+    return array([_ENCODERS[type(item)](item) for item in value])
 
 
 def _map(value: dict[Key, Value]) -> bytes:
     # No key's encoding begins with another's, so the items come in the order of their keys.
-    items = [_ENCODERS[type(key)](key) + _ENCODERS[type(item)](item) for key, item in value.items()]
-    items.sort()
-    return head(5, len(items)) + b"".join(items)
+    return mapping(
+        sorted(
+            [_ENCODERS[type(key)](key) + _ENCODERS[type(item)](item) for key, item in value.items()]
+        )
+    )
 
 
 def _boolean(value: bool) -> bytes:
-    return b"\xf5" if value else b"\xf4"
+    return TRUE if value else FALSE
 
 
 def _null(_: None) -> bytes:
-    return b"\xf6"
+    return NULL
 
 
 # By the exact type: entries are encoded on the hot path, and a chain of tests takes twice as long.
 _ENCODERS: dict[type, Callable[[Any], bytes]] = {
-    int: _integer,
-    bytes: _bytes,
-    str: _text,
+    int: integer,
+    bytes: byte_string,
+    str: text,
     list: _array,
     dict: _map,
     bool: _boolean,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from peculium_server.core import cbor
@@ -42,12 +43,25 @@ class _Field(NamedTuple):
 
     key: int
     name: str
-    pack: Callable[[Any], cbor.Value]
+    write: Callable[[Any], bytes]
     unpack: Callable[[Any], Any]
 
 
-def _plain(value: cbor.Value) -> cbor.Value:
-    return value
+class _Layout:
+    """How the attributes of a value are written as a map: in the order of their keys."""
+
+    def __init__(self, fields: Sequence[_Field]) -> None:
+        ordered = sorted(fields, key=lambda field: field.key)
+        self._values = attrgetter(*(field.name for field in ordered))
+        self._writers = tuple((cbor.integer(field.key), field.write) for field in ordered)
+
+    def items(self, source: object) -> list[bytes]:
+        """Absent is what is None, False or empty; a number is always said."""
+        return [
+            key + write(value)
+            for (key, write), value in zip(self._writers, self._values(source), strict=True)
+            if value or type(value) is int
+        ]
 
 
 def _only(type_: type) -> Callable[[Any], Any]:
@@ -64,32 +78,32 @@ def _only(type_: type) -> Callable[[Any], Any]:
 _int, _str, _bytes, _bool, _list, _dict = map(_only, (int, str, bytes, bool, list, dict))
 
 
-def _pack_labels(labels: Labels) -> cbor.Value:
-    return dict(labels)
+def _write_labels(labels: Labels) -> bytes:
+    return cbor.encode(dict(labels))
 
 
 def _unpack_labels(labels: Any) -> Labels:
     return tuple(sorted((_str(key), _str(value)) for key, value in _dict(labels).items()))
 
 
-def _pack_usage(usage: Usage) -> cbor.Value:
-    return _pack(_USAGE, usage)
+def _write_usage(usage: Usage) -> bytes:
+    return cbor.mapping(_USAGE_LAYOUT.items(usage))
 
 
 def _unpack_usage(packed: Any) -> Usage:
     return Usage(**_unpack(_USAGE, packed))
 
 
-def _pack_children(children: tuple[Child, ...]) -> cbor.Value:
-    return [_pack(_CHILD, child) for child in children]
+def _write_children(children: tuple[Child, ...]) -> bytes:
+    return cbor.array([cbor.mapping(_CHILD_LAYOUT.items(child)) for child in children])
 
 
 def _unpack_children(packed: Any) -> tuple[Child, ...]:
     return tuple(Child(**_unpack(_CHILD, child)) for child in _list(packed))
 
 
-def _pack_rotations(rotations: tuple[Rotation, ...]) -> cbor.Value:
-    return [[rotation.hold_id, rotation.next_token_id] for rotation in rotations]
+def _write_rotations(rotations: tuple[Rotation, ...]) -> bytes:
+    return cbor.encode([[rotation.hold_id, rotation.next_token_id] for rotation in rotations])
 
 
 def _unpack_rotations(packed: Any) -> tuple[Rotation, ...]:
@@ -99,8 +113,8 @@ def _unpack_rotations(packed: Any) -> tuple[Rotation, ...]:
     )
 
 
-def _pack_batch(batch: AtomicBatch) -> cbor.Value:
-    return [batch.batch_id, batch.size]
+def _write_batch(batch: AtomicBatch) -> bytes:
+    return cbor.encode([batch.batch_id, batch.size])
 
 
 def _unpack_batch(packed: Any) -> AtomicBatch:
@@ -108,34 +122,46 @@ def _unpack_batch(packed: Any) -> AtomicBatch:
     return AtomicBatch(_bytes(batch_id), _int(size))
 
 
-def _same(key: int, name: str, unpack: Callable[[Any], Any]) -> _Field:
-    return _Field(key, name, _plain, unpack)
+def _number(key: int, name: str) -> _Field:
+    return _Field(key, name, cbor.integer, _int)
 
 
-_LABELS = _Field(2, "labels", _pack_labels, _unpack_labels)
-_AMOUNT = _same(3, "amount", _int)
-_TTL = _same(4, "ttl_us", _int)
-_NEXT = _same(5, "next_token_id", _bytes)
-_HOLD = _same(6, "hold_id", _bytes)
-_ACTUAL = _same(8, "actual", _int)
-_NEXT_HOLD = _same(10, "next_hold_token_id", _bytes)
-_REFERENCE = _same(11, "reference", _str)
-_USAGE_FIELD = _Field(12, "usage", _pack_usage, _unpack_usage)
-_NAME = _same(15, "name", _str)
-_TOKEN = _same(17, "token_id", _bytes)
-_HOLDER = _same(18, "holder", _str)
-_LEASE = _same(19, "lease_us", _int)
-_DESCENDANT = _same(24, "descendant_id", _bytes)
-_REASON = _same(26, "reason", _str)
+def _binary(key: int, name: str) -> _Field:
+    return _Field(key, name, cbor.byte_string, _bytes)
 
-_BATCH = _Field(27, "batch", _pack_batch, _unpack_batch)
+
+def _text(key: int, name: str) -> _Field:
+    return _Field(key, name, cbor.text, _str)
+
+
+def _flag(key: int, name: str) -> _Field:
+    return _Field(key, name, cbor.encode, _bool)
+
+
+_LABELS = _Field(2, "labels", _write_labels, _unpack_labels)
+_AMOUNT = _number(3, "amount")
+_TTL = _number(4, "ttl_us")
+_NEXT = _binary(5, "next_token_id")
+_HOLD = _binary(6, "hold_id")
+_ACTUAL = _number(8, "actual")
+_NEXT_HOLD = _binary(10, "next_hold_token_id")
+_REFERENCE = _text(11, "reference")
+_USAGE_FIELD = _Field(12, "usage", _write_usage, _unpack_usage)
+_NAME = _text(15, "name")
+_TOKEN = _binary(17, "token_id")
+_HOLDER = _text(18, "holder")
+_LEASE = _number(19, "lease_us")
+_DESCENDANT = _binary(24, "descendant_id")
+_REASON = _text(26, "reason")
+
+_BATCH = _Field(27, "batch", _write_batch, _unpack_batch)
 
 _USAGE = (
-    _same(1, "provider", _str),
-    _same(2, "model", _str),
-    _same(3, "input_tokens", _int),
-    _same(4, "output_tokens", _int),
-    _same(5, "cached_tokens", _int),
+    _text(1, "provider"),
+    _text(2, "model"),
+    _number(3, "input_tokens"),
+    _number(4, "output_tokens"),
+    _number(5, "cached_tokens"),
 )
 _CHILD = (
     _LABELS,
@@ -144,25 +170,25 @@ _CHILD = (
     _TOKEN,
     _HOLDER,
     _LEASE,
-    _same(20, "lease_latest_us", _int),
-    _same(21, "overrun_factor", _int),
-    _same(22, "budget_id", _bytes),
+    _number(20, "lease_latest_us"),
+    _number(21, "overrun_factor"),
+    _binary(22, "budget_id"),
 )
 FIELDS: dict[Kind, tuple[_Field, ...]] = {
-    Kind.GRANT: (_LABELS, _BATCH, _AMOUNT, _NAME, _same(16, "unit", _str), _TOKEN, _HOLDER),
+    Kind.GRANT: (_LABELS, _BATCH, _AMOUNT, _NAME, _text(16, "unit"), _TOKEN, _HOLDER),
     Kind.TOP_UP: (_LABELS, _BATCH, _AMOUNT),
     Kind.WITHDRAW: (_LABELS, _BATCH, _AMOUNT),
-    Kind.RESERVE: (_LABELS, _BATCH, _AMOUNT, _TTL, _NEXT, _HOLD, _same(7, "hold_token_id", _bytes)),
+    Kind.RESERVE: (_LABELS, _BATCH, _AMOUNT, _TTL, _NEXT, _HOLD, _binary(7, "hold_token_id")),
     Kind.SETTLE: (
         _LABELS,
         _BATCH,
         _HOLD,
         _ACTUAL,
-        _same(9, "keep_open", _bool),
+        _flag(9, "keep_open"),
         _NEXT_HOLD,
         _REFERENCE,
         _USAGE_FIELD,
-        _same(13, "estimated", _bool),
+        _flag(13, "estimated"),
     ),
     Kind.RELEASE: (_LABELS, _BATCH, _HOLD),
     Kind.EXTEND: (_LABELS, _BATCH, _TTL, _HOLD, _NEXT_HOLD),
@@ -171,7 +197,7 @@ FIELDS: dict[Kind, tuple[_Field, ...]] = {
         _LABELS,
         _BATCH,
         _NEXT,
-        _Field(14, "children", _pack_children, _unpack_children),
+        _Field(14, "children", _write_children, _unpack_children),
     ),
     Kind.ACCEPT: (_LABELS, _BATCH, _NEXT),
     Kind.RECOVER: (
@@ -179,12 +205,12 @@ FIELDS: dict[Kind, tuple[_Field, ...]] = {
         _BATCH,
         _NEXT,
         _HOLDER,
-        _Field(23, "holds", _pack_rotations, _unpack_rotations),
-        _same(28, "if_seq", _int),
+        _Field(23, "holds", _write_rotations, _unpack_rotations),
+        _number(28, "if_seq"),
     ),
     Kind.FUND: (_LABELS, _BATCH, _AMOUNT, _NEXT, _LEASE, _DESCENDANT),
     Kind.RENEW: (_LABELS, _BATCH, _NEXT, _LEASE),
-    Kind.RETURN: (_LABELS, _BATCH, _AMOUNT, _NEXT, _same(25, "cascade", _bool)),
+    Kind.RETURN: (_LABELS, _BATCH, _AMOUNT, _NEXT, _flag(25, "cascade")),
     Kind.REVOKE: (_LABELS, _BATCH, _NEXT, _DESCENDANT),
     Kind.RESOLVE: (_LABELS, _BATCH, _NEXT, _HOLD, _ACTUAL, _REASON),
     Kind.FREEZE: (_LABELS, _BATCH, _REASON),
@@ -195,18 +221,15 @@ FIELDS: dict[Kind, tuple[_Field, ...]] = {
 }
 """The attributes of each kind, beside the header's; key 1 is the authority. Keys are never reused."""
 
+_LAYOUTS = {kind: _Layout(fields) for kind, fields in FIELDS.items()}
+_USAGE_LAYOUT, _CHILD_LAYOUT = _Layout(_USAGE), _Layout(_CHILD)
+
 _AUTHORITY_KEY = 1
 _BY_TOKEN, _BY_HOLDER, _BY_ROLE = 1, 2, 3
-
-
-def _pack(fields: Sequence[_Field], source: object) -> dict[cbor.Key, cbor.Value]:
-    """Absent is what is None, False or empty; a number is always said."""
-    packed: dict[cbor.Key, cbor.Value] = {}
-    for key, name, pack, _ in fields:
-        value = getattr(source, name)
-        if value or (value is not None and value is not False and isinstance(value, int)):
-            packed[key] = pack(value)
-    return packed
+_AUTHORITIES: dict[type[Authority], bytes] = {
+    type_: cbor.integer(_AUTHORITY_KEY) + cbor.integer(number)
+    for type_, number in ((ByToken, _BY_TOKEN), (ByHolder, _BY_HOLDER), (ByRole, _BY_ROLE))
+}
 
 
 def _unpack(fields: Sequence[_Field], packed: Any) -> dict[str, Any]:
@@ -218,17 +241,9 @@ def _unpack(fields: Sequence[_Field], packed: Any) -> dict[str, Any]:
 
 def encode_request(operation: Operation) -> bytes:
     """What was asked, beside what an entry says of itself (ids, kind, time, actor, consumed token)."""
-    packed = _pack(FIELDS[operation.kind], operation)
-    match operation.authority:
-        case ByToken():
-            packed[_AUTHORITY_KEY] = _BY_TOKEN
-        case ByHolder():
-            packed[_AUTHORITY_KEY] = _BY_HOLDER
-        case ByRole():
-            packed[_AUTHORITY_KEY] = _BY_ROLE
-        case _:
-            raise AssertionError("a chained authority is resolved before it is recorded")
-    return cbor.encode(packed)
+    authority = _AUTHORITIES.get(type(operation.authority))
+    assert authority is not None, "a chained authority is resolved before it is recorded"
+    return cbor.mapping([authority, *_LAYOUTS[operation.kind].items(operation)])
 
 
 def decode_request(
@@ -274,31 +289,46 @@ def decode_request(
 
 def encode_effect(effect: Effect) -> bytes:
     """The state after an operation, beside the balances; absent is what is zero, false or None."""
-    packed: dict[cbor.Key, cbor.Value] = {}
-    changes: dict[cbor.Key, cbor.Value] = {
-        index: change for index, change in enumerate(effect.changes, start=1) if change
-    }
+    items = []
+    changes = [
+        key + cbor.integer(change)
+        for key, change in zip(_CHANGE_KEYS, effect.changes, strict=True)
+        if change
+    ]
     if changes:
-        packed[1] = changes
-    packed |= {key: value for key, value in enumerate(effect[1:9], start=2) if value}
+        items.append(_CHANGES + cbor.mapping(changes))
+    for key, value in zip(_STATE_KEYS, effect[1:9], strict=True):
+        if value:
+            items.append(key + (cbor.TRUE if value is True else cbor.integer(value)))
     if effect.versions:
-        packed[10] = list(effect.versions)
+        items.append(_VERSIONS + cbor.array([*map(cbor.integer, effect.versions)]))
     if effect.hold is not None:
-        packed[11] = _pack_hold(effect.hold)
+        items.append(_HOLD_AFTER + _write_hold(effect.hold))
     if effect.returned:
-        packed[12] = effect.returned
+        items.append(_RETURNED + cbor.integer(effect.returned))
     if effect.pending:
-        packed[13] = effect.pending
+        items.append(_PENDING + cbor.integer(effect.pending))
     if effect.holds:
-        packed[14] = [_pack_hold(hold) for hold in effect.holds]
+        items.append(_HOLDS + cbor.array([*map(_write_hold, effect.holds)]))
     if effect.holds_truncated:
-        packed[15] = True
-    return cbor.encode(packed)
+        items.append(_HOLDS_TRUNCATED + cbor.TRUE)
+    return cbor.mapping(items)
 
 
-def _pack_hold(hold: Hold) -> cbor.Value:
-    packed: dict[cbor.Key, cbor.Value] = {1: hold.hold_id, 2: int(hold.state)}
-    return packed | {key: value for key, value in enumerate(hold[4:], start=3) if value}
+def _write_hold(hold: Hold) -> bytes:
+    items = [_HOLD_ID + cbor.byte_string(hold.hold_id), _HOLD_STATE + cbor.integer(hold.state)]
+    items += [
+        key + cbor.integer(value) for key, value in zip(_HOLD_KEYS, hold[4:], strict=True) if value
+    ]
+    return cbor.mapping(items)
+
+
+_CHANGES, *_STATE_KEYS = (cbor.integer(key) for key in range(1, 10))
+_VERSIONS, _HOLD_AFTER, _RETURNED, _PENDING, _HOLDS, _HOLDS_TRUNCATED = (
+    cbor.integer(key) for key in range(10, 16)
+)
+_CHANGE_KEYS = [cbor.integer(key) for key in range(1, 9)]
+_HOLD_ID, _HOLD_STATE, *_HOLD_KEYS = (cbor.integer(key) for key in range(1, 9))
 
 
 def decode_effect(data: bytes, budget_id: bytes) -> Effect:
@@ -371,19 +401,34 @@ def operation_digest(
     parts: Sequence[Part],
 ) -> bytes:
     """SHA-256 over an operation and all its parts, in order."""
-    record: list[cbor.Value] = [
-        int(kind),
-        root_id,
-        operation_id,
-        position,
-        at,
-        principal,
-        trace_id,
-        amount,
-        request,
-        [[part[0], part[1], part[2], list(part[3]), part[4]] for part in parts],
+    pieces = [
+        OPERATION_DOMAIN,
+        cbor.head(_ARRAY, 10),
+        cbor.integer(kind),
+        cbor.byte_string(root_id),
+        cbor.byte_string(operation_id),
+        cbor.integer(position),
+        cbor.integer(at),
+        cbor.text(principal),
+        cbor.NULL if trace_id is None else cbor.byte_string(trace_id),
+        cbor.integer(amount),
+        cbor.byte_string(request),
+        cbor.head(_ARRAY, len(parts)),
     ]
-    return hashlib.sha256(OPERATION_DOMAIN + cbor.encode(record)).digest()
+    for budget_id, seq, consumed, money, effect in parts:
+        pieces += (
+            cbor.head(_ARRAY, 5),
+            cbor.byte_string(budget_id),
+            cbor.integer(seq),
+            cbor.NULL if consumed is None else cbor.byte_string(consumed),
+            cbor.array([*map(cbor.integer, money)]),
+            cbor.byte_string(effect),
+        )
+    return hashlib.sha256(b"".join(pieces)).digest()
+
+
+_ARRAY = 4
+"""The major type of arrays."""
 
 
 def entry_hash(previous_hash: bytes, digest: bytes, part: int) -> bytes:
