@@ -74,7 +74,7 @@ faults: install ## Do harm to servers, connections and databases, and check the 
 # A slice only shows that everything runs; with parts left out the page would not be whole.
 .PHONY: bench
 bench: install ## Measure everything in one run, and write docs/performance.md (SLICE=1, ONLY=stack,growth).
-	@$(BIN)/python -m tests.bench $(if $(SLICE),--slice) $(if $(ONLY),--only $(ONLY)) \
+	@$(BIN)/python -m tests.bench $(if $(SLICE),--slice) $(if $(ONLY),--only "$(ONLY)") \
 		$(if $(SLICE)$(ONLY),,--report) $(if $(FOLDER),--folder $(FOLDER)) $(ARGS)
 
 .PHONY: fleet

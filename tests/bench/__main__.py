@@ -2,6 +2,8 @@
 
     python -m tests.bench [--seconds-per-cell N] [--repetitions N] [--only a,b] [--folder D] [--full]
 
+Cells' names have commas in them, and a blank after each: `--only "pgbench,one root, 200 agents"` is two cells.
+
 Progress goes to the error stream, everything measured to `bench.json` in the folder, and the last line of
 standard output is the figures as JSON; null is what was not measured. With `--report` the pages in `docs`
 are written from it. The exit code is 1 if something failed, or ledger and provider disagree.
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import resource
 import shutil
 import sys
@@ -24,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import growth, machine, report
-from tests.bench.cells import Bench, Cell, Times, all_cells, redis_program
+from tests.bench.cells import Bench, Cell, Times, all_cells, in_turn, redis_program
 from tests.bench.crew import Crew, empty_server
 from tests.bench.figures import Run
 from tests.bench.ledgers import Ledger, Postgres, Trees
@@ -67,16 +70,21 @@ class Results:
     cells: list[dict[str, Any]] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     more: dict[str, Any] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)
+    """Seconds, by part."""
 
     @contextlib.contextmanager
-    def going_on(self, what: str) -> Iterator[None]:
+    def going_on(self, what: str, part: str) -> Iterator[None]:
         """Whatever fails is noted, and the rest is measured all the same."""
+        begun = time.monotonic()
         try:
             yield
         except Exception as error:  # noqa: BLE001 - hours of other figures must not be lost for it
             # Where in the code is for whoever looks on, not for the page.
             tell(f"FAILED: {what}: {traceback.format_exc()}")
             self.failures.append(f"{what}: {type(error).__name__}")
+        finally:
+            self.took[part] = self.took.get(part, 0.0) + time.monotonic() - begun
 
 
 def tell(text: str) -> None:
@@ -125,6 +133,7 @@ def run(options: Options) -> dict[str, Any]:
         "begun": begun,
         "ended": machine.now(),
         "seconds": round(time.monotonic() - clock, 1),
+        "seconds_by_part": {part: round(seconds, 1) for part, seconds in results.took.items()},
         "load_average": {"begin": load, "end": machine.load()},
         "machine": facts,
         "options": {
@@ -147,17 +156,17 @@ def _measure_cells(bench: Bench, cells: Sequence[Cell], options: Options, result
     """Measure all cells in turn, as often as wanted, so that what disturbs the machine hits all alike."""
     records: dict[str, dict[str, Any]] = {}
     for cell in cells:
-        with results.going_on(cell.name):
+        with results.going_on(cell.name, "preparations"):
             cell.prepare(bench)
             records[cell.name] = {"name": cell.name, "part": cell.part, "repetitions": []}
     results.cells += records.values()
     for number in range(1, options.repetitions + 1):
-        for cell in cells:
+        for cell in in_turn(cells):
             if cell.name not in records:
                 continue
-            with results.going_on(cell.name):
+            with results.going_on(cell.name, cell.part):
                 measured = cell.measure(bench)
-                records[cell.name]["repetitions"].append(measured)
+                records[cell.name]["repetitions"].append({"repetition": number, **measured})
                 tell(f"{number}/{options.repetitions} {cell.name}: {_told(measured)}")
 
 
@@ -169,12 +178,16 @@ def _told(measured: dict[str, Any]) -> str:
 def _measure_growth(bench: Bench, options: Options, results: Results) -> None:
     if not options.wants("growth"):
         return
-    with results.going_on("growth"):
-        agents = 20 if options.small else GROWTH_AGENTS
+    agents = 20 if options.small else GROWTH_AGENTS
+    sizes: list[growth.Grown] = []
+    with results.going_on("filling", "filling"):
         sizes = growth.grow(bench, options.sizes, agents, tell)
-        for _ in range(options.repetitions):
+    if not sizes:
+        return
+    with results.going_on("growth", "growth"):
+        for number in range(1, options.repetitions + 1):
             for one in sizes:
-                growth.measure(bench, one)
+                growth.measure(bench, one, number)
                 tell(f"{one.entries} entries: {_told(one.repetitions[-1])}")
         results.more["growth"] = [
             {"wanted": one.wanted, "entries": one.entries, "repetitions": one.repetitions}
@@ -185,7 +198,7 @@ def _measure_growth(bench: Bench, options: Options, results: Results) -> None:
 
 def _measure_rest(bench: Bench, options: Options, results: Results) -> None:
     if options.wants("memory"):
-        with results.going_on("memory"):
+        with results.going_on("memory", "memory"):
             results.more["memory"] = growth.memory(bench, options.connections, CONNECTION_PROCESSES)
             tell(f"memory: {results.more['memory']}")
     if options.wants("recovery"):
@@ -197,7 +210,7 @@ def _measure_rest(bench: Bench, options: Options, results: Results) -> None:
         }
         found: dict[str, list[dict[str, Any]]] = {}
         for name, measure in kinds.items():
-            with results.going_on(name):
+            with results.going_on(name, "recovery"):
                 found[name] = [measure(bench) for _ in range(options.repetitions)]
                 tell(f"{name}: {found[name]}")
         results.more["recovery"] = found
@@ -215,12 +228,23 @@ def _sizes(text: str) -> Sequence[int]:
     return [int(word) for word in text.split(",")]
 
 
+def _words(text: str) -> Sequence[str]:
+    return [word for word in re.split(r",(?! )", text) if word]
+
+
+def _is_there(word: str, *, small: bool) -> bool:
+    return word in PARTS or any(cell.name.startswith(word) for cell in all_cells(small=small))
+
+
 def _arguments(words: Sequence[str] | None) -> tuple[Options, bool]:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--seconds-per-cell", type=float, help="default: 3, in a slice 0.3")
     parser.add_argument("--repetitions", type=int, help="default: 5, in a slice 1")
     parser.add_argument(
-        "--only", default="", help=f"parts ({', '.join(PARTS)}), or how names of cells begin"
+        "--only",
+        type=_words,
+        default=[],
+        help=f"parts ({', '.join(PARTS)}), or how names of cells begin, with a comma and no blank between",
     )
     parser.add_argument(
         "--folder", type=Path, help="for the data and bench.json; default: a new one"
@@ -238,12 +262,15 @@ def _arguments(words: Sequence[str] | None) -> tuple[Options, bool]:
     )
     parser.add_argument("--report", action="store_true", help="write docs/performance.md from it")
     given = parser.parse_args(words)
+    for word in given.only:
+        if not _is_there(word, small=given.slice):
+            parser.error(f"neither a part nor a cell is called {word!r}")
     folder = given.folder or Path(tempfile.mkdtemp(prefix="peculium-bench-"))
     small = given.slice
     options = Options(
         seconds=given.seconds_per_cell or (0.3 if small else 3.0),
         repetitions=given.repetitions or (1 if small else 5),
-        only=[word for word in given.only.split(",") if word],
+        only=given.only,
         small=small,
         sizes=given.entries or ((500, 1_500) if small else SIZES),
         connections=40 if small else CONNECTIONS,

@@ -107,7 +107,7 @@ def summary(counted: Sequence[Counted], spans: Spans, seconds: float, turns: int
     done = sum(one.turns for one in counted) * turns
     clients = [one.cpu_seconds / seconds for one in counted]
     return {
-        "count": done,
+        "count": round(done),
         "per_s": round(done / seconds, 2),
         **percentiles(latencies),
         "cpu": {
@@ -461,3 +461,28 @@ def all_cells(*, small: bool) -> list[Cell]:
         ),
     ]
     return cells
+
+
+def in_turn(cells: Sequence[Cell]) -> list[Cell]:
+    """In which order a repetition measures them.
+
+    A machine's speed changes within minutes. So whatever is compared is measured close together: pgbench, row
+    locks and Redis among the cells of many coalesced agents, and empty calls among those that travel alone.
+    """
+
+    def place(cell: Cell) -> tuple[int, float]:
+        match cell:
+            case Stack(part="stack", agents=agents):
+                return 0, agents
+            case RowLocks(tasks=tasks):
+                return 0, tasks
+            case Pgbench() | RedisCounter():
+                return 0, AGENTS[-1] - 1
+            case Stack(part="unary", agents=agents):
+                return 1, agents
+            case Empty(part="baselines", callers=callers):
+                return 1, callers
+            case _:
+                return 2, 0
+
+    return sorted(cells, key=place)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 KEYS = (
@@ -42,6 +44,21 @@ def spread(repetitions: Iterable[Mapping[str, Any]], key: str) -> Spread | None:
     return Spread(statistics.median(values), min(values), max(values)) if values else None
 
 
+def by_repetition(repetitions: Iterable[Mapping[str, Any]], key: str) -> dict[int, float]:
+    """One figure, by the number of the repetition that has it."""
+    return {
+        one.get("repetition", number): one[key]
+        for number, one in enumerate(repetitions, start=1)
+        if one.get(key) is not None
+    }
+
+
+def ratios(one: Mapping[int, float], other: Mapping[int, float]) -> Spread | None:
+    """Of what was measured in the same repetition; None if there is no such."""
+    values = [one[number] / other[number] for number in one if other.get(number)]
+    return Spread(statistics.median(values), min(values), max(values)) if values else None
+
+
 def _ratio(one: float | None, other: float | None) -> float | None:
     return one / other if one is not None and other else None
 
@@ -58,10 +75,15 @@ class Run:
         cell = self.cells.get(name)
         return None if cell is None else spread(cell["repetitions"], key)
 
-    def median(self, name: str, key: str = "per_s") -> float | None:
+    def median(self, name: str | None, key: str = "per_s") -> float | None:
         """The median of a figure of a cell."""
-        found = self.of(name, key)
+        found = None if name is None else self.of(name, key)
         return None if found is None else found.median
+
+    def by_repetition(self, name: str | None, key: str = "per_s") -> dict[int, float]:
+        """A figure of a cell by repetition; none if it was not measured."""
+        cell = None if name is None else self.cells.get(name)
+        return {} if cell is None else by_repetition(cell["repetitions"], key)
 
     def best(self, parts: Iterable[str], prefix: str = "") -> tuple[str, float] | None:
         """Which cell of some parts has the highest median rate, and which rate that is."""
@@ -105,13 +127,18 @@ class Run:
         ]
         return max(there, default=AGENTS)
 
-    def hot_roots(self) -> dict[str, float]:
-        """One root that all share, by how: children below it, or the root itself."""
+    def hot_roots(self) -> dict[str, str]:
+        """The cells of one root that all share, by how: children below it, or the root itself."""
         named = {
             "budgets below one root": f"one root, {self.agents} agents",
             "one budget for all": f"shared root, {self.agents} agents",
         }
-        return {how: rate for how, name in named.items() if (rate := self.median(name)) is not None}
+        return {how: name for how, name in named.items() if self.median(name) is not None}
+
+    @property
+    def hottest(self) -> str | None:
+        """The slower of them."""
+        return min(self.hot_roots().values(), key=lambda name: self.median(name) or 0, default=None)
 
     @property
     def unary_ops(self) -> float | None:
@@ -134,6 +161,13 @@ class Run:
                 return spread(one["repetitions"], key)
         return None
 
+    def growth_by_repetition(self, entries: int) -> dict[int, float]:
+        """Pairs a second at a size, by repetition."""
+        for one in self.data.get("growth", ()):
+            if one["wanted"] == entries:
+                return by_repetition(one["repetitions"], "per_s")
+        return {}
+
     @property
     def slowdown(self) -> float | None:
         """How much slower a ledger of a million entries is than one of ten thousand."""
@@ -148,11 +182,10 @@ class Run:
 
     def line(self) -> dict[str, float | int | None]:
         """The last line of a run: null is what it did not measure."""
-        hot = self.hot_roots()
         name = f"one root, {self.agents} agents"
         values = {
             "pairs_per_s": self.best_rate(["stack"]),
-            "pairs_per_s_hot_root": min(hot.values(), default=None),
+            "pairs_per_s_hot_root": self.median(self.hottest),
             "p50_ms": self.median(name, "p50_ms"),
             "p99_ms": self.median(name, "p99_ms"),
             "unloaded_p50_ms": self.unloaded[0],
@@ -176,103 +209,31 @@ class Goal:
     reached: str
     met: bool | None
     """None: not measured."""
+    in_repetitions: tuple[str, str, str] | None = None
+    """Of a ratio: the median of those of each repetition, the least and the most."""
 
 
 def _goal(
-    wanted: str, value: float | None, holds: Callable[[float], bool], text: str = "{:,.0f}"
+    wanted: str,
+    value: float | None,
+    holds: Callable[[float], bool],
+    text: str = "{:,.0f}",
+    in_repetitions: Spread | None = None,
 ) -> Goal:
     if value is None:
         return Goal(wanted, "not measured", None)
-    return Goal(wanted, text.format(value), holds(value))
+    if in_repetitions is None:
+        return Goal(wanted, text.format(value), holds(value))
+    median, low, high = map(text.partition(" ")[0].format, in_repetitions)
+    return Goal(wanted, text.format(value), holds(value), (median, low, high))
 
 
 def goals(run: Run) -> list[Goal]:
     """All goals, with what was reached."""
-    pairs, pgbench = run.best_rate(["stack"]), run.median("pgbench")
-    own = run.median(f"own roots, {run.agents} agents")
-    hot, spread_rate = (
-        run.best_rate(["baselines"], f"row locks, {kind}") for kind in ("hot", "spread")
-    )
-    empty = run.line()["empty_grpc_unary_per_s"]
-    reserve, both = run.unloaded
-    found = [
-        _goal(
-            "pairs a second, best setting: at least 5,300 (the peer's bare engine)",
-            pairs,
-            lambda value: value >= PEER_PAIRS_PER_S,
-        ),
-        _goal(
-            "pairs a second: at least one for each transaction of pgbench",
-            _ratio(pairs, pgbench),
-            lambda value: value >= 1,
-            "{:.2f} to one",
-        ),
-    ]
-    for how, rate in run.hot_roots().items():
-        found.append(
-            _goal(
-                f"{run.agents} agents on {how}: at least 90 % of a root for each",
-                _ratio(rate, own),
-                lambda value: value >= 0.9,
-                "{:.0%}",
-            )
-        )
-    lowest = min(run.hot_roots().values(), default=None)
-    lanes = [
-        value
-        for name in ("two lanes", "two lanes, two servers")
-        if (value := run.median(name)) is not None
-    ]
-    conflicts = sum(
-        one["serialization_retries"]
-        for cell in run.cells.values()
-        if cell["part"] == "lanes"
-        for one in cell["repetitions"]
-    )
-
     return [
-        *found,
-        _goal(
-            "one root for all: at least 20 times row locks on a hot row",
-            _ratio(lowest, hot),
-            lambda value: value >= 20,
-            "{:.1f} times",
-        ),
-        _goal(
-            "one root for all: at least 4 times row locks on rows of their own",
-            _ratio(lowest, spread_rate),
-            lambda value: value >= 4,
-            "{:.1f} times",
-        ),
-        _goal(
-            "operations that travel alone: at least 60 % of empty calls",
-            _ratio(run.unary_ops, empty),
-            lambda value: value >= 0.6,
-            "{:.0%}",
-        ),
-        _goal(
-            "the same of calls without messages, of bytes alone (stricter than the goal)",
-            _ratio(run.unary_ops, run.median("bytes to the empty handler")),
-            lambda value: value >= 0.6,
-            "{:.0%}",
-        ),
-        _goal(
-            "unloaded Reserve: at most twice an empty call and a commit (medians)",
-            _ratio(reserve, both),
-            lambda value: value <= 2,
-            "{:.2f} times",
-        ),
-        _goal(
-            "two lanes busy at once: no serialization retries",
-            float(conflicts) if lanes else None,
-            lambda value: value == 0,
-        ),
-        _goal(
-            "two lanes busy at once: at least 1.5 times one lane, where there are cores for it",
-            _ratio(max(lanes, default=None), run.median("one lane")),
-            lambda value: value >= 1.5,
-            "{:.2f} times",
-        ),
+        *_pairs_goals(run),
+        *_alone_goals(run),
+        *_lanes_goals(run),
         _goal(
             f"p99 of a Reserve with {run.agents} agents in one process or two, worst setting: at most 100 ms",
             run.worst_p99(["stack"], f" {run.agents} agents"),
@@ -290,6 +251,7 @@ def goals(run: Run) -> list[Goal]:
             run.slowdown,
             lambda value: value <= 1.3,
             "{:.2f} times",
+            ratios(*(run.growth_by_repetition(size) for size in (10_000, 1_000_000))),
         ),
         _goal(
             "bytes on disk for an operation, all indexes and the chain included: at most 750",
@@ -302,3 +264,100 @@ def goals(run: Run) -> list[Goal]:
             lambda value: value == 0,
         ),
     ]
+
+
+def _pairs_goals(run: Run) -> Iterator[Goal]:
+    best = run.best(["stack"])
+    pairs, of_best = (None, {}) if best is None else (best[1], run.by_repetition(best[0]))
+    yield _goal(
+        "pairs a second, best setting: at least 5,300 (the peer's bare engine)",
+        pairs,
+        lambda value: value >= PEER_PAIRS_PER_S,
+    )
+    yield _goal(
+        "pairs a second: at least one for each transaction of pgbench",
+        _ratio(pairs, run.median("pgbench")),
+        lambda value: value >= 1,
+        "{:.2f} to one",
+        ratios(of_best, run.by_repetition("pgbench")),
+    )
+    own = f"own roots, {run.agents} agents"
+    for how, name in run.hot_roots().items():
+        yield _goal(
+            f"{run.agents} agents on {how}: at least 90 % of a root for each",
+            _ratio(run.median(name), run.median(own)),
+            lambda value: value >= 0.9,
+            "{:.0%}",
+            ratios(run.by_repetition(name), run.by_repetition(own)),
+        )
+    lowest = run.median(run.hottest)
+    for kind, where, least in (("hot", "a hot row", 20), ("spread", "rows of their own", 4)):
+        locks = run.best(["baselines"], f"row locks, {kind}")
+        yield _goal(
+            f"one root for all: at least {least} times row locks on {where}",
+            _ratio(lowest, locks and locks[1]),
+            partial(operator.le, least),
+            "{:.1f} times",
+            ratios(run.by_repetition(run.hottest), run.by_repetition(locks and locks[0])),
+        )
+
+
+def _alone_goals(run: Run) -> Iterator[Goal]:
+    best = run.best(["unary"])
+    alone = {number: 2 * rate for number, rate in run.by_repetition(best and best[0]).items()}
+    empty = run.best(["baselines"], "empty handler, ")
+    for what, name in (
+        ("operations that travel alone: at least 60 % of empty calls", empty and empty[0]),
+        (
+            "the same of calls without messages, of bytes alone (stricter than the goal)",
+            "bytes to the empty handler",
+        ),
+    ):
+        yield _goal(
+            what,
+            _ratio(run.unary_ops, run.median(name)),
+            lambda value: value >= 0.6,
+            "{:.0%}",
+            ratios(alone, run.by_repetition(name)),
+        )
+    reserve, both = run.unloaded
+    calls, commits = (
+        run.by_repetition(f"unloaded, {name}", "p50_ms") for name in ("empty call", "commit")
+    )
+    yield _goal(
+        "unloaded Reserve: at most twice an empty call and a commit (medians)",
+        _ratio(reserve, both),
+        lambda value: value <= 2,
+        "{:.2f} times",
+        ratios(
+            run.by_repetition("unloaded, Reserve", "p50_ms"),
+            {number: calls[number] + commits[number] for number in calls.keys() & commits},
+        ),
+    )
+
+
+def _lanes_goals(run: Run) -> Iterator[Goal]:
+    rates = {
+        name: rate
+        for name in ("two lanes", "two lanes, two servers")
+        if (rate := run.median(name)) is not None
+    }
+    conflicts = sum(
+        one["serialization_retries"]
+        for cell in run.cells.values()
+        if cell["part"] == "lanes"
+        for one in cell["repetitions"]
+    )
+    yield _goal(
+        "two lanes busy at once: no serialization retries",
+        float(conflicts) if rates else None,
+        lambda value: value == 0,
+    )
+    best = max(rates, key=lambda name: rates[name], default=None)
+    yield _goal(
+        "two lanes busy at once: at least 1.5 times one lane, where there are cores for it",
+        _ratio(run.median(best), run.median("one lane")),
+        lambda value: value >= 1.5,
+        "{:.2f} times",
+        ratios(run.by_repetition(best), run.by_repetition("one lane")),
+    )

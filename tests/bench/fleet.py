@@ -22,11 +22,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
-from peculium import BudgetExhausted, Child, aio
+from peculium import BudgetExhausted, Child, Usage, aio
 from peculium._limits import CHILDREN_MAX
 from peculium.aio import Budget
 from peculium_server.demo import prices, trace
@@ -76,6 +76,26 @@ def mean_think_seconds() -> float:
     return sum(map(think_seconds, requests)) / len(requests)
 
 
+class Call(NamedTuple):
+    """A request of the trace, and what comes of it."""
+
+    upper: int
+    thinks: float
+    """Seconds that the provider takes."""
+    cost: int
+    usage: Usage
+    reference: str
+
+
+def _calls() -> list[Call]:
+    """Reckoned once, since the agents share their processors with what they ask."""
+    made = []
+    for one in trace.read(None):
+        cost, usage = prices.actual(one.context_tokens, one.generated_tokens)
+        made.append(Call(prices.upper(one), think_seconds(one), cost, usage, f"req-{one.number}"))
+    return made
+
+
 @dataclass
 class Think:
     """The agents of one process, over one SDK client."""
@@ -90,13 +110,13 @@ class Think:
     @contextlib.asynccontextmanager
     async def ready(self) -> AsyncIterator[Sequence[Turn]]:
         """Connect, and take the budgets over."""
-        requests = trace.read(None)
+        calls = _calls()
         pause = (CYCLE_SECONDS - mean_think_seconds()) / self.pace
         chance = random.Random(self.seed)
         async with aio.connect(self.address, timeout=TIMEOUT_SECONDS) as client:
             budgets = await asyncio.gather(*(client.recover(place.ref) for place in self.places))
             yield [
-                self._turn(place.budget_id, budget, random.Random(chance.random()), requests, pause)
+                self._turn(place.budget_id, budget, random.Random(chance.random()), calls, pause)
                 for place, budget in zip(self.places, budgets, strict=True)
             ]
 
@@ -109,7 +129,7 @@ class Think:
         budget_id: bytes,
         budget: Budget,
         chance: random.Random,
-        requests: Sequence[Request],
+        calls: Sequence[Call],
         pause: float,
     ) -> Turn:
         # Nobody starts a fleet at one instant: the first pause is anywhere in a cycle.
@@ -117,17 +137,16 @@ class Think:
 
         async def turn() -> float | None:
             await asyncio.sleep(next(waits, chance.uniform(0, 2 * pause)))
-            request = chance.choice(requests)
+            call = chance.choice(calls)
             began = clock()
             try:
-                hold = await budget.reserve(prices.upper(request))
+                hold = await budget.reserve(call.upper)
             except BudgetExhausted:
                 return None
             took = clock() - began
-            await asyncio.sleep(think_seconds(request) / self.pace)
-            cost, usage = prices.actual(request.context_tokens, request.generated_tokens)
-            self.bill[budget_id] += cost
-            await hold.settle(cost, usage=usage, reference=f"req-{request.number}")
+            await asyncio.sleep(call.thinks / self.pace)
+            self.bill[budget_id] += call.cost
+            await hold.settle(call.cost, usage=call.usage, reference=call.reference)
             return took
 
         return turn
@@ -180,7 +199,7 @@ def run(agents: int, seconds: float, pace: float, folder: Path, seed: int) -> di
         "load_average": {"begin": load, "end": machine.load()},
         "cadence": cadence(pace),
         "figures": {name: figures[name] for name in FIGURES},
-        "refused": sum(one.refused for one in counted),
+        "refused": round(sum(one.refused for one in counted)),
         "cpu": measured["cpu"],
         "p999_ms": measured["p999_ms"],
         "machine": facts,
@@ -203,8 +222,7 @@ def cadence(pace: float) -> str:
 
 def _amounts(agents: int, calls: float) -> list[int]:
     """What each agent gets that makes so many calls."""
-    requests = trace.read(None)
-    costs = [prices.actual(one.context_tokens, one.generated_tokens)[0] for one in requests]
+    costs = [call.cost for call in _calls()]
     needed = calls * sum(costs) / len(costs)
     scarce = int(needed * SCARCE_PART)
     return [AMPLE if number % SCARCE_ONE_IN else scarce for number in range(agents)]

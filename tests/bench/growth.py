@@ -14,7 +14,7 @@ from peculium import aio
 from peculium.errors import Unavailable
 from peculium_server.embedded import EmbeddedPostgres
 from tests.bench.cells import Bench, Measured, pids
-from tests.bench.crew import BenchBroken
+from tests.bench.crew import BenchBroken, billed
 from tests.bench.jobs import Place, Spend, StayConnected
 from tests.bench.ledgers import Ledger, Trees
 from tests.server import RunningServer
@@ -22,6 +22,8 @@ from tests.server import RunningServer
 _FILL_SECONDS = 10.0
 """How long it is filled before it is counted again."""
 _FILLERS = 1_000
+_FILLING = 2
+"""Client processes: while one works, the server has something of the other's."""
 _FILL_SECONDS_MAX = 3_600.0
 COPIED_ENTRIES_MAX = 200_000
 """A ledger of up to so many entries is measured as a fresh copy each time: to measure makes it grow."""
@@ -82,16 +84,19 @@ def _fill(
         if time.monotonic() > deadline:
             raise BenchBroken(f"after an hour there are {entries} entries")
         seconds = min(_FILL_SECONDS, max(0.2, (size - entries) / per_s))
-        job = Spend(server.address, places, len(places))
+        jobs = [
+            Spend(server.address, places[number::_FILLING], len(places) // _FILLING)
+            for number in range(_FILLING)
+        ]
         begun = time.monotonic()
-        counted, _ = bench.crew.work([job], warm_up=0.0, seconds=seconds)
-        ledger.billed.update(counted[0].billed)
+        counted, _ = bench.crew.work(jobs, warm_up=0.0, seconds=seconds)
+        ledger.billed.update(billed(counted))
         before, entries = entries, ledger.entries
         per_s = max(100.0, (entries - before) / (time.monotonic() - begun))
         tell(f"growth: {entries} of {size} entries, {per_s:.0f} a second")
 
 
-def measure(bench: Bench, grown: Grown) -> None:
+def measure(bench: Bench, grown: Grown, repetition: int) -> None:
     """Measure at this size, once."""
     small = grown.entries <= COPIED_ENTRIES_MAX
     ledger = grown.ledger.copied(f"{grown.ledger.database}_now") if small else grown.ledger
@@ -99,7 +104,14 @@ def measure(bench: Bench, grown: Grown) -> None:
         job = Spend(server.address, grown.places, len(grown.places))
         measured = bench.work([job], ledger=ledger, servers=pids([server]))
     problems = ledger.wrong()
-    grown.repetitions.append({**measured, "mismatches": len(problems), "problems": problems[:5]})
+    grown.repetitions.append(
+        {
+            "repetition": repetition,
+            **measured,
+            "mismatches": len(problems),
+            "problems": problems[:5],
+        }
+    )
     if small:
         bench.postgres.drop(ledger.database)
 

@@ -1,8 +1,7 @@
 """What a client process does while it is measured: the same closed loop for everything that is compared.
 
 A job makes *turns*, one for each agent or task. Each is taken again and again, as soon as the one before
-is done, and tells how long the part of it took that is of interest. What is counted is turns that ended
-within the window.
+is done, and tells how long the part of it took that is of interest.
 """
 
 from __future__ import annotations
@@ -55,10 +54,11 @@ class Window(NamedTuple):
 class Counted:
     """What one process has done within a window."""
 
-    turns: int = 0
-    refused: int = 0
+    turns: float = 0.0
+    """Those that the window cuts by their part in it."""
+    refused: float = 0.0
     latencies: array[float] = field(default_factory=lambda: array("d"))
-    """In seconds, of each turn."""
+    """In seconds, of each turn that ended within the window."""
     billed: Counter[bytes] = field(default_factory=Counter)
     """What the provider has billed by budget, before and after the window, too."""
     cpu_seconds: float = 0.0
@@ -78,18 +78,31 @@ class Job(Protocol):
 
 
 async def take_turns(turns: Sequence[Turn], window: Window, counted: Counted) -> None:
-    """Let all take their turns at once until the window is over."""
+    """Let all take their turns at once until the window is over.
+
+    Agents whose operations travel together end together, so few ends fall into a short window, and whether
+    one more does is chance. So a turn counts by the part of it that lies within. Until the last of those
+    that the window's end has cut is over, everybody goes on: otherwise it would have less beside it.
+    """
+    cut = len(turns)
 
     async def repeat(turn: Turn) -> None:
-        while clock() < window.end:
+        nonlocal cut
+        while (begun := clock()) < window.end:
             took = await turn()
-            if not window.begin <= clock() < window.end:
+            ended = clock()
+            within = min(ended, window.end) - max(begun, window.begin)
+            if within <= 0:
                 continue
             if took is None:
-                counted.refused += 1
+                counted.refused += within / (ended - begun)
             else:
-                counted.turns += 1
-                counted.latencies.append(took)
+                counted.turns += within / (ended - begun)
+                if window.begin <= ended < window.end:
+                    counted.latencies.append(took)
+        cut -= 1
+        while cut:
+            await turn()
 
     async def use() -> None:
         await asyncio.sleep(window.begin - clock())

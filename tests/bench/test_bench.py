@@ -21,8 +21,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import peculium
-from tests.bench import crew as crews, flame, report
-from tests.bench.cells import percentiles, summary
+from tests.bench import __main__ as benchmark, crew as crews, flame, report
+from tests.bench.cells import Pgbench, Stack, all_cells, in_turn, percentiles, summary
 from tests.bench.crew import BenchBroken, Crew, Spans
 from tests.bench.figures import KEYS, Run, goals
 from tests.bench.fleet import FIGURES
@@ -99,27 +99,49 @@ def test_a_small_fleet_spends_no_more_than_it_has(folder: Path) -> None:
 # --- counting ---
 
 
-async def test_only_turns_that_end_within_the_window_count() -> None:
+async def test_a_turn_counts_by_the_part_of_it_within_the_window() -> None:
     begin = clock() + 0.05
     window = Window(begin, begin + 0.1)
-    ended = []
+    turns: list[tuple[float, float]] = []
     counted = Counted()
 
     async def turn() -> float:
-        await asyncio.sleep(0.01)
-        ended.append(clock())
+        begun = clock()
+        await asyncio.sleep(0.03)
+        turns.append((begun, clock()))
         return 0.5
 
     async def refused() -> None:
         await asyncio.sleep(0.01)
 
     await take_turns([turn, turn, refused], window, counted)
-    within = sum(window.begin <= at < window.end for at in ended)
-    # Between its end and being looked at a turn may pass the window's edge.
-    assert within - 2 <= counted.turns <= within
-    assert 0 < counted.turns < len(ended)
-    assert list(counted.latencies) == [0.5] * counted.turns
+    parts = [
+        max(0.0, min(ended, window.end) - max(begun, window.begin)) / (ended - begun)
+        for begun, ended in turns
+    ]
+    assert 0 < counted.turns < len(turns)
+    assert counted.turns == pytest.approx(sum(parts), abs=0.1)
+    assert set(counted.latencies) == {0.5}
+    assert len(counted.latencies) == sum(begin <= ended < window.end for _, ended in turns)
     assert counted.refused > 0
+
+
+async def _sleep(seconds: float) -> float:
+    await asyncio.sleep(seconds)
+    return seconds
+
+
+async def test_everybody_goes_on_until_the_last_turn_that_the_window_cuts_is_over() -> None:
+    begin = clock()
+    ended = []
+
+    async def short() -> float:
+        await asyncio.sleep(0.01)
+        ended.append(clock())
+        return 0.0
+
+    await take_turns([short, lambda: _sleep(0.3)], Window(begin, begin + 0.1), Counted())
+    assert ended[-1] >= begin + 0.28
 
 
 def test_rates_add_up_over_processes_and_latencies_are_ranked_together() -> None:
@@ -135,6 +157,43 @@ def test_rates_add_up_over_processes_and_latencies_are_ranked_together() -> None
 
 def test_without_latencies_there_are_no_percentiles() -> None:
     assert set(percentiles([]).values()) == {None}
+
+
+# --- what is measured ---
+
+
+def test_names_of_cells_may_have_commas() -> None:
+    words = ["--only", "lanes,one root, 200 agents,pgbench"]
+    options, _ = benchmark._arguments(words)
+    assert options.only == ["lanes", "one root, 200 agents", "pgbench"]
+    chosen = [one.name for one in all_cells(small=False) if options.wants(one.part, one.name)]
+    assert chosen == [
+        *("one root, 200 agents", "pgbench"),
+        *("one lane", "two lanes", "two lanes, two servers"),
+    ]
+
+
+@pytest.mark.parametrize("word", ["nothing", "stack, growth", "two root"])
+def test_what_is_neither_a_part_nor_a_cell_is_refused(
+    capsys: pytest.CaptureFixture[str], word: str
+) -> None:
+    with pytest.raises(SystemExit):
+        benchmark._arguments(["--only", word])
+    assert repr(word) in capsys.readouterr().err
+
+
+def test_a_repetition_measures_each_cell_once_and_what_is_compared_side_by_side() -> None:
+    cells = all_cells(small=False)
+    order = in_turn(cells)
+    assert sorted(cell.name for cell in order) == sorted(cell.name for cell in cells)
+    many = [
+        number
+        for number, cell in enumerate(order)
+        if isinstance(cell, Stack | Pgbench) and getattr(cell, "agents", 200) >= 200
+        if cell.part in {"stack", "baselines"}
+    ]
+    assert many == list(range(many[0], many[0] + 9))
+    assert order[many[4]].name == "pgbench"
 
 
 # --- a crew ---
@@ -291,6 +350,19 @@ def test_the_last_line_has_medians_and_the_worse_of_the_hot_roots() -> None:
         "slowdown_at_1e6": 1.25,
         "mismatches": 0,
     }
+
+
+def test_ratios_are_of_the_same_repetition_even_if_one_failed() -> None:
+    pgbench = cell("pgbench", "baselines", 6_000, 3_000, 1_000)
+    # Of the second repetition there is nothing.
+    pgbench["repetitions"].pop(1)
+    for number, one in zip((1, 3), pgbench["repetitions"], strict=True):
+        one["repetition"] = number
+    ours = cell("own roots, 200 agents", "stack", 7_000, 7_100, 7_200)
+    run = measured_run(**{one["name"]: one for one in (pgbench, ours)})
+    [goal] = [one for one in goals(run) if "pgbench" in one.wanted]
+    assert goal.reached == "2.03 to one"
+    assert goal.in_repetitions == ("4.18", "1.17", "7.20")
 
 
 def test_goals_are_met_missed_or_not_measured() -> None:
