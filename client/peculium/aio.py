@@ -508,7 +508,9 @@ class Budget(Handle):
         receipt = _receipt(ticket)
         if receipt.hold is None:
             raise AssertionError("a reservation has a hold")
-        line = Line(self._line.name, linear=True, secret=operation.hold_secret)
+        # Not as it was asked first: a reserve that waited was made anew, with other secrets.
+        secret = _operation(ticket).hold_secret
+        line = Line(self._line.name, linear=True, secret=secret)
         return Hold(self._sender, self._ref.root_id, line, receipt, receipt.hold, unbilled)
 
     async def spend(

@@ -226,8 +226,10 @@ async def test_a_reserve_waits_for_holds_of_its_own_process(ledger: Ledger, run:
     waiting = asyncio.create_task(run.reserve(50, wait=30))
     await asyncio.to_thread(ledger.wait_for_batches, before + 1)
     await hold.settle(10)
-    assert (await waiting).amount == 50
+    waited = await waiting
+    assert waited.amount == 50
     assert len(ledger.batches) == before + 3, "no polling"
+    assert (await waited.settle(20)).balances.spent == 30
 
 
 async def test_waiting_is_bounded_and_then_tells_the_refusal(run: Budget) -> None:
