@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import MappingProxyType
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from peculium._ids import id_text
+from peculium._unread import unread
 from peculium.capability import BudgetRef
 from peculium.v1 import audit_service_pb2, types_pb2
 from peculium.values import (
@@ -91,7 +93,13 @@ def hold_info(message: types_pb2.Hold) -> HoldInfo:
 
 
 def receipt(message: types_pb2.Outcome) -> Receipt:
-    """What an accepted operation did."""
+    """What an accepted operation did. It is decoded when it is looked at: most callers never do."""
+    # As bytes: a message would keep all answers that came together with it.
+    return unread(Receipt, partial(_receipt, message.SerializeToString()))
+
+
+def _receipt(encoded: bytes) -> Receipt:
+    message = types_pb2.Outcome.FromString(encoded)
     return Receipt(
         operation_id=id_text(message.operation_id),
         replayed=message.replayed,

@@ -370,7 +370,8 @@ class Client:
                     budgets.append(budget)
             elif token.info is not None:
                 receipt = codec.receipt(types_pb2.Outcome.FromString(token.outcome))
-                holds.append(Hold(sender, root_id, line, receipt, token.info, ()))
+                target = HoldTarget(root_id, token.info.budget_id, token.info.hold_id)
+                holds.append(Hold(sender, target, line, receipt, (), info=token.info))
         return Resumed(tuple(budgets), tuple(holds), tuple(capabilities))
 
     async def _recover(self, ref: BudgetRef, if_seq: int | None, timeout: float | None) -> Budget:
@@ -505,13 +506,12 @@ class Budget(Handle):
         wait: float | None,
     ) -> Hold:
         ticket = await self._sender.wait(self._sender.submit(self._line, operation, timeout, wait))
-        receipt = _receipt(ticket)
-        if receipt.hold is None:
-            raise AssertionError("a reservation has a hold")
         # Not as it was asked first: a reserve that waited was made anew, with other secrets.
-        secret = _operation(ticket).hold_secret
-        line = Line(self._line.name, linear=True, secret=secret)
-        return Hold(self._sender, self._ref.root_id, line, receipt, receipt.hold, unbilled)
+        made, outcome = _operation(ticket), _outcome(ticket)
+        line = Line(self._line.name, linear=True, secret=made.hold_secret)
+        target = HoldTarget(made.root_id, made.budget_id, made.hold_id)
+        receipt = codec.receipt(outcome)
+        return Hold(self._sender, target, line, receipt, unbilled, dry_run=outcome.dry_run)
 
     async def spend(
         self,
@@ -876,7 +876,8 @@ class Budget(Handle):
         made = []
         for hold, secret in rotated:
             line = Line(self._about, linear=True, secret=secret)
-            made.append(Hold(self._sender, self._ref.root_id, line, receipt, hold, unbilled))
+            held = HoldTarget(self._ref.root_id, hold.budget_id, hold.hold_id)
+            made.append(Hold(self._sender, held, line, receipt, unbilled, info=hold))
         return made
 
     async def _take_out(self, timeout: float | None) -> Capability:
@@ -908,28 +909,30 @@ class Hold(Handle):
 
     Attributes:
         receipt: What the reservation did, or the recovery that gave it a handle again.
-        info: As it was reserved, or found.
     """
 
     def __init__(
         self,
         sender: Sender,
-        root_id: bytes,
+        target: HoldTarget,
         line: Line,
         receipt: Receipt,
-        info: HoldInfo,
         unbilled: tuple[type[BaseException], ...],
+        *,
+        info: HoldInfo | None = None,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(sender.process, "hold")
         self._sender = sender
-        self._target = HoldTarget(root_id, info.budget_id, info.hold_id)
+        self._target = target
         self._line = line
         self._unbilled = unbilled
         self._end: Ticket | None = None
         """The settle or release whose outcome is not known here yet."""
+        self._info = info
+        """As it was found; None: as the receipt of its reservation says."""
         self.receipt = receipt
-        self.info = info
-        if receipt.dry_run:
+        if dry_run:
             self._moved = "was a dry run: nothing is set aside"
 
     async def __aenter__(self) -> Self:
@@ -963,6 +966,14 @@ class Hold(Handle):
             if exc is None:
                 raise
             _note(exc, error)
+
+    @property
+    def info(self) -> HoldInfo:
+        """As it was reserved, or found."""
+        info = self._info or self.receipt.hold
+        if info is None:
+            raise AssertionError("a reservation has a hold")
+        return info
 
     @property
     def hold_id(self) -> bytes:
@@ -1409,10 +1420,14 @@ def _operation(ticket: Ticket) -> Operation:
     return ticket.operation
 
 
-def _receipt(ticket: Ticket) -> Receipt:
+def _outcome(ticket: Ticket) -> types_pb2.Outcome:
     if ticket.outcome is None:
         raise AssertionError("an operation that was waited for has its outcome")
-    return codec.receipt(ticket.outcome)
+    return ticket.outcome
+
+
+def _receipt(ticket: Ticket) -> Receipt:
+    return codec.receipt(_outcome(ticket))
 
 
 def _own_line(ref: BudgetRef, ticket: Ticket) -> Line:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
 
+from peculium._unread import Unread
 from peculium.capability import BudgetRef, Capability, Receiver
 from peculium.errors import Invalid
 from peculium.v1 import types_pb2
@@ -183,7 +184,7 @@ class HoldInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Unread):
     """What an accepted operation did.
 
     Attributes:
