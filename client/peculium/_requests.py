@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import wraps
+from types import MappingProxyType
 from typing import NamedTuple, ParamSpec
 
 from google.protobuf.duration_pb2 import Duration
@@ -27,11 +28,11 @@ from peculium.values import Child, HoldInfo, Seconds
 _AUTHORITY_BYTES = 64
 _NAME = re.compile(r"[^/\x00-\x1f\x7f-\x9f]+")
 _UNIT = re.compile(r"[a-z0-9_]+")
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
 _P = ParamSpec("_P")
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """A budget, and whether an operation on it consumes a token."""
 
     root_id: bytes
@@ -39,8 +40,7 @@ class Target:
     by_token: bool
 
 
-@dataclass(frozen=True, slots=True)
-class HoldTarget:
+class HoldTarget(NamedTuple):
     """A hold, and the budget that it was reserved from."""
 
     root_id: bytes
@@ -48,11 +48,10 @@ class HoldTarget:
     hold_id: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """What every verb may say beside its own arguments."""
 
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = _NO_LABELS
     dry_run: bool = False
     traceparent: str = ""
 
@@ -182,28 +181,29 @@ def _repeatable(build: Callable[_P, Operation]) -> Callable[_P, Operation]:
 
 
 # --- what an agent may ask ---
+# What is asked most is filled in place: a message that another's constructor is given is copied.
 
 
 @_repeatable
 def reserve(target: Target, asked: Asked, *, amount: int, ttl: Seconds | None) -> Operation:
     """Set money aside for one call."""
-    produced = _next(target)
-    hold_secret = new_secret()
-    request = ledger.ReserveRequest(
-        header=header(target, asked),
-        amount=_amount("amount", amount, least=1),
-        ttl=_duration("ttl", ttl, limits.HOLD_TTL_US_MIN, limits.HOLD_TTL_US_MAX),
-        next_token_id=_id_of(produced),
-        hold_id=new_id(),
-        hold_token_id=token_id(hold_secret),
-    )
-    message = ledger.Operation(reserve=request)
+    length = _duration("ttl", ttl, limits.HOLD_TTL_US_MIN, limits.HOLD_TTL_US_MAX)
+    produced, hold_id, hold_secret = _next(target), new_id(), new_secret()
+    message = ledger.Operation()
+    request = message.reserve
+    request.amount = _amount("amount", amount, least=1)
+    if length is not None:
+        request.ttl.CopyFrom(length)
+    request.next_token_id = _id_of(produced)
+    request.hold_id = hold_id
+    request.hold_token_id = token_id(hold_secret)
+    own_header = _fill(request.header, target, asked)
     return _operation(
         "reserve",
         message,
-        message.reserve.header,
+        own_header,
         produced=produced,
-        hold_id=request.hold_id,
+        hold_id=hold_id,
         hold_secret=hold_secret,
     )
 
@@ -223,21 +223,22 @@ def settle(
     if keep_open and actual is None:
         raise _malformed("actual", "an increment has to say how much (keep_open)")
     produced = new_secret() if keep_open else None
-    request = ledger.SettleRequest(
-        header=header(target, asked),
-        hold_id=target.hold_id,
-        actual=None if actual is None else _amount("actual", actual, least=0),
-        keep_open=keep_open,
-        next_hold_token_id=_id_of(produced),
-        reference=_text("reference", reference, limits.REFERENCE_BYTES_MAX),
-        usage=_usage(usage),
-        estimated=estimated,
-    )
-    message = ledger.Operation(settle=request)
+    message = ledger.Operation()
+    request = message.settle
+    request.hold_id = target.hold_id
+    if actual is not None:
+        request.actual = _amount("actual", actual, least=0)
+    request.keep_open = keep_open
+    request.next_hold_token_id = _id_of(produced)
+    request.reference = _text("reference", reference, limits.REFERENCE_BYTES_MAX)
+    if usage is not None:
+        request.usage.CopyFrom(_usage(usage))
+    request.estimated = estimated
+    own_header = _fill(request.header, target, asked)
     return _operation(
         "settle",
         message,
-        message.settle.header,
+        own_header,
         produced=produced,
         closes=not keep_open,
         hold_id=target.hold_id,
@@ -247,11 +248,10 @@ def settle(
 @_repeatable
 def release(target: HoldTarget, asked: Asked) -> Operation:
     """End a hold whose call was not billed."""
-    request = ledger.ReleaseRequest(header=header(target, asked), hold_id=target.hold_id)
-    message = ledger.Operation(release=request)
-    return _operation(
-        "release", message, message.release.header, closes=True, hold_id=target.hold_id
-    )
+    message = ledger.Operation()
+    message.release.hold_id = target.hold_id
+    own_header = _fill(message.release.header, target, asked)
+    return _operation("release", message, own_header, closes=True, hold_id=target.hold_id)
 
 
 @_repeatable
@@ -276,15 +276,15 @@ def spend(
 ) -> Operation:
     """Book a cost that was known before."""
     produced = _next(target)
-    request = ledger.SpendRequest(
-        header=header(target, asked),
-        amount=_amount("amount", amount, least=1),
-        next_token_id=_id_of(produced),
-        reference=_text("reference", reference, limits.REFERENCE_BYTES_MAX),
-        usage=_usage(usage),
-    )
-    message = ledger.Operation(spend=request)
-    return _operation("spend", message, message.spend.header, produced=produced)
+    message = ledger.Operation()
+    request = message.spend
+    request.amount = _amount("amount", amount, least=1)
+    request.next_token_id = _id_of(produced)
+    request.reference = _text("reference", reference, limits.REFERENCE_BYTES_MAX)
+    if usage is not None:
+        request.usage.CopyFrom(_usage(usage))
+    own_header = _fill(request.header, target, asked)
+    return _operation("spend", message, own_header, produced=produced)
 
 
 @_repeatable
@@ -535,17 +535,26 @@ def header(
     target: Target | HoldTarget, asked: Asked, *, by_role: bool = False
 ) -> types_pb2.OperationHeader:
     """What every operation carries; a token's secret is added when it is sent."""
-    made = types_pb2.OperationHeader(
-        operation_id=new_id(),
-        root_id=target.root_id,
-        budget_id=target.budget_id,
-        labels=_labels(asked.labels),
-        dry_run=asked.dry_run,
-        traceparent=asked.traceparent,
-    )
+    return _fill(types_pb2.OperationHeader(), target, asked, by_role=by_role)
+
+
+def _fill(
+    empty: types_pb2.OperationHeader,
+    target: Target | HoldTarget,
+    asked: Asked,
+    *,
+    by_role: bool = False,
+) -> types_pb2.OperationHeader:
+    empty.operation_id = new_id()
+    empty.root_id = target.root_id
+    empty.budget_id = target.budget_id
+    if asked.labels:
+        empty.labels.update(_labels(asked.labels))
+    empty.dry_run = asked.dry_run
+    empty.traceparent = asked.traceparent
     if isinstance(target, Target) and not target.by_token and not by_role:
-        made.authority.holder.SetInParent()
-    return made
+        empty.authority.holder.SetInParent()
+    return empty
 
 
 def _operation(
@@ -683,9 +692,7 @@ def _labels(labels: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _usage(usage: Usage | None) -> types_pb2.Usage | None:
-    if usage is None:
-        return None
+def _usage(usage: Usage) -> types_pb2.Usage:
     return types_pb2.Usage(
         provider=_text("usage.provider", usage.provider, limits.PROVIDER_BYTES_MAX),
         model=_text("usage.model", usage.model, limits.PROVIDER_BYTES_MAX),
