@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 
@@ -18,11 +19,28 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 _MACHINERY = (_PACKAGE, f"{os.sep}asyncio{os.sep}", f"{os.sep}contextlib.py")
 
 
+class _Here:
+    """Stands for this process: a forked child gets another one."""
+
+
+_here = _Here()
+
+
+def _forget() -> None:
+    # As a number that each check compares, the process's id would be a system call each time.
+    global _here  # noqa: PLW0603 - one per process
+    _here = _Here()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
 class Process:
     """The process that a client was made in. A fork copies memory, and so it would copy authority."""
 
     def __init__(self) -> None:
         self._id = os.getpid()
+        self._here = _here
 
     def check(self, what: str) -> None:
         """Refuse to go on in a forked child.
@@ -30,7 +48,7 @@ class Process:
         Raises:
             CapabilityMoved: This is another process.
         """
-        if os.getpid() != self._id:
+        if self._here is not _here:
             raise CapabilityMoved(
                 f"the {what} stayed in process {self._id}, this is process {os.getpid()}, forked "
                 "from it: connect after the fork, and hand budgets over as capabilities"
@@ -92,12 +110,17 @@ class Handle(Affine):
             raise
 
 
+@lru_cache(maxsize=1024)
+def _is_machinery(name: str) -> bool:
+    return any(part in name for part in _MACHINERY)
+
+
 def caller() -> str:
     """Where in the caller's own code we are, as file:line."""
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the documented way to the frame
     while frame is not None:
         name = frame.f_code.co_filename
-        if not any(part in name for part in _MACHINERY):
+        if not _is_machinery(name):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "an unknown place (in a task of its own)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import threading
 import time
 import uuid
@@ -12,8 +11,14 @@ import uuid
 from peculium._limits import SECRET_BYTES
 
 _TOKEN_DOMAIN = b"peculium.token.v1\x00"
-_RANDOM_BITS = 74
-_STEP_BITS = 32
+_DRAWN_BYTES = 10
+_DRAWN_MASK = 0xFFF << 64 | (1 << 62) - 1
+_MARKS = 7 << 76 | 2 << 62
+"""Version and variant, between what is drawn."""
+_STEP_BYTES = 4
+_STEPS_MAX = 1 << 62
+"""Below the variant."""
+_UUID_DIGITS = 32
 _BACK_MS_MAX = 60_000
 """A clock that goes back farther was far off before: ids that went on from there would be too far from
 the ledger's time for as long as the process lives."""
@@ -27,21 +32,23 @@ class _Clock:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._milliseconds = 0
         self._last = 0
 
     def next(self) -> bytes:
         milliseconds = time.time_ns() // 1_000_000
         with self._lock:
-            ordered = milliseconds << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
-            ahead = (self._last >> _RANDOM_BITS) - milliseconds
-            if ordered <= self._last and ahead <= _BACK_MS_MAX:
-                # A random step keeps the ids unguessable; a carry borrows from the next millisecond.
-                ordered = self._last + 1 + secrets.randbits(_STEP_BITS)
-            self._last = ordered
-        milliseconds, tail = divmod(ordered, 1 << _RANDOM_BITS)
-        high, low = divmod(tail, 1 << 62)
-        value = milliseconds << 80 | 7 << 76 | high << 64 | 2 << 62 | low
-        return value.to_bytes(16)
+            if 0 <= self._milliseconds - milliseconds <= _BACK_MS_MAX:
+                # A random step keeps the ids unguessable.
+                value = self._last + 1 + int.from_bytes(os.urandom(_STEP_BYTES))
+                if value ^ self._last < _STEPS_MAX:
+                    self._last = value
+                    return value.to_bytes(16)
+                milliseconds = self._milliseconds + 1
+            drawn = int.from_bytes(os.urandom(_DRAWN_BYTES)) & _DRAWN_MASK
+            value = milliseconds << 80 | _MARKS | drawn
+            self._milliseconds, self._last = milliseconds, value
+            return value.to_bytes(16)
 
 
 _clock = _Clock()
@@ -63,7 +70,7 @@ def new_id() -> bytes:
 
 def new_secret() -> bytes:
     """Make a secret: 32 bytes from the operating system's generator."""
-    return secrets.token_bytes(SECRET_BYTES)
+    return os.urandom(SECRET_BYTES)
 
 
 def token_id(secret: bytes) -> bytes:
@@ -73,7 +80,10 @@ def token_id(secret: bytes) -> bytes:
 
 def id_text(value: bytes) -> str:
     """An id for people: a UUID, or hexadecimal digits if it is none."""
-    return str(uuid.UUID(bytes=value)) if len(value) == 16 else value.hex()  # noqa: PLR2004 - a UUID
+    digits = value.hex()
+    if len(digits) != _UUID_DIGITS:
+        return digits
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
 def id_bytes(text: str) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 _KEY = "traceparent"
@@ -10,6 +11,8 @@ _propagator = TraceContextTextMapPropagator()
 
 def traceparent() -> str:
     """The current span's, or nothing if there is none."""
+    if trace.get_current_span() is trace.INVALID_SPAN:
+        return ""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
     return carrier.get(_KEY, "")
