@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from peculium_server.core import limits
 from peculium_server.core.operations import (
-    HOLD_KINDS,
+    HOLD_OPERATIONS,
+    PRODUCING,
     Accept,
     Actor,
     ByHolder,
@@ -21,15 +22,12 @@ from peculium_server.core.operations import (
     ByToken,
     Child,
     Delegate,
-    Extend,
     Grant,
     Kind,
     Operation,
     Recover,
-    Release,
     Reserve,
     Role,
-    Settle,
 )
 from peculium_server.core.outcome import Outcome, tell
 from peculium_server.core.refusals import Refusal, Refused, id_text, time_text
@@ -39,6 +37,7 @@ from peculium_server.core.state import (
     Custody,
     Recorded,
     Tree,
+    new,
 )
 
 ADMIN_KINDS = frozenset({Kind.GRANT, Kind.TOP_UP, Kind.WITHDRAW, Kind.FREEZE, Kind.UNFREEZE})
@@ -49,6 +48,9 @@ FREEZABLE_KINDS = SPENDING_KINDS | {Kind.ACCEPT, Kind.EXTEND, Kind.SETTLE}
 """Refused while the budget or an ancestor is frozen; of the settles, those that keep a hold open."""
 EXPIRABLE_KINDS = FREEZABLE_KINDS | {Kind.RENEW}
 """Refused once the lease of the budget or of an ancestor has ended."""
+
+
+_OPERATORS = (Role.AGENT, Role.ADMIN)
 
 
 class Case(NamedTuple):
@@ -66,7 +68,7 @@ def check_role(operation: Operation, actor: Actor) -> Refused | None:
         needs = Role.SYSTEM
     elif isinstance(operation.authority, ByRole):
         needs = Role.ADMIN
-    elif actor.role in (Role.AGENT, Role.ADMIN):
+    elif actor.role in _OPERATORS:
         return None
     else:
         needs = Role.AGENT
@@ -109,7 +111,7 @@ def stand(
     elif isinstance(operation.authority, ByHolder):
         if not _holds(operation, actor, budget):
             return _unknown(operation)
-        if budget.custody is Custody.PRINCIPAL and isinstance(operation, Accept | Recover):
+        if budget.custody is Custody.PRINCIPAL and isinstance(operation, (Accept, Recover)):
             return Refused(
                 Refusal.NOT_TOKEN_HELD,
                 named(tree, budget) | {"holder": budget.holder or ""},
@@ -127,7 +129,7 @@ def stand(
             return refused
     if consumption is not None:
         return _consumed(operation, consumption)
-    return Standing(consumed)
+    return new(Standing, (consumed,))
 
 
 def _unknown(operation: Operation) -> Refused:
@@ -148,8 +150,7 @@ def _is_live(
     A budget's token that is bound to a principal is worth nothing in another's hands; a hold is
     settled by whoever has its token.
     """
-    if operation.kind in HOLD_KINDS:
-        assert isinstance(operation, Settle | Release | Extend)
+    if isinstance(operation, HOLD_OPERATIONS):
         hold = tree.holds[operation.hold_id]
         return (
             hold is not None
@@ -230,7 +231,7 @@ def _consumed(operation: Operation, consumption: Consumption) -> Refused:
 
 def named(tree: Tree, budget: Budget) -> dict[str, str]:
     """Which budget, by id and by path. Told to those with authority over it only."""
-    path = "/".join(level.name for level in reversed(list(tree.line(budget))))
+    path = "/".join(level.name for level in reversed(tree.line(budget)))
     return {"budget": id_text(budget.budget_id), "path": path}
 
 
@@ -239,7 +240,7 @@ def named(tree: Tree, budget: Budget) -> dict[str, str]:
 
 def check_reused(tree: Tree, operation: Operation) -> Refused | None:
     """A token id to be produced was never seen in the budget or the request, ids and names are free."""
-    said = set()
+    said: set[bytes] = set()
     if isinstance(operation.authority, ByToken):
         said.add(operation.authority.token_id)
     for field, budget_id, token_id in _produced(operation):
@@ -248,28 +249,27 @@ def check_reused(tree: Tree, operation: Operation) -> Refused | None:
                 Refusal.TOKEN_ID_REUSED, {"budget": id_text(operation.budget_id), "field": field}
             )
         said.add(token_id)
-    match operation:
-        case Grant():
-            return _check_new(tree, None, (operation,))
-        case Delegate():
-            return _check_new(tree, operation.budget_id, operation.children)
-        case Reserve() if tree.holds[operation.hold_id] is not None:
+    if isinstance(operation, Reserve):
+        if tree.holds[operation.hold_id] is not None:
             return Refused(Refusal.ID_TAKEN, {"field": "hold_id", "id": id_text(operation.hold_id)})
-        case _:
-            return None
+    elif isinstance(operation, Delegate):
+        return _check_new(tree, operation.budget_id, operation.children)
+    elif isinstance(operation, Grant):
+        return _check_new(tree, None, (operation,))
+    return None
 
 
 def _produced(operation: Operation) -> Iterator[tuple[str, bytes, bytes]]:
     """Every token id that an operation would produce: the field that names it, the budget, the id."""
-    for field in ("next_token_id", "hold_token_id", "next_hold_token_id", "token_id"):
-        token_id = getattr(operation, field, None)
+    for field in PRODUCING[operation.kind]:
+        token_id = getattr(operation, field)
         if token_id is not None:
             yield field, operation.budget_id, token_id
     if isinstance(operation, Delegate):
         for index, child in enumerate(operation.children):
             if child.token_id is not None:
                 yield f"children[{index}].token_id", child.budget_id, child.token_id
-    if isinstance(operation, Recover):
+    elif isinstance(operation, Recover):
         for index, rotation in enumerate(operation.holds):
             yield f"holds[{index}].next_token_id", operation.budget_id, rotation.next_token_id
 
@@ -285,14 +285,14 @@ def _seen(tree: Tree, budget_id: bytes, token_id: bytes) -> bool:
 
 
 def _check_new(
-    tree: Tree, parent_id: bytes | None, made: Sequence[Grant | Child]
+    tree: Tree, parent_id: bytes | None, all_made: Sequence[Grant | Child]
 ) -> Refused | None:
-    for new in made:
-        if tree.budgets[new.budget_id] is not None:
-            return Refused(Refusal.ID_TAKEN, {"field": "budget_id", "id": id_text(new.budget_id)})
-    for new in made:
-        if tree.names[parent_id, new.name] is not None:
-            return Refused(Refusal.NAME_TAKEN, {"name": new.name})
+    for made in all_made:
+        if tree.budgets[made.budget_id] is not None:
+            return Refused(Refusal.ID_TAKEN, {"field": "budget_id", "id": id_text(made.budget_id)})
+    for made in all_made:
+        if tree.names[parent_id, made.name] is not None:
+            return Refused(Refusal.NAME_TAKEN, {"name": made.name})
     return None
 
 
@@ -301,7 +301,7 @@ def _check_new(
 
 def check_state(case: Case, kind: Kind, budget: Budget) -> Refused | None:
     """The first that applies, of closed, expired, frozen and overrun, and which budget it is."""
-    line = list(case.tree.line(budget))
+    line = case.tree.line(budget)
     for level in line:
         if level.closed:
             return Refused(
@@ -310,8 +310,7 @@ def check_state(case: Case, kind: Kind, budget: Budget) -> Refused | None:
             )
     if kind in EXPIRABLE_KINDS:
         for level in line:
-            if level.expired(case.at):
-                assert level.lease_until is not None
+            if level.lease_until is not None and level.lease_until <= case.at:
                 return Refused(
                     Refusal.BUDGET_EXPIRED,
                     named(case.tree, budget)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from peculium_server.core.admission import check_role
 from peculium_server.core.operations import (
+    HOLD_OPERATIONS,
     Actor,
     After,
     ByToken,
@@ -15,7 +16,6 @@ from peculium_server.core.operations import (
     Grant,
     Operation,
     Recover,
-    Release,
     Reserve,
     Settle,
 )
@@ -46,9 +46,9 @@ class Request:
         return self._malformed
 
 
-Left = dict[tuple[int, bytes, bytes, bytes | None], bytes]
-"""Tokens that operations left, by the index of the operation and whose token it is: root, budget and, if
-it is a hold's, the hold."""
+Left = dict[int, tuple[Operation, Outcome | None]]
+"""What the operations of a request leave for later ones, by their index: each of them as it was decided,
+and what it did, if it did anything."""
 
 
 def decide_group(
@@ -202,10 +202,8 @@ def _decide_next(
                 accepted = decision
         else:
             answer = decision
-    if isinstance(operation.authority, ByToken):
-        left[request.index, *_subject(operation)] = operation.authority.token_id
-    if isinstance(answer, Outcome) and (rehearsed or not operation.dry_run):
-        _leave(request.index, operation, answer, left)
+    outcome = answer if isinstance(answer, Outcome) else None
+    left[request.index] = operation, outcome if rehearsed or not operation.dry_run else None
     return answer, accepted
 
 
@@ -233,7 +231,7 @@ def _resolve_chain(request: Request, left: Left) -> Operation | Refused:
                 "problem": "must be the index of an earlier operation of the batch",
             },
         )
-    token_id = left.get((index, *_subject(operation)))
+    token_id = _token_left(left, index, operation)
     if token_id is None:
         return (
             check_shape(operation)
@@ -250,47 +248,62 @@ def with_carried(operation: Operation, left: Left) -> Operation:
     """
     if not isinstance(operation.authority, After):
         return operation
-    token_id = left.get((operation.authority.index, *_subject(operation)))
+    token_id = _token_left(left, operation.authority.index, operation)
     return operation if token_id is None else replace(operation, authority=ByToken(token_id))
 
 
-def _subject(operation: Operation) -> tuple[bytes, bytes, bytes | None]:
+def _token_left(left: Left, index: int, operation: Operation) -> bytes | None:
+    """The token that an earlier operation has left for the budget or hold of this one.
+
+    What an accepted operation has produced takes the place of the token that it presented. Refused,
+    dry-run and ending operations leave the token that they presented, so that the next in the chain
+    is told the truth about it, and is found if it was recorded before.
+    """
+    if index not in left:
+        return None
+    before, outcome = left[index]
+    subject = _subject(operation)
+    produced = None if outcome is None else _produced(before, outcome, subject)
+    if produced is None and isinstance(before.authority, ByToken) and _subject(before) == subject:
+        return before.authority.token_id
+    return produced
+
+
+_Subject = tuple[bytes, bytes, bytes | None]
+
+
+def _subject(operation: Operation) -> _Subject:
     """Whose token the operation consumes: root, budget and, if it is a hold's, the hold."""
-    hold_id = operation.hold_id if isinstance(operation, Settle | Release | Extend) else None
+    hold_id = operation.hold_id if isinstance(operation, HOLD_OPERATIONS) else None
     return operation.root_id, operation.budget_id, hold_id
 
 
-def _leave(index: int, operation: Operation, outcome: Outcome, left: Left) -> None:
-    """What an accepted operation has produced takes the place of the token that it presented.
-
-    What it ended stays: refused, dry-run and ending operations leave the token that they presented,
-    so that the next in the chain is told the truth about it, and is found if it was recorded before.
-    """
-    root_id, budget_id = operation.root_id, operation.budget_id
-    key = index, *_subject(operation)
-    match operation:
-        case Settle() | Extend():
-            if outcome.hold is not None and outcome.hold.settleable:
-                assert operation.next_hold_token_id is not None
-                left[key] = operation.next_hold_token_id
-            return
-        case Release():
-            return
-        case Grant():
-            if operation.token_id is not None:
-                left[key] = operation.token_id
-            return
-        case Reserve():
-            left[index, root_id, budget_id, operation.hold_id] = operation.hold_token_id
-        case Delegate():
+def _produced(operation: Operation, outcome: Outcome, subject: _Subject) -> bytes | None:
+    """The token that an accepted operation has produced for a budget or hold, if any."""
+    root_id, budget_id, hold_id = subject
+    if root_id != operation.root_id:
+        return None
+    if budget_id != operation.budget_id:
+        if hold_id is None and isinstance(operation, Delegate):
             for child in operation.children:
-                if child.token_id is not None:
-                    left[index, root_id, child.budget_id, None] = child.token_id
+                if child.budget_id == budget_id:
+                    return child.token_id
+        return None
+    if hold_id is None:
+        if isinstance(operation, Grant):
+            return operation.token_id
+        token_id: bytes | None = getattr(operation, "next_token_id", None)
+        return token_id
+    match operation:
+        case Reserve() if operation.hold_id == hold_id:
+            return operation.hold_token_id
+        case Settle() | Extend() if operation.hold_id == hold_id:
+            stays = outcome.hold is not None and outcome.hold.settleable
+            return operation.next_hold_token_id if stays else None
         case Recover():
             for rotation in operation.holds:
-                left[index, root_id, budget_id, rotation.hold_id] = rotation.next_token_id
+                if rotation.hold_id == hold_id:
+                    return rotation.next_token_id
         case _:
             pass
-    produced = getattr(operation, "next_token_id", None)
-    if produced is not None:
-        left[key] = produced
+    return None

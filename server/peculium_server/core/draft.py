@@ -16,7 +16,7 @@ from peculium_server.core.encoding import (
 )
 from peculium_server.core.limits import BALANCE_MAX
 from peculium_server.core.operations import Actor, Operation
-from peculium_server.core.state import Accepted, Balances, Budget, Effect, Entry, Hold, Tree
+from peculium_server.core.state import Accepted, Balances, Budget, Effect, Entry, Hold, Tree, new
 
 
 class AmountOverflow(Exception):
@@ -28,59 +28,165 @@ class AmountOverflow(Exception):
         self.balance = balance
 
 
+class Touched:
+    """A budget while an operation is decided: what may change of it is changed here, in place.
+
+    The names are those of `Budget` and `Balances`.
+    """
+
+    __slots__ = (
+        "advanced",
+        "available",
+        "before",
+        "closed",
+        "custody",
+        "delegated",
+        "disputed",
+        "disputes",
+        "forfeited",
+        "frozen",
+        "granted",
+        "head",
+        "held",
+        "holder",
+        "holds_live",
+        "is_new",
+        "lease_latest",
+        "lease_until",
+        "money",
+        "overrun",
+        "seq",
+        "spent",
+        "token",
+        "version",
+    )
+
+    def __init__(self, budget: Budget, *, is_new: bool) -> None:
+        self.before = budget
+        self.is_new = is_new
+        self.custody, self.holder, self.token = budget[5:8]
+        self.money = budget.money
+        """As they were, until `settle`."""
+        (
+            self.granted,
+            self.available,
+            self.held,
+            self.delegated,
+            self.spent,
+            self.forfeited,
+            self.overrun,
+            self.advanced,
+        ) = budget.money
+        (
+            self.disputed,
+            self.disputes,
+            self.holds_live,
+            self.closed,
+            self.frozen,
+            self.lease_until,
+            self.lease_latest,
+            self.version,
+            self.seq,
+            _,
+            self.head,
+        ) = budget[12:]
+
+    def settle(self) -> Balances:
+        """Take the balances and the version as final.
+
+        Returns:
+            By how much the balances have changed.
+
+        Raises:
+            AmountOverflow: A balance would pass 2^62.
+        """
+        before = self.before
+        money = self.money = new(
+            Balances,
+            (
+                self.granted,
+                self.available,
+                self.held,
+                self.delegated,
+                self.spent,
+                self.forfeited,
+                self.overrun,
+                self.advanced,
+            ),
+        )
+        if max(money) > BALANCE_MAX or self.disputed > BALANCE_MAX:
+            raise AmountOverflow(before.budget_id, money.overflowing() or "disputed")
+        assert money.balanced(), money
+        assert not (self.overrun and before.ancestors)
+        if self.is_new:
+            return money
+        gate = (self.closed, self.frozen or self.disputes > 0, self.lease_until, self.overrun > 0)
+        if gate != before.gate():
+            self.version += 1
+        return new(Balances, map(sub, money, before.money))
+
+    def after(self, at: int) -> Budget:
+        """The budget as the operation leaves it."""
+        before = self.before
+        return new(
+            Budget,
+            (
+                *before[:5],
+                self.custody,
+                self.holder,
+                self.token,
+                *before[8:11],
+                self.money,
+                self.disputed,
+                self.disputes,
+                self.holds_live,
+                self.closed,
+                self.frozen,
+                self.lease_until,
+                self.lease_latest,
+                self.version,
+                self.seq,
+                at,
+                self.head,
+            ),
+        )
+
+
 class Draft:
     """The budgets and holds after an operation, while it is decided."""
 
     def __init__(self, tree: Tree, at: int) -> None:
         self.tree = tree
         self.at = at
-        self.budgets: dict[bytes, Budget] = {}
-        """What was touched, in order of the first touch."""
         self.holds: dict[bytes, Hold] = {}
+        self._touched: dict[bytes, Touched] = {}
+        """In order of the first touch."""
 
-    def budget(self, budget_id: bytes) -> Budget:
-        """The budget as the operation has left it so far."""
-        return self.budgets.get(budget_id) or self.tree.budget(budget_id)
+    def touch(self, budget_id: bytes) -> Touched:
+        """The budget as the operation has left it so far, to be changed: it gets an entry."""
+        touched = self._touched.get(budget_id)
+        if touched is None:
+            budget = self.tree.budget(budget_id)
+            touched = self._touched[budget_id] = Touched(budget, is_new=False)
+        return touched
 
-    def put(self, budget: Budget) -> None:
-        """Take over a changed budget."""
-        self.budgets[budget.budget_id] = budget
+    def add(self, budget: Budget) -> None:
+        """Take over a budget that the operation makes."""
+        self._touched[budget.budget_id] = Touched(budget, is_new=True)
 
     def put_hold(self, hold: Hold) -> None:
         """Take over a changed hold."""
         self.holds[hold.hold_id] = hold
 
-    def move(
-        self,
-        budget_id: bytes,
-        *,
-        granted: int = 0,
-        available: int = 0,
-        held: int = 0,
-        delegated: int = 0,
-        spent: int = 0,
-        forfeited: int = 0,
-        overrun: int = 0,
-        advanced: int = 0,
-    ) -> None:
-        """Add to balances of a budget, by name."""
-        budget = self.budget(budget_id)
-        money = budget.money
-        moved = Balances(
-            money.granted + granted,
-            money.available + available,
-            money.held + held,
-            money.delegated + delegated,
-            money.spent + spent,
-            money.forfeited + forfeited,
-            money.overrun + overrun,
-            money.advanced + advanced,
-        )
-        self.put(budget.with_money(moved))
-
-    def closed_level(self, budget: Budget) -> bool:
+    def closed_level(self, budget: Touched) -> bool:
         """Say whether the budget or any ancestor is closed."""
-        return budget.closed or any(self.budget(above).closed for above in budget.ancestors)
+        if budget.closed:
+            return True
+        for above in budget.before.ancestors:
+            touched = self._touched.get(above)
+            if self.tree.budget(above).closed if touched is None else touched.closed:
+                return True
+        return False
 
     def inflow(self, budget_id: bytes, amount: int) -> None:
         """Let money that left the held, spent or delegated of a budget become free again.
@@ -89,21 +195,20 @@ class Draft:
         upwards. Below a closed level it belongs to the nearest open ancestor.
         """
         while amount:
-            budget = self.budget(budget_id)
-            money = budget.money
-            parent_id = budget.parent_id
+            budget = self.touch(budget_id)
+            parent_id = budget.before.parent_id
             if parent_id is None:
-                repaid = min(money.overrun, amount)
-                self.move(budget_id, overrun=-repaid, available=amount - repaid)
+                repaid = min(budget.overrun, amount)
+                budget.overrun -= repaid
+                budget.available += amount - repaid
                 return
-            if self.closed_level(budget):
-                repaid = amount
-                advanced = min(money.advanced, amount)
-            else:
-                repaid = advanced = min(money.advanced, amount)
-            self.move(budget_id, granted=-repaid, advanced=-advanced, available=amount - repaid)
+            advanced = min(budget.advanced, amount)
+            repaid = amount if self.closed_level(budget) else advanced
+            budget.granted -= repaid
+            budget.advanced -= advanced
+            budget.available += amount - repaid
             if repaid:
-                self.move(parent_id, delegated=-repaid)
+                self.touch(parent_id).delegated -= repaid
             budget_id, amount = parent_id, repaid
 
     def outflow(self, budget_id: bytes, amount: int) -> None:
@@ -113,25 +218,28 @@ class Draft:
         on; what they lack becomes the root's overrun. A closed level has no money of its own.
         """
         while amount:
-            budget = self.budget(budget_id)
+            budget = self.touch(budget_id)
             own_level_closed = self.closed_level(budget)
-            taken = 0 if own_level_closed else min(budget.money.available, amount)
+            taken = 0 if own_level_closed else min(budget.available, amount)
             amount -= taken
-            parent_id = budget.parent_id
+            budget.available -= taken
+            parent_id = budget.before.parent_id
             if parent_id is None:
-                self.move(budget_id, available=-taken, overrun=amount)
+                budget.overrun += amount
                 return
-            lent = 0 if own_level_closed else amount
-            self.move(budget_id, available=-taken, granted=amount, advanced=lent)
+            budget.granted += amount
+            budget.advanced += 0 if own_level_closed else amount
             if amount:
-                self.move(parent_id, delegated=amount)
+                self.touch(parent_id).delegated += amount
             budget_id = parent_id
 
     def collect(self, budget_id: bytes) -> int:
         """Empty a budget at a closed level into the nearest open ancestor."""
-        amount = self.budget(budget_id).money.available
+        touched = self._touched.get(budget_id)
+        money = self.tree.budget(budget_id).money if touched is None else touched
+        amount = money.available
         if amount:
-            self.move(budget_id, available=-amount)
+            self.touch(budget_id).available = 0
             self.inflow(budget_id, amount)
         return amount
 
@@ -169,77 +277,85 @@ class Draft:
         Raises:
             AmountOverflow: A balance would pass 2^62.
         """
-        concerned = self.budget(operation.budget_id)
-        self.budgets = {operation.budget_id: concerned} | self.budgets
-        shared = Effect(
-            changes=Balances(),
-            hold=None if hold is None else _bare(hold),
-            returned=returned,
-            pending=pending,
-            holds=tuple(map(_bare, holds)),
-            holds_truncated=holds_truncated,
+        concerned = self.touch(operation.budget_id)
+        effect = self._effect(
+            concerned,
+            None if hold is None else _bare(hold),
+            returned,
+            pending,
+            tuple(map(_bare, holds)),
+            holds_truncated,
         )
-        steps: list[tuple[Budget, bytes | None, Effect]] = []
-        for budget in self.budgets.values():
-            first = budget.budget_id == operation.budget_id
-            changed, effect = self._next(budget, shared if first else _NOTHING)
-            steps.append((changed, consumed if first else None, effect))
-            if not first:
-                continue
-            for token, ended in also_consumed:
-                changed = changed._replace(seq=changed.seq + 1)
-                rotated = effect._replace(
-                    changes=Balances(),
-                    hold=_bare(ended),
-                    returned=0,
-                    pending=0,
-                    holds=(),
-                    holds_truncated=False,
-                )
-                steps.append((changed, token, rotated))
-        return self._seal(operation, actor, position, amount, steps)
+        steps = [(concerned, consumed, effect)]
+        for token, ended in also_consumed:
+            rotated = effect._replace(
+                changes=Balances(),
+                hold=_bare(ended),
+                returned=0,
+                pending=0,
+                holds=(),
+                holds_truncated=False,
+            )
+            steps.append((concerned, token, rotated))
+        touched = [concerned]
+        for other in self._touched.values():
+            if other is not concerned:
+                touched.append(other)
+                steps.append((other, None, self._effect(other)))
+        entries = self._entries(operation, actor, position, amount, steps)
+        budgets = tuple([each.after(self.at) for each in touched])
+        return new(Accepted, (operation, actor, entries, budgets, tuple(self.holds.values())))
 
-    def _next(self, budget: Budget, shared: Effect) -> tuple[Budget, Effect]:
-        """The budget with its counters raised, and the effect that its entry tells."""
-        money = budget.money
-        if max(*money, budget.disputed) > BALANCE_MAX:
-            raise AmountOverflow(budget.budget_id, money.overflowing() or "disputed")
-        assert money.balanced(), money
-        assert budget.is_root or not money.overrun
-        before = self.tree.budgets[budget.budget_id]
-        raised = before is not None and before.gate() != budget.gate()
-        version = budget.version + raised
-        changed = budget.stepped(version, budget.seq + 1, self.at, budget.head)
-        # Built from scratch: to replace most fields of a named tuple costs several times as much.
-        effect = Effect(
-            changes=Balances._make(map(sub, money, _NO_MONEY if before is None else before.money)),
-            disputed=budget.disputed,
-            disputes=budget.disputes,
-            holds_live=budget.holds_live,
-            closed=budget.closed,
-            frozen=budget.frozen,
-            lease_until=budget.lease_until,
-            lease_latest=budget.lease_latest,
-            version=version,
-            versions=tuple([self.tree.budget(above).version for above in budget.ancestors]),
-            hold=shared.hold,
-            returned=shared.returned,
-            pending=shared.pending,
-            holds=shared.holds,
-            holds_truncated=shared.holds_truncated,
+    def _effect(
+        self,
+        budget: Touched,
+        hold: Hold | None = None,
+        returned: int = 0,
+        pending: int = 0,
+        holds: tuple[Hold, ...] = (),
+        holds_truncated: bool = False,
+    ) -> Effect:
+        """What an entry tells of a budget, beside its balances."""
+        changes = budget.settle()
+        tree = self.tree
+        return new(
+            Effect,
+            (
+                changes,
+                budget.disputed,
+                budget.disputes,
+                budget.holds_live,
+                budget.closed,
+                budget.frozen,
+                budget.lease_until,
+                budget.lease_latest,
+                budget.version,
+                tuple([tree.budget(above).version for above in budget.before.ancestors]),
+                hold,
+                returned,
+                pending,
+                holds,
+                holds_truncated,
+            ),
         )
-        return changed, effect
 
-    def _seal(
+    def _entries(
         self,
         operation: Operation,
         actor: Actor,
         position: int,
         amount: int,
-        steps: list[tuple[Budget, bytes | None, Effect]],
-    ) -> Accepted:
+        steps: list[tuple[Touched, bytes | None, Effect]],
+    ) -> tuple[Entry, ...]:
+        """One entry for each step, which counts on and chains the budget of the step."""
         request = encode_request(operation)
-        encoded = [encode_effect(effect) for _, _, effect in steps]
+        parts: list[Part] = []
+        for budget, consumed, effect in steps:
+            budget.seq += 1
+            encoded = encode_effect(effect)
+            parts.append(
+                new(Part, (budget.before.budget_id, budget.seq, consumed, budget.money, encoded))
+            )
         digest = operation_digest(
             kind=operation.kind,
             root_id=operation.root_id,
@@ -250,54 +366,44 @@ class Draft:
             trace_id=operation.trace_id,
             amount=amount,
             request=request,
-            parts=[
-                Part(budget.budget_id, budget.seq, consumed, budget.money, effect)
-                for (budget, consumed, _), effect in zip(steps, encoded, strict=True)
-            ],
+            parts=parts,
         )
         entries: list[Entry] = []
-        heads: dict[bytes, Budget] = {}
-        for part, ((budget, consumed, effect), effect_bytes) in enumerate(
-            zip(steps, encoded, strict=True)
-        ):
-            previous = heads.get(budget.budget_id, budget).head
-            chained = entry_hash(previous, digest, part)
-            heads[budget.budget_id] = budget.stepped(
-                budget.version, budget.seq, budget.last_at, chained
-            )
+        for number, (step, part) in enumerate(zip(steps, parts, strict=True)):
+            budget, consumed, effect = step
+            budget_id, seq, _, money, encoded = part
+            previous = budget.head
+            budget.head = entry_hash(previous, digest, number)
             entries.append(
-                Entry(
-                    root_id=operation.root_id,
-                    budget_id=budget.budget_id,
-                    seq=budget.seq,
-                    position=position,
-                    part=part,
-                    parts=len(steps),
-                    operation_id=operation.operation_id,
-                    kind=operation.kind,
-                    at=self.at,
-                    principal=actor.principal,
-                    trace_id=operation.trace_id,
-                    consumed=consumed,
-                    amount=amount,
-                    money=budget.money,
-                    effect=effect,
-                    request=request if part == 0 else None,
-                    effect_bytes=effect_bytes,
-                    digest=digest,
-                    previous_hash=previous,
-                    hash=chained,
+                new(
+                    Entry,
+                    (
+                        operation.root_id,
+                        budget_id,
+                        seq,
+                        position,
+                        number,
+                        len(steps),
+                        operation.operation_id,
+                        operation.kind,
+                        self.at,
+                        actor.principal,
+                        operation.trace_id,
+                        consumed,
+                        amount,
+                        money,
+                        effect,
+                        request if number == 0 else None,
+                        encoded,
+                        digest,
+                        previous,
+                        budget.head,
+                    ),
                 )
             )
-        return Accepted(
-            operation, actor, tuple(entries), tuple(heads.values()), tuple(self.holds.values())
-        )
+        return tuple(entries)
 
 
 def _bare(hold: Hold) -> Hold:
     """A hold as an entry tells it: who reads an entry needs no token."""
-    return hold._replace(token=b"")
-
-
-_NO_MONEY = Balances()
-_NOTHING = Effect(changes=_NO_MONEY)
+    return new(Hold, (*hold[:2], b"", *hold[3:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from peculium_server.core.operations import (
-    Accept,
+    PRODUCING,
     ByToken,
     Delegate,
     Expire,
@@ -16,13 +16,11 @@ from peculium_server.core.operations import (
     Operation,
     Recover,
     Release,
-    Renew,
     Reserve,
     Resolve,
     Return,
     Revoke,
     Settle,
-    Spend,
 )
 
 
@@ -50,50 +48,37 @@ class Footprint:
         self.operations.add(operation.operation_id)
         if isinstance(operation.authority, ByToken):
             self.tokens.add((budget_id, operation.authority.token_id))
+        for name in PRODUCING[operation.kind]:
+            self._produces(budget_id, getattr(operation, name))
+        if isinstance(operation, _ON_HOLDS):
+            self.holds.add(operation.hold_id)
+            return
         match operation:
-            case Reserve():
-                self._produces(budget_id, operation.next_token_id, operation.hold_token_id)
-                self.holds.add(operation.hold_id)
-            case Settle() | Extend():
-                self._produces(budget_id, operation.next_hold_token_id)
-                self.holds.add(operation.hold_id)
-            case Release() | Lapse():
-                self.holds.add(operation.hold_id)
-            case Spend() | Accept() | Renew():
-                self._produces(budget_id, operation.next_token_id)
             case Grant():
-                self._produces(budget_id, operation.token_id)
                 self.names.add((None, operation.name))
             case Delegate():
-                self._produces(budget_id, operation.next_token_id)
                 for child in operation.children:
                     self.budgets.add(child.budget_id)
                     self._produces(child.budget_id, child.token_id)
                     self.names.add((budget_id, child.name))
             case Recover():
-                self._produces(budget_id, operation.next_token_id)
                 self.open_holds.add(budget_id)
                 for rotation in operation.holds:
                     self._produces(budget_id, rotation.next_token_id)
                     self.holds.add(rotation.hold_id)
             case Fund():
-                self._produces(budget_id, operation.next_token_id)
                 self.budgets.add(operation.descendant_id)
             case Revoke():
-                self._produces(budget_id, operation.next_token_id)
                 self.budgets.add(operation.descendant_id)
                 self.subtrees.add(operation.descendant_id)
-            case Return():
-                self._produces(budget_id, operation.next_token_id)
-                if operation.amount is None:
-                    self.subtrees.add(budget_id)
-            case Resolve():
-                self._produces(budget_id, operation.next_token_id)
-                self.holds.add(operation.hold_id)
-            case Expire():
+            case Return(amount=None) | Expire():
                 self.subtrees.add(budget_id)
             case _:
                 pass
 
-    def _produces(self, budget_id: bytes, *token_ids: bytes | None) -> None:
-        self.tokens.update((budget_id, token) for token in token_ids if token is not None)
+    def _produces(self, budget_id: bytes, token_id: bytes | None) -> None:
+        if token_id is not None:
+            self.tokens.add((budget_id, token_id))
+
+
+_ON_HOLDS = (Reserve, Settle, Release, Extend, Resolve, Lapse)

@@ -394,5 +394,16 @@ OPERATIONS: dict[Kind, type[Operation]] = {
     )
 }
 
-HOLD_KINDS = frozenset({Kind.SETTLE, Kind.RELEASE, Kind.EXTEND})
+HOLD_OPERATIONS = (Settle, Release, Extend)
 """Their token is the hold's, not the budget's."""
+HOLD_KINDS = frozenset(operation.kind for operation in HOLD_OPERATIONS)
+
+PRODUCING = {
+    kind: tuple(
+        name
+        for name in ("next_token_id", "hold_token_id", "next_hold_token_id", "token_id")
+        if hasattr(operation, name)
+    )
+    for kind, operation in OPERATIONS.items()
+}
+"""The fields of each kind that name a token to be produced."""

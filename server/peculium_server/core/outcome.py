@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from peculium_server.core.operations import Delegate, Fund, Kind, Operation, Revoke
-from peculium_server.core.state import Balances, BudgetState, Entry, Hold
+from peculium_server.core.state import Balances, BudgetState, Entry, Hold, new
 
 
 class ChildOutcome(NamedTuple):
@@ -50,25 +50,31 @@ def tell(operation: Operation, entries: tuple[Entry, ...], *, replayed: bool = F
             for entry in entries
             if entry.budget_id in made
         )
-    return Outcome(
-        operation_id=first.operation_id,
-        kind=first.kind,
-        replayed=replayed,
-        dry_run=operation.dry_run,
-        at=first.at,
-        budget_id=first.budget_id,
-        money=first.money,
-        state=_state(first),
-        seq=first.seq,
-        lease_until=effect.lease_until,
-        hold=effect.hold,
-        children=children,
-        returned=effect.returned,
-        pending=effect.pending,
-        holds=effect.holds,
-        holds_truncated=effect.holds_truncated,
-        descendant_id=operation.descendant_id if isinstance(operation, Fund | Revoke) else None,
+    return new(
+        Outcome,
+        (
+            first.operation_id,
+            first.kind,
+            replayed,
+            operation.dry_run,
+            first.at,
+            first.budget_id,
+            first.money,
+            _state(first),
+            first.seq,
+            effect.lease_until,
+            effect.hold,
+            children,
+            effect.returned,
+            effect.pending,
+            effect.holds,
+            effect.holds_truncated,
+            operation.descendant_id if isinstance(operation, _ON_DESCENDANTS) else None,
+        ),
     )
+
+
+_ON_DESCENDANTS = (Fund, Revoke)
 
 
 def _state(entry: Entry) -> BudgetState:

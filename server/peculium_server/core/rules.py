@@ -60,6 +60,7 @@ from peculium_server.core.state import (
     Hold,
     HoldState,
     Tree,
+    new,
 )
 
 
@@ -107,19 +108,23 @@ def _moment(tree: Tree, operation: Operation, concerned: Budget, now: int) -> in
 
     Known before the first rung, so that an auditor who decides again at this time decides the same.
     """
-    lowest = [concerned]
-    match operation:
-        case Fund() | Revoke():
-            descendant = tree.budgets[operation.descendant_id]
-            if descendant is not None:
-                lowest.append(descendant)
-                if isinstance(operation, Revoke):
-                    lowest += _eager(tree, descendant)
-        case Return(amount=None) | Expire():
-            lowest += _eager(tree, concerned)
-        case _:
-            pass
-    return max(now, *(level.last_at for budget in lowest for level in tree.line(budget)))
+    at = now
+    for level in tree.line(concerned):
+        at = max(at, level.last_at)
+    written: list[Budget] = []
+    if isinstance(operation, _ON_DESCENDANTS):
+        descendant = tree.budgets[operation.descendant_id]
+        if descendant is not None:
+            written.append(descendant)
+            if isinstance(operation, Revoke):
+                written += _eager(tree, descendant)
+    elif isinstance(operation, _CLOSING) and getattr(operation, "amount", None) is None:
+        written += _eager(tree, concerned)
+    return max([at, *(level.last_at for budget in written for level in tree.line(budget))])
+
+
+_ON_DESCENDANTS = (Fund, Revoke)
+_CLOSING = (Return, Expire)
 
 
 # -- One rule for each kind -------------------------------------------------------------------------
@@ -136,7 +141,7 @@ def _decide_known(
 
 def _grant(case: Case, grant: Grant) -> Accepted:
     draft = Draft(case.tree, case.at)
-    draft.put(
+    draft.add(
         Budget(
             root_id=grant.root_id,
             budget_id=grant.budget_id,
@@ -159,7 +164,7 @@ def _top_up(case: Case, top_up: TopUp, budget: Budget, consumed: bytes | None) -
     if not budget.is_root:
         return Refused(Refusal.ONLY_FOR_ROOTS, named(case.tree, budget))
     draft = Draft(case.tree, case.at)
-    draft.move(budget.budget_id, granted=top_up.amount)
+    draft.touch(budget.budget_id).granted += top_up.amount
     draft.inflow(budget.budget_id, top_up.amount)
     return draft.accept(top_up, case.actor, case.position, amount=top_up.amount, consumed=consumed)
 
@@ -171,7 +176,9 @@ def _withdraw(case: Case, withdraw: Withdraw, budget: Budget, consumed: bytes | 
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
-    draft.move(budget.budget_id, granted=-withdraw.amount, available=-withdraw.amount)
+    root = draft.touch(budget.budget_id)
+    root.granted -= withdraw.amount
+    root.available -= withdraw.amount
     return draft.accept(
         withdraw, case.actor, case.position, amount=withdraw.amount, consumed=consumed
     )
@@ -183,32 +190,28 @@ def _reserve(case: Case, reserve: Reserve, budget: Budget, consumed: bytes | Non
     )
     if refused is not None:
         return refused
+    amount = reserve.amount
     hold = Hold(
-        budget_id=budget.budget_id,
-        hold_id=reserve.hold_id,
-        token=reserve.hold_token_id,
-        state=HoldState.LIVE,
-        amount=reserve.amount,
-        remaining=reserve.amount,
-        booked=0,
-        disputed=0,
-        created_at=case.at,
-        expires_at=case.at + reserve.ttl_us,
+        budget.budget_id,
+        reserve.hold_id,
+        reserve.hold_token_id,
+        HoldState.LIVE,
+        amount,
+        amount,
+        0,
+        0,
+        case.at,
+        case.at + reserve.ttl_us,
     )
     draft = Draft(case.tree, case.at)
-    money = budget.money
-    draft.put(
-        budget._replace(
-            money=money._replace(
-                available=money.available - reserve.amount, held=money.held + reserve.amount
-            ),
-            token=reserve.next_token_id,
-            holds_live=budget.holds_live + 1,
-        )
-    )
+    reserving = draft.touch(budget.budget_id)
+    reserving.available -= amount
+    reserving.held += amount
+    reserving.token = reserve.next_token_id
+    reserving.holds_live += 1
     draft.put_hold(hold)
     return draft.accept(
-        reserve, case.actor, case.position, amount=reserve.amount, consumed=consumed, hold=hold
+        reserve, case.actor, case.position, amount=amount, consumed=consumed, hold=hold
     )
 
 
@@ -231,7 +234,9 @@ def _settle(case: Case, settle: Settle, budget: Budget, consumed: bytes | None) 
             booked=hold.booked + actual,
         )
         draft.put_hold(hold)
-        draft.move(budget.budget_id, held=-actual, spent=actual)
+        settling = draft.touch(budget.budget_id)
+        settling.held -= actual
+        settling.spent += actual
     else:
         hold = _book(draft, budget, hold, hold.booked + actual, _beyond_limit(budget, hold))
     return draft.accept(
@@ -272,8 +277,10 @@ def _spend(case: Case, spend: Spend, budget: Budget, consumed: bytes | None) -> 
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
-    draft.put(budget._replace(token=spend.next_token_id))
-    draft.move(budget.budget_id, available=-spend.amount, spent=spend.amount)
+    spending = draft.touch(budget.budget_id)
+    spending.token = spend.next_token_id
+    spending.available -= spend.amount
+    spending.spent += spend.amount
     return draft.accept(spend, case.actor, case.position, amount=spend.amount, consumed=consumed)
 
 
@@ -291,10 +298,12 @@ def _delegate(case: Case, delegate: Delegate, budget: Budget, consumed: bytes | 
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
-    draft.put(budget._replace(token=delegate.next_token_id))
-    draft.move(budget.budget_id, available=-total, delegated=total)
+    delegating = draft.touch(budget.budget_id)
+    delegating.token = delegate.next_token_id
+    delegating.available -= total
+    delegating.delegated += total
     for child in delegate.children:
-        draft.put(_child(case, budget, child))
+        draft.add(_child(case, budget, child))
     return draft.accept(delegate, case.actor, case.position, amount=total, consumed=consumed)
 
 
@@ -332,7 +341,9 @@ def _accept(case: Case, accept: Accept, budget: Budget, consumed: bytes | None) 
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
-    draft.put(budget._replace(token=accept.next_token_id, holder=case.actor.principal))
+    accepting = draft.touch(budget.budget_id)
+    accepting.token = accept.next_token_id
+    accepting.holder = case.actor.principal
     return draft.accept(accept, case.actor, case.position, amount=0, consumed=consumed)
 
 
@@ -357,13 +368,11 @@ def _recover(case: Case, recover: Recover, budget: Budget, consumed: bytes | Non
         changed_hold = hold._replace(token=rotation.next_token_id)
         ended.append((hold.token, changed_hold))
         draft.put_hold(changed_hold)
-    changed = budget._replace(token=recover.next_token_id)
+    recovered = draft.touch(budget.budget_id)
+    recovered.token = recover.next_token_id
     if isinstance(recover.authority, ByRole):
-        changed = changed._replace(
-            holder=recover.holder,
-            custody=Custody.PRINCIPAL if recover.next_token_id is None else Custody.TOKEN,
-        )
-    draft.put(changed)
+        recovered.holder = recover.holder
+        recovered.custody = Custody.PRINCIPAL if recover.next_token_id is None else Custody.TOKEN
     rotated_ids = draft.holds
     listed = sorted(
         (rotated_ids.get(hold.hold_id, hold) for hold in case.tree.open_holds[budget.budget_id]),
@@ -389,19 +398,24 @@ def _fund(case: Case, fund: Fund, budget: Budget, consumed: bytes | None) -> _De
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
-    draft.put(budget._replace(token=fund.next_token_id))
+    funding = draft.touch(budget.budget_id)
+    funding.token = fund.next_token_id
     if fund.amount:
-        draft.move(budget.budget_id, available=-fund.amount, delegated=fund.amount)
+        funding.available -= fund.amount
+        funding.delegated += fund.amount
         for level_id in descendant.ancestors[: descendant.ancestors.index(budget.budget_id)]:
-            draft.move(level_id, granted=fund.amount, delegated=fund.amount)
-        draft.move(descendant.budget_id, granted=fund.amount)
+            level = draft.touch(level_id)
+            level.granted += fund.amount
+            level.delegated += fund.amount
+        draft.touch(descendant.budget_id).granted += fund.amount
         draft.inflow(descendant.budget_id, fund.amount)
     if fund.lease_us is not None:
-        funded = draft.budget(descendant.budget_id)
+        funded = draft.touch(descendant.budget_id)
         parent = case.tree.budget(descendant.ancestors[0])
         until = _clip(case.at + fund.lease_us, parent.lease_until)
-        latest = max(until, _clip(funded.lease_latest or until, parent.lease_latest))
-        draft.put(funded._replace(lease_until=until, lease_latest=latest))
+        latest = _clip(funded.lease_latest or until, parent.lease_latest)
+        funded.lease_until = until
+        funded.lease_latest = max(until, latest)
     return draft.accept(fund, case.actor, case.position, amount=fund.amount, consumed=consumed)
 
 
@@ -410,10 +424,10 @@ def _renew(case: Case, renew: Renew, budget: Budget, consumed: bytes | None) -> 
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
-    changed = budget._replace(token=renew.next_token_id)
+    renewed = draft.touch(budget.budget_id)
+    renewed.token = renew.next_token_id
     if budget.lease_latest is not None:
-        changed = changed._replace(lease_until=min(case.at + renew.lease_us, budget.lease_latest))
-    draft.put(changed)
+        renewed.lease_until = min(case.at + renew.lease_us, budget.lease_latest)
     return draft.accept(renew, case.actor, case.position, amount=0, consumed=consumed)
 
 
@@ -430,9 +444,11 @@ def _return(case: Case, give: Return, budget: Budget, consumed: bytes | None) ->
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
-    draft.put(budget._replace(token=give.next_token_id))
-    draft.move(budget.budget_id, available=-give.amount, granted=-give.amount)
-    draft.move(parent_id, delegated=-give.amount)
+    giving = draft.touch(budget.budget_id)
+    giving.token = give.next_token_id
+    giving.available -= give.amount
+    giving.granted -= give.amount
+    draft.touch(parent_id).delegated -= give.amount
     draft.inflow(parent_id, give.amount)
     return draft.accept(
         give,
@@ -461,7 +477,9 @@ def _return_all(case: Case, give: Return, budget: Budget, consumed: bytes | None
                 Refusal.OPEN_CHILDREN,
                 named(case.tree, budget) | {"child": id_text(child_id)},
             )
-    return _close(case, give, budget, consumed, budget._replace(token=None))
+    draft = Draft(case.tree, case.at)
+    draft.touch(budget.budget_id).token = None
+    return _close(case, give, budget, consumed, draft)
 
 
 def _revoke(case: Case, revoke: Revoke, budget: Budget, consumed: bytes | None) -> _Decision:
@@ -471,14 +489,9 @@ def _revoke(case: Case, revoke: Revoke, budget: Budget, consumed: bytes | None) 
     refused = check_state(case, revoke.kind, descendant)
     if refused is not None:
         return refused
-    return _close(
-        case,
-        revoke,
-        descendant,
-        consumed,
-        descendant,
-        concerned=budget._replace(token=revoke.next_token_id),
-    )
+    draft = Draft(case.tree, case.at)
+    draft.touch(budget.budget_id).token = revoke.next_token_id
+    return _close(case, revoke, descendant, consumed, draft)
 
 
 def _expire(case: Case, expire: Expire, budget: Budget, consumed: bytes | None) -> _Decision:
@@ -490,7 +503,7 @@ def _expire(case: Case, expire: Expire, budget: Budget, consumed: bytes | None) 
         )
     if not budget.expired(case.at):
         return _not_due(budget, budget.lease_until)
-    return _close(case, expire, budget, consumed, budget)
+    return _close(case, expire, budget, consumed, Draft(case.tree, case.at))
 
 
 def _close(
@@ -498,8 +511,7 @@ def _close(
     operation: Return | Revoke | Expire,
     top: Budget,
     consumed: bytes | None,
-    closing: Budget,
-    concerned: Budget | None = None,
+    draft: Draft,
 ) -> Accepted:
     """Close the top of a subtree: nothing below can spend from now on, however large it is.
 
@@ -510,10 +522,7 @@ def _close(
     pending = case.tree.pending[top.budget_id]
     pending += sum(budget.money.available for budget in case.tree.below(top.budget_id))
     pending -= sum(budget.money.available for budget in eager)
-    draft = Draft(case.tree, case.at)
-    if concerned is not None:
-        draft.put(concerned)
-    draft.put(closing._replace(closed=True))
+    draft.touch(top.budget_id).closed = True
     returned = draft.collect(top.budget_id)
     returned += sum(draft.collect(budget.budget_id) for budget in eager)
     return draft.accept(
@@ -558,8 +567,7 @@ def _resolve(case: Case, resolve: Resolve, budget: Budget, consumed: bytes | Non
     ended_token = hold.token if hold.settleable else None
     draft = Draft(case.tree, case.at)
     if not by_admin:
-        budget = budget._replace(token=resolve.next_token_id)
-        draft.put(budget)
+        draft.touch(budget.budget_id).token = resolve.next_token_id
     limit = None if by_admin else _beyond_limit(budget, hold)
     hold = _book(draft, budget, hold, resolve.actual, limit)
     also: tuple[tuple[bytes, Hold], ...] = ()
@@ -586,7 +594,7 @@ def _freeze(
     if refused is not None:
         return refused
     draft = Draft(case.tree, case.at)
-    draft.put(budget._replace(frozen=isinstance(operation, Freeze)))
+    draft.touch(budget.budget_id).frozen = isinstance(operation, Freeze)
     return draft.accept(operation, case.actor, case.position, amount=0, consumed=consumed)
 
 
@@ -600,8 +608,10 @@ def _lapse(case: Case, lapse: Lapse, budget: Budget, consumed: bytes | None) -> 
         return _not_due(budget, hold.expires_at)
     hold = hold._replace(state=HoldState.LAPSED)
     draft = Draft(case.tree, case.at)
-    draft.put(budget._replace(holds_live=budget.holds_live - 1))
-    draft.move(budget.budget_id, held=-hold.remaining, forfeited=hold.remaining)
+    lapsing = draft.touch(budget.budget_id)
+    lapsing.holds_live -= 1
+    lapsing.held -= hold.remaining
+    lapsing.forfeited += hold.remaining
     draft.put_hold(hold)
     return draft.accept(
         lapse, case.actor, case.position, amount=hold.remaining, consumed=consumed, hold=hold
@@ -673,29 +683,28 @@ def _book(draft: Draft, budget: Budget, hold: Hold, total: int, limit: int | Non
     What it had left and does not need flows back; what it needs beyond that flows out of the budget
     and its ancestors; what passes the limit is disputed: recorded, booked to nobody, the budget frozen.
     """
-    beyond = max(0, total - hold.amount)
-    disputed = 0 if limit is None else max(0, beyond - limit)
+    _, hold_id, token, state, amount, remaining, booked_before, disputed_before, *times = hold
+    disputed = 0 if limit is None else max(0, total - amount - limit)
     booked = total - disputed
-    spent = booked - hold.booked
-    source = {"forfeited" if hold.state is HoldState.LAPSED else "held": -hold.remaining}
-    draft.put(
-        draft.budget(budget.budget_id)._replace(
-            holds_live=budget.holds_live - (hold.state is HoldState.LIVE),
-            disputes=budget.disputes - (hold.state is HoldState.DISPUTED) + (disputed > 0),
-            disputed=budget.disputed - hold.disputed + disputed,
-        )
-    )
-    draft.move(budget.budget_id, spent=spent, **source)
-    freed = hold.remaining - spent
+    spent = booked - booked_before
+    booking = draft.touch(budget.budget_id)
+    if state is HoldState.LAPSED:
+        booking.forfeited -= remaining
+    else:
+        booking.held -= remaining
+    booking.spent += spent
+    booking.holds_live -= state is HoldState.LIVE
+    booking.disputes += (disputed > 0) - (state is HoldState.DISPUTED)
+    booking.disputed += disputed - disputed_before
+    freed = remaining - spent
     if freed > 0:
         draft.inflow(budget.budget_id, freed)
     else:
         draft.outflow(budget.budget_id, -freed)
-    ended = hold._replace(
-        state=HoldState.DISPUTED if disputed else HoldState.SETTLED,
-        remaining=0,
-        booked=booked,
-        disputed=disputed,
+    ended_as = HoldState.DISPUTED if disputed else HoldState.SETTLED
+    ended = new(
+        Hold,
+        (budget.budget_id, hold_id, token, ended_as, amount, 0, booked, disputed, *times),
     )
     draft.put_hold(ended)
     return ended

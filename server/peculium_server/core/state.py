@@ -16,6 +16,9 @@ from peculium_server.core.limits import BALANCE_MAX
 if TYPE_CHECKING:
     from peculium_server.core.operations import Actor, Kind, Labels, Operation
 
+new = tuple.__new__
+"""Make a named tuple of all its fields, in their order: half as dear as to call its class."""
+
 GENESIS = bytes(32)
 """The hash before a budget's first entry."""
 
@@ -71,16 +74,11 @@ class Balances(NamedTuple):
 
     def balanced(self) -> bool:
         """Say whether the money equation and the signs hold."""
+        granted, available, held, delegated, spent, forfeited, overrun, advanced = self
         return (
-            self.granted
-            == self.available
-            + self.held
-            + self.delegated
-            + self.spent
-            + self.forfeited
-            - self.overrun
+            granted == available + held + delegated + spent + forfeited - overrun
             and min(self) >= 0
-            and self.advanced <= self.granted
+            and advanced <= granted
         )
 
 
@@ -131,14 +129,6 @@ class Budget(NamedTuple):
         """Say whether this is the top of its tree."""
         return not self.ancestors
 
-    def with_money(self, money: Balances) -> Budget:
-        """The same with other balances."""
-        return Budget._make((*self[:_MONEY], money, *self[_MONEY + 1 :]))
-
-    def stepped(self, version: int, seq: int, last_at: int, head: bytes) -> Budget:
-        """The same with its last four fields: what each of its entries counts on."""
-        return Budget._make((*self[:-4], version, seq, last_at, head))
-
     def expired(self, at: int) -> bool:
         """Say whether its lease has ended at a time."""
         return self.lease_until is not None and self.lease_until <= at
@@ -163,9 +153,6 @@ class Budget(NamedTuple):
         )
 
 
-_MONEY = Budget._fields.index("money")
-
-
 class Hold(NamedTuple):
     """Money set aside for one call."""
 
@@ -187,7 +174,10 @@ class Hold(NamedTuple):
     @property
     def settleable(self) -> bool:
         """Say whether its token is live: it was neither settled nor released."""
-        return self.state in (HoldState.LIVE, HoldState.LAPSED)
+        return self.state in _SETTLEABLE
+
+
+_SETTLEABLE = (HoldState.LIVE, HoldState.LAPSED)
 
 
 class Consumption(NamedTuple):
@@ -314,11 +304,14 @@ class Tree:
         assert budget is not None
         return budget
 
-    def line(self, budget: Budget) -> Iterator[Budget]:
+    def line(self, budget: Budget) -> list[Budget]:
         """The budget and its ancestors, upwards."""
-        yield budget
+        line = [budget]
         for ancestor_id in budget.ancestors:
-            yield self.budget(ancestor_id)
+            ancestor = self.budgets[ancestor_id]
+            assert ancestor is not None
+            line.append(ancestor)
+        return line
 
     def below(self, budget_id: bytes) -> Iterator[Budget]:
         """The descendants of a budget that are among `budgets`, in no order."""
@@ -329,23 +322,24 @@ class Tree:
     def apply(self, accepted: Accepted) -> None:
         """Take over what an operation changed, so that the next of the batch sees it."""
         for budget in accepted.budgets:
-            self.budgets[budget.budget_id] = budget
-            self.names[budget.parent_id, budget.name] = budget.budget_id
+            budget_id = budget.budget_id
+            if self.budgets.get(budget_id) is None:
+                self.names[budget.parent_id, budget.name] = budget_id
+            self.budgets[budget_id] = budget
         for hold in accepted.holds:
-            self.holds[hold.hold_id] = hold
-            self.hold_tokens[hold.budget_id, hold.token] = hold.hold_id
-            if hold.budget_id in self.open_holds:
+            budget_id, hold_id, token = hold[:3]
+            self.holds[hold_id] = hold
+            self.hold_tokens[budget_id, token] = hold_id
+            if budget_id in self.open_holds:
                 others = tuple(
-                    other
-                    for other in self.open_holds[hold.budget_id]
-                    if other.hold_id != hold.hold_id
+                    other for other in self.open_holds[budget_id] if other.hold_id != hold_id
                 )
-                self.open_holds[hold.budget_id] = (*others, hold) if hold.settleable else others
+                self.open_holds[budget_id] = (*others, hold) if hold.settleable else others
         for entry in accepted.entries:
             if entry.consumed is not None:
-                self.consumed[entry.budget_id, entry.consumed] = Consumption(
-                    entry.operation_id, entry.kind, entry.at, entry.principal
+                self.consumed[entry.budget_id, entry.consumed] = new(
+                    Consumption, (entry.operation_id, entry.kind, entry.at, entry.principal)
                 )
-        self.recorded[accepted.operation.operation_id] = Recorded(
-            accepted.operation, accepted.actor.principal, accepted.entries
+        self.recorded[accepted.operation.operation_id] = new(
+            Recorded, (accepted.operation, accepted.actor.principal, accepted.entries)
         )
