@@ -39,6 +39,8 @@ PARTS = (
 SIZES = (10_000, 100_000, 1_000_000)
 SIZES_FULL = (*SIZES, 3_000_000)
 GROWTH_AGENTS = 200
+WARM_UP_SECONDS_MAX = 0.5
+"""Connections are there before it, and a turn that it cuts counts by its part: it need not be long."""
 CONNECTIONS = 10_000
 CONNECTION_PROCESSES = 4
 _DESCRIPTORS = 16_000
@@ -110,7 +112,7 @@ def run(options: Options) -> dict[str, Any]:
             *(
                 postgres,
                 crew,
-                Times(min(1.0, options.seconds / 3), options.seconds),
+                Times(min(WARM_UP_SECONDS_MAX, options.seconds / 3), options.seconds),
                 ledger,
                 server,
             ),

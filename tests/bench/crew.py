@@ -31,7 +31,7 @@ READY_SECONDS_MAX = 180.0
 """Until a process is ready for its job."""
 OVER_SECONDS_MAX = 240.0
 """Beyond the window, until it has told what it counted."""
-_AHEAD_SECONDS = 0.15
+_AHEAD_SECONDS = 0.05
 """What a window is announced ahead, so that all know of it when it begins."""
 
 

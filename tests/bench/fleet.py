@@ -197,7 +197,7 @@ def run(agents: int, seconds: float, pace: float, folder: Path, seed: int) -> di
     return {
         "begun": begun,
         "load_average": {"begin": load, "end": machine.load()},
-        "cadence": cadence(pace),
+        "cadence": cadence(agents, pace),
         "figures": {name: figures[name] for name in FIGURES},
         "refused": round(sum(one.refused for one in counted)),
         "cpu": measured["cpu"],
@@ -207,15 +207,17 @@ def run(agents: int, seconds: float, pace: float, folder: Path, seed: int) -> di
     }
 
 
-def cadence(pace: float) -> str:
-    """How an agent spends its time, for people."""
+def cadence(agents: int, pace: float) -> str:
+    """How an agent spends its time, and what that asks of the ledger, for people."""
     faster = "" if pace == 1 else f"; all of it {pace:g} times faster"
+    pairs = agents * pace / CYCLE_SECONDS
     return (
         f"Agents replay the demonstration's trace from {PROCESSES} processes, each over one SDK client."
         f" An agent reserves, thinks {mean_think_seconds():.1f} s in the mean"
         f" ({FIRST_TOKEN_SECONDS:g} s, and {PROMPT_TOKENS_PER_S:,.0f} tokens read and"
         f" {ANSWER_TOKENS_PER_S:g} written a second), settles, and pauses by chance, so that it reserves"
-        f" every {CYCLE_SECONDS:g} s in the mean{faster}. One in {SCARCE_ONE_IN} has half of what it would spend,"
+        f" every {CYCLE_SECONDS:g} s in the mean{faster}: {agents:,} agents ask for {pairs:,.0f} pairs a second, less"
+        f" what waiting takes. One in {SCARCE_ONE_IN} has half of what it would spend,"
         " and is refused when that is used up."
     )
 

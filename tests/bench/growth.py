@@ -19,7 +19,7 @@ from tests.bench.jobs import Place, Spend, StayConnected
 from tests.bench.ledgers import Ledger, Trees
 from tests.server import RunningServer
 
-_FILL_SECONDS = 10.0
+_FILL_SECONDS = 30.0
 """How long it is filled before it is counted again."""
 _FILLERS = 1_000
 _FILLING = 2
@@ -28,6 +28,8 @@ _FILL_SECONDS_MAX = 3_600.0
 COPIED_ENTRIES_MAX = 200_000
 """A ledger of up to so many entries is measured as a fresh copy each time: to measure makes it grow."""
 _ANSWER_SECONDS_MAX = 180.0
+_LOAD_SECONDS_MAX = 1.0
+"""How long something is written before a death."""
 _MB = 2**20
 
 Tell = Callable[[str], None]
@@ -191,7 +193,8 @@ def postgres_killed(bench: Bench) -> Measured:
 def _load(bench: Bench, server: RunningServer) -> None:
     """Have something written just before a death; what was billed by then is settled."""
     job = Spend(server.address, bench.trees.shared("everybodys"), 50)
-    counted, _ = bench.crew.work([job], warm_up=0.0, seconds=bench.times.seconds)
+    seconds = min(_LOAD_SECONDS_MAX, bench.times.seconds)
+    counted, _ = bench.crew.work([job], warm_up=0.0, seconds=seconds)
     bench.ledger.billed.update(counted[0].billed)
 
 

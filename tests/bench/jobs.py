@@ -12,7 +12,7 @@ import itertools
 import time
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -84,30 +84,32 @@ async def take_turns(turns: Sequence[Turn], window: Window, counted: Counted) ->
     one more does is chance. So a turn counts by the part of it that lies within. Until the last of those
     that the window's end has cut is over, everybody goes on: otherwise it would have less beside it.
     """
+    begin, end = window
     cut = len(turns)
 
     async def repeat(turn: Turn) -> None:
         nonlocal cut
-        while (begun := clock()) < window.end:
+        while (begun := clock()) < end:
             took = await turn()
             ended = clock()
-            within = min(ended, window.end) - max(begun, window.begin)
-            if within <= 0:
-                continue
-            if took is None:
-                counted.refused += within / (ended - begun)
+            if begin <= begun and ended < end:
+                part = 1.0
             else:
-                counted.turns += within / (ended - begun)
-                if window.begin <= ended < window.end:
+                part = max(0.0, min(ended, end) - max(begun, begin)) / (ended - begun)
+            if took is None:
+                counted.refused += part
+            else:
+                counted.turns += part
+                if begin <= ended < end:
                     counted.latencies.append(took)
         cut -= 1
         while cut:
             await turn()
 
     async def use() -> None:
-        await asyncio.sleep(window.begin - clock())
+        await asyncio.sleep(begin - clock())
         before = time.process_time()
-        await asyncio.sleep(window.end - clock())
+        await asyncio.sleep(end - clock())
         counted.cpu_seconds = time.process_time() - before
 
     async with asyncio.TaskGroup() as working:
@@ -130,8 +132,9 @@ class Place(NamedTuple):
         return BudgetRef(self.path, self.root_id, self.budget_id)
 
 
-def _cost(number: int) -> int:
-    return 1 + number % ESTIMATE
+def _costs() -> Iterator[int]:
+    """What one call after the other costs."""
+    return itertools.cycle(range(1, ESTIMATE + 1))
 
 
 @dataclass
@@ -164,15 +167,15 @@ class Spend:
         return self.bill
 
     def _turn(self, budgets: itertools.cycle[tuple[Place, Budget]]) -> Turn:
-        numbers = itertools.count()
+        costs, bill = _costs(), self.bill
 
         async def turn() -> float:
             place, budget = next(budgets)
-            cost = _cost(next(numbers))
+            cost = next(costs)
             began = clock()
             hold = await budget.reserve(ESTIMATE)
             took = clock() - began
-            self.bill[place.budget_id] += cost
+            bill[place.budget_id] += cost
             await hold.settle(cost)
             return took
 
@@ -224,11 +227,11 @@ class SpendAlone:
             recovery = requests.recover(by_name, Asked())
             await stub.Recover(recovery.message.recover, timeout=TIMEOUT_SECONDS)
             secret = recovery.produced
-        numbers = itertools.count()
+        costs = _costs()
 
         async def turn() -> float:
             nonlocal secret
-            cost = _cost(next(numbers))
+            cost = next(costs)
             began = clock()
             reserve = requests.reserve(target, Asked(), amount=ESTIMATE, ttl=None)
             if secret is not None:
@@ -388,7 +391,7 @@ class RowLock(_NothingBilled):
             yield turns
 
     def _turn(self, connection: psycopg.AsyncConnection, row: int) -> Turn:
-        numbers = itertools.count()
+        costs = _costs()
 
         async def operate(kind: str, hold: int, spend: int) -> None:
             async with connection.transaction():
@@ -403,7 +406,7 @@ class RowLock(_NothingBilled):
                 await connection.execute(_NOTE, (row, kind, hold or spend, *after))
 
         async def turn() -> float:
-            cost = _cost(next(numbers))
+            cost = next(costs)
             began = clock()
             await operate("reserve", ESTIMATE, 0)
             took = clock() - began
@@ -481,7 +484,7 @@ class Redis(_NothingBilled):
     ) -> Turn:
         keys = ("3", "available", "held", "spent")
         reserving = _command("EVALSHA", reserve, *keys, str(ESTIMATE)) * self.pairs
-        numbers = itertools.count()
+        costs = _costs()
 
         async def ask(content: bytes) -> None:
             writer.write(content)
@@ -494,8 +497,8 @@ class Redis(_NothingBilled):
             began = clock()
             await ask(reserving)
             took = clock() - began
-            costs = (_cost(next(numbers)) for _ in range(self.pairs))
-            asked = (("EVALSHA", settle, *keys, str(ESTIMATE), str(cost)) for cost in costs)
+            billed = itertools.islice(costs, self.pairs)
+            asked = (("EVALSHA", settle, *keys, str(ESTIMATE), str(cost)) for cost in billed)
             await ask(b"".join(itertools.starmap(_command, asked)))
             return took
 

@@ -61,7 +61,7 @@ pointer what it is, and how much."""
 AGAIN = """\
 ## Again
 
-    make bench                                 # half an hour on a quiet machine; writes this page
+    make bench                                 # less than half an hour on a quiet machine; writes this page
     make bench ARGS="--full"                   # up to three million entries
     make bench ARGS="--seconds-per-cell 1.5"   # shorter windows
     make bench ONLY=stack,baselines            # only some parts; this page stays as it is
@@ -372,7 +372,7 @@ def _recovery(run: Run) -> list[str]:
 def _fleet(fleet: Mapping[str, Any] | None) -> list[str]:
     if fleet is None:
         return []
-    figures = fleet["figures"]
+    figures, cpu = fleet["figures"], fleet["cpu"]
     rows = [(name, f"{value:,}") for name, value in figures.items()]
     met = (
         not figures["overshoot"]
@@ -381,9 +381,12 @@ def _fleet(fleet: Mapping[str, Any] | None) -> list[str]:
         and figures["p99_ms"] < 250
     )
     return [
-        f"## A fleet\n\n{fleet['begun']}, load average {fleet['load_average']['begin'][0]:g} when it began."
-        f" {fleet['cadence']}\n\nGoal: nothing overshot, nothing mismatched, p99 of a Reserve below 250 ms:"
-        f" {'met' if met else '**not met**'}.\n\n" + _table(("", ""), rows)
+        f"## A fleet\n\n{fleet['begun']}, at {fleet['machine']['commit']}, load average"
+        f" {fleet['load_average']['begin'][0]:g} when it began. {fleet['cadence']}\n\nGoal: nothing overshot,"
+        f" nothing mismatched, p99 of a Reserve below 250 ms: {'met' if met else '**not met**'}.\n\n"
+        + _table(("", ""), rows)
+        + f"\n\nProcessors used, in cores: {cpu['clients']:.2f} by clients, {cpu['server']:.2f} by the server,"
+        f" {cpu['postgres']:.2f} by PostgreSQL. {fleet['refused']:,} Reserves were refused."
     ]
 
 

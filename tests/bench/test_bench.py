@@ -94,6 +94,12 @@ def test_a_small_fleet_spends_no_more_than_it_has(folder: Path) -> None:
     assert tuple(figures) == FIGURES
     assert (figures["overshoot"], figures["mismatches"], figures["agents"]) == (0, 0, 40)
     assert figures["pairs"] > 0
+    (folder / "performance").mkdir()
+    shutil.copy(ROOT / "docs" / "performance" / "bench.json", folder / "performance")
+    report.write_fleet(folder / "fleet.json", folder)
+    page = (folder / "performance.md").read_text()
+    assert "40 agents ask for 20 pairs a second" in page
+    assert f"| pairs | {figures['pairs']:,} |" in page
 
 
 # --- counting ---
