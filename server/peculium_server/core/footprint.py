@@ -12,6 +12,7 @@ from peculium_server.core.operations import (
     Extend,
     Fund,
     Grant,
+    Kind,
     Lapse,
     Operation,
     Recover,
@@ -31,6 +32,8 @@ class Footprint:
     budgets: set[bytes] = field(default_factory=set)
     """With all their ancestors, which need not be named."""
     holds: set[bytes] = field(default_factory=set)
+    new_holds: set[bytes] = field(default_factory=set)
+    """Those among `holds` that are to be made: mostly they do not exist."""
     operations: set[bytes] = field(default_factory=set)
     tokens: set[tuple[bytes, bytes]] = field(default_factory=set)
     """(budget, token id): was it consumed, does a hold have it?"""
@@ -52,6 +55,8 @@ class Footprint:
             self._produces(budget_id, getattr(operation, name))
         if isinstance(operation, _ON_HOLDS):
             self.holds.add(operation.hold_id)
+            if operation.kind is Kind.RESERVE:
+                self.new_holds.add(operation.hold_id)
             return
         match operation:
             case Grant():

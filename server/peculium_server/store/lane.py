@@ -1,20 +1,26 @@
 """The one way to change the ledger: a transaction on one lane, or several, that loads, decides and saves.
 
-A transaction is two flights. The first asks for the lanes' advisory locks, begins, loads all rows
-that the footprints name, and last reads the clock; the second saves, commits and unlocks. What the
-second needs to be true of the rows it checks itself, since the commit travels with it. Several lanes
-are always taken in ascending order, locks and rows alike.
+A transaction is two flights. The first asks for the lanes' advisory locks, begins, loads the rows
+that the footprints name, and last reads the lanes' positions and the clock; the second saves, commits
+and unlocks. What the second needs to be true of the rows it checks itself, since the commit travels
+with it. Several lanes are always taken in ascending order, locks and rows alike.
 
 The advisory lock only keeps writers of one lane from aborting each other. It is had in turn, for a
 transaction each, so that several servers share a lane fairly; one that does not get it in time goes
 without. Serializable isolation is what keeps the ledger right.
+
+A writer that has been alone on a lane for a while does without the lock, and guesses: rows that it
+remembers are not loaded, and what is to be made is taken for new. The position, which every
+transaction raises, says whether the memory was right; the unique indexes say whether the new is new.
+Whatever would not simply be accepted is decided again with everything loaded.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple
@@ -33,7 +39,8 @@ from peculium_server.store.errors import (
     is_starved,
     translate,
 )
-from peculium_server.store.load import Ancestors, Key, Loading
+from peculium_server.store.known import Known
+from peculium_server.store.load import Loading
 from peculium_server.store.save import changes
 from peculium_server.store.statements import of_lane
 from peculium_server.store.wire import Connection, Flown, Result, Statement, Step, encode_int8
@@ -95,6 +102,17 @@ class _Run:
     """A commit was sent, and its answer is missing."""
     tries: bool = False
     """The lanes' rows are written, whatever was decided: it is about whether they can be."""
+    guesses: bool = True
+    """Nothing has gone wrong yet, so that what is remembered may be used."""
+
+    @property
+    def operations(self) -> int:
+        """How many it has."""
+        return sum(
+            len(footprint.operations)
+            for roots in self.footprints.values()
+            for footprint in roots.values()
+        )
 
 
 class LaneWriter:
@@ -155,7 +173,7 @@ class LanesWriter:
     def __init__(self, dsn: str, incarnation: bytes) -> None:
         self._dsn = dsn
         self._incarnation = incarnation
-        self._ancestors: dict[int, Ancestors] = {}
+        self._known: defaultdict[int, Known] = defaultdict(Known)
         self._turn = asyncio.Lock()
         self._connecting = Connecting(lambda: connect_writer(self._dsn, self._incarnation))
         self._connection: Connection | None = None
@@ -229,6 +247,7 @@ class LanesWriter:
             try:
                 return await self._transact(run)
             except psycopg.Error as error:
+                run.guesses = False
                 if is_contention(error):
                     contended += 1
                     if contended == ATTEMPTS_MAX and not run.in_doubt:
@@ -259,36 +278,46 @@ class LanesWriter:
         """
         connection = await self._connected()
         try:
-            loaded, existing_holds = await self._load(connection, run)
-            accepted = run.decide(loaded)
-            if not (accepted or run.in_doubt or run.tries or _recorded(loaded)):
-                await self._end(connection, [_COMMIT])
-                return loaded.positions
+            loadings = await self._load(connection, run)
+            accepted = run.decide(_together(loadings))
+            if len(accepted) < run.operations and any(each.guessed for each in loadings.values()):
+                loadings = await self._load_all(connection, run)
+                accepted = run.decide(_together(loadings))
+            by_lane = _by_lane(run.footprints, accepted)
+            positions = {lane: loading.position for lane, loading in loadings.items()}
+            steps: list[Step] = []
             # The positions are written even if nothing else is. In doubt: an earlier commit that is
             # still on its way is then either waited for or defeated, and never overtaken. For what is
             # told to be recorded: a primary that has crashed shows commits that its synchronous
             # standby may not have; it has them when it has this one.
-            steps, positions = _saving(run.footprints, accepted, existing_holds, loaded.positions)
-            doubted, run.in_doubt = run.in_doubt, True
+            if accepted or run.in_doubt or run.tries or _recorded(loadings):
+                for lane, loading in loadings.items():
+                    more, positions[lane] = changes(
+                        of_lane(lane), by_lane[lane], loading.holds, loading.position
+                    )
+                    steps += more
+            doubted, run.in_doubt = run.in_doubt, bool(steps)
             try:
                 await self._end(connection, [*steps, _COMMIT])
             except psycopg.Error as error:
-                run.in_doubt = doubted or is_lost(error)
+                run.in_doubt = doubted or (bool(steps) and is_lost(error))
                 raise
         except BaseException:
+            for lane in run.footprints:
+                self._known[lane].disturbed()
             await self._abandon(connection)
             raise
         run.in_doubt = False
+        for lane, loading in loadings.items():
+            loading.learn(positions[lane], by_lane[lane])
         return positions
 
-    async def _load(self, connection: Connection, run: _Run) -> tuple[LoadedLanes, Collection[Key]]:
-        """Take the lanes if they can be had, begin, and load everything; and which holds exist."""
+    async def _load(self, connection: Connection, run: _Run) -> Mapping[int, Loading]:
+        """Take the lanes if they can be had, begin, and load everything that is not guessed."""
         await self._plan_again(connection)
-        loadings = {
-            lane: Loading(footprints, of_lane(lane), self._ancestors.setdefault(lane, Ancestors()))
-            for lane, footprints in run.footprints.items()
-        }
-        lanes = list(loadings) if self._postgres else []
+        alone = {lane: self._known[lane].alone for lane in run.footprints}
+        loadings = self._loadings(run, {lane: run.guesses and alone[lane] for lane in alone})
+        lanes = [lane for lane in loadings if not alone[lane]] if self._postgres else []
         first = [loading.first() for loading in loadings.values()]
         *locks, flown = await connection.fly(
             *([_lock(lane)] for lane in lanes), [_BEGIN, *chain.from_iterable(first)]
@@ -300,21 +329,36 @@ class LanesWriter:
                 raise lock
         _, *results = _results(flown)
         _take(loadings.values(), first, results)
+        if any(loading.wrong for loading in loadings.values()):
+            return await self._load_all(connection, run)
+        return await self._load_more(connection, loadings)
+
+    async def _load_all(self, connection: Connection, run: _Run) -> Mapping[int, Loading]:
+        """Load everything, in the transaction that has begun."""
+        loadings = self._loadings(run, dict.fromkeys(run.footprints, False))
+        first = [loading.first() for loading in loadings.values()]
+        (flown,) = await connection.fly(list(chain.from_iterable(first)))
+        _take(loadings.values(), first, _results(flown))
+        return await self._load_more(connection, loadings)
+
+    async def _load_more(
+        self, connection: Connection, loadings: Mapping[int, Loading]
+    ) -> Mapping[int, Loading]:
+        """Load what turned out to be needed, too."""
         more = [loading.second() for loading in loadings.values()]
         if any(more):
             (flown,) = await connection.fly(list(chain.from_iterable(more)))
             _take(loadings.values(), more, _results(flown))
         for loading in loadings.values():
             loading.finish()
-        positions = {lane: loading.position for lane, loading in loadings.items()}
-        self._committed = sum(positions.values())
-        trees: dict[bytes, Tree] = {}
-        existing_holds: set[Key] = set()
-        for loading in loadings.values():
-            trees |= loading.trees
-            existing_holds |= loading.holds
-        now = max(loading.now for loading in loadings.values())
-        return LoadedLanes(trees, now, positions), existing_holds
+        self._committed = sum(loading.position for loading in loadings.values())
+        return loadings
+
+    def _loadings(self, run: _Run, guessing: Mapping[int, bool]) -> dict[int, Loading]:
+        return {
+            lane: Loading(footprints, of_lane(lane), self._known[lane], guessing=guessing[lane])
+            for lane, footprints in run.footprints.items()
+        }
 
     async def _end(self, connection: Connection, steps: Sequence[Step]) -> None:
         """Send the last statements of the transaction, and give the lanes to the next."""
@@ -355,6 +399,9 @@ class LanesWriter:
             self._connection = await self._connecting.connection()
             self._postgres = is_postgres(self._connection)
             self._replan_at = None
+            # It may be to another database: the one before may have lost what it had committed last.
+            for known in self._known.values():
+                known.disturbed()
         return self._connection
 
     async def _plan_again(self, connection: Connection) -> None:
@@ -369,32 +416,35 @@ def _lock(lane: int) -> Step:
     return Step(_LOCK, {"key": _LOCK_KEYS | lane})
 
 
-def _recorded(loaded: LoadedLanes) -> bool:
+def _together(loadings: Mapping[int, Loading]) -> LoadedLanes:
+    """What was loaded of all lanes."""
+    trees: dict[bytes, Tree] = {}
+    for loading in loadings.values():
+        trees |= loading.trees
+    now = max(loading.now for loading in loadings.values())
+    return LoadedLanes(trees, now, {lane: each.position for lane, each in loadings.items()})
+
+
+def _recorded(loadings: Mapping[int, Loading]) -> bool:
     """Say whether an operation that is asked for is in the ledger already."""
-    return any(any(tree.recorded.values()) for tree in loaded.trees.values())
+    return any(
+        any(tree.recorded.values())
+        for loading in loadings.values()
+        for tree in loading.trees.values()
+    )
 
 
-def _saving(
-    footprints: Mapping[int, Mapping[bytes, Footprint]],
-    accepted: Sequence[Accepted],
-    existing_holds: Collection[Key],
-    before: Mapping[int, int],
-) -> tuple[list[Step], dict[int, int]]:
-    """The steps that save what was accepted, lane for lane, and the positions afterwards."""
+def _by_lane(
+    footprints: Mapping[int, Mapping[bytes, Footprint]], accepted: Sequence[Accepted]
+) -> dict[int, Sequence[Accepted]]:
+    """What was accepted in each lane, in order."""
+    if len(footprints) == 1:
+        return dict.fromkeys(footprints, accepted)
+    lane_of = {root_id: lane for lane, roots in footprints.items() for root_id in roots}
     by_lane: dict[int, list[Accepted]] = {lane: [] for lane in footprints}
-    if len(by_lane) == 1:
-        [here] = by_lane.values()
-        here += accepted
-    else:
-        lane_of = {root_id: lane for lane, roots in footprints.items() for root_id in roots}
-        for one in accepted:
-            by_lane[lane_of[one.operation.root_id]].append(one)
-    steps: list[Step] = []
-    positions: dict[int, int] = {}
-    for lane, here in by_lane.items():
-        more, positions[lane] = changes(of_lane(lane), here, existing_holds, before[lane])
-        steps += more
-    return steps, positions
+    for one in accepted:
+        by_lane[lane_of[one.operation.root_id]].append(one)
+    return dict(by_lane)
 
 
 def _take(

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from peculium_server.core.footprint import Footprint
-from peculium_server.core.state import Budget, Entry, Hold, Tree
+from peculium_server.core.state import Accepted, Budget, Entry, Hold, Tree
 from peculium_server.store.errors import LedgerCorrupt
+from peculium_server.store.known import Key, Known
 from peculium_server.store.rows import to_consumption, to_recorded
 from peculium_server.store.statements import LaneStatements
 from peculium_server.store.wire import Result, Statement, Step
-
-Key = tuple[bytes, bytes]
-"""A root's id, and the id of something in its tree."""
-
-
-class Ancestors:
-    """The ancestors of budgets seen before: they never change, so they are asked for at once."""
-
-    SIZE_MAX = 16_384
-    """Of one lane; a few megabytes."""
-
-    def __init__(self) -> None:
-        self._known: dict[Key, tuple[bytes, ...]] = {}
-
-    def of(self, key: Key) -> tuple[bytes, ...]:
-        """The budget's ancestors as far as they are known."""
-        return self._known.get(key, ())
-
-    def learn(self, budget: Budget) -> None:
-        """Remember a budget's ancestors; the budget learnt first makes room."""
-        if budget.ancestors:
-            self._known[budget.root_id, budget.budget_id] = budget.ancestors
-            if len(self._known) > self.SIZE_MAX:
-                del self._known[next(iter(self._known))]
 
 
 class Loading:
@@ -44,32 +21,61 @@ class Loading:
         self,
         footprints: Mapping[bytes, Footprint],
         statements: LaneStatements,
-        ancestors: Ancestors,
+        known: Known,
+        *,
+        guessing: bool,
     ) -> None:
+        """Prepare to load.
+
+        Args:
+            footprints: By root id.
+            statements: Of the lane.
+            known: What the writer remembers of the lane.
+            guessing: Use what is remembered, and take what an operation is to make, and the operation,
+                for new. The unique indexes refuse what is not new, but only to what is saved: nothing
+                may be decided so but what is accepted.
+        """
         self.trees = {root_id: Tree(root_id) for root_id in footprints}
         self.holds: set[Key] = set()
         """Those that exist."""
         self.position = 0
         self.now = 0
+        self.guessed = guessing
+        """Rows were taken for what is remembered of them, or for new; see `wrong`."""
+        self.wrong = False
+        """The lane has changed since: everything has to be loaded anew, without guessing."""
         self._footprints = footprints
         self._statements = statements
-        self._ancestors = ancestors
+        self._known = known
         self._takers: list[Callable[[Result], None]] = []
         self._steps: list[Step] = []
         self._totals: dict[Key, int] = {}
         self._below: set[Key] = set()
+        self._budgets_loaded: list[Budget] = []
+        self._holds_loaded: list[tuple[bytes, Hold]] = []
 
     def first(self) -> list[Step]:
-        """What to ask first: all that the footprints name, last the clock."""
+        """What to ask first: all that the footprints name and is not guessed, last the clock."""
+        budgets: set[Key] = set()
+        holds: set[Key] = set()
+        tokens: set[tuple[bytes, bytes, bytes]] = set()
         for root_id, footprint in self._footprints.items():
-            self._expect_nothing(self.trees[root_id], footprint)
+            tree = self.trees[root_id]
+            self._expect_nothing(tree, footprint)
+            if self.guessed:
+                budgets |= self._guess_budgets(tree, footprint)
+                holds |= self._guess_holds(tree, footprint)
+                tokens |= self._guess_tokens(tree, footprint)
+        if not self.guessed:
+            budgets = self._keys("budgets") | self._keys("subtrees")
+            holds = self._keys("holds")
+            tokens = {(root_id, *token) for root_id, token in self._keys("tokens")}
+        operations = set() if self.guessed else self._keys("operations")
         of_budget = ("root_id", "budget_id")
         ask, statements = self._ask, self._statements
-        self._ask_budgets(self._keys("budgets") | self._keys("subtrees"))
-        ask(statements.load_holds, self._keys("holds"), ("root_id", "hold_id"), self._take_holds)
-        tokens = {(root_id, *token) for root_id, token in self._keys("tokens")}
+        self._ask_budgets(budgets)
+        ask(statements.load_holds, holds, ("root_id", "hold_id"), self._take_holds)
         ask(statements.load_tokens, tokens, (*of_budget, "token"), self._take_tokens)
-        operations = self._keys("operations")
         ask(statements.load_recorded, operations, ("root_id", "operation_id"), self._take_recorded)
         self._ask_names()
         holders = self._keys("open_holds")
@@ -126,6 +132,65 @@ class Loading:
                 )
                 tree.pending[top] = self._totals.get((root_id, top), 0) - known
 
+    def learn(self, position: int, accepted: Iterable[Accepted]) -> None:
+        """Let the writer remember what was loaded, and what was then written.
+
+        Args:
+            position: The lane's, after the transaction.
+            accepted: What was written in the lane, in order.
+        """
+        self._known.learn(position, self._budgets_loaded, self._holds_loaded, accepted)
+
+    # -- Guessing -----------------------------------------------------------------------------------
+
+    def _guess_budgets(self, tree: Tree, footprint: Footprint) -> set[Key]:
+        """Take the budgets that are remembered, and their ancestors; the keys of all others."""
+        known, root_id = self._known.budgets, tree.root_id
+        missing: set[Key] = set()
+        for budget_id in (*footprint.budgets, *footprint.subtrees):
+            budget = known.get((root_id, budget_id))
+            if budget is None:
+                missing.add((root_id, budget_id))
+                continue
+            tree.budgets[budget_id] = budget
+            for above in budget.ancestors:
+                if tree.budgets.get(above) is None:
+                    tree.budgets[above] = known.get((root_id, above))
+                    if tree.budgets[above] is None:
+                        missing.add((root_id, above))
+        return missing
+
+    def _guess_holds(self, tree: Tree, footprint: Footprint) -> set[Key]:
+        """Take the holds that are remembered, and new ones for new; the keys of all others."""
+        known, root_id = self._known.holds, tree.root_id
+        missing: set[Key] = set()
+        for hold_id in footprint.holds:
+            hold = known.get((root_id, hold_id))
+            if hold is not None:
+                tree.holds[hold_id] = hold
+                self.holds.add((root_id, hold_id))
+            elif hold_id not in footprint.new_holds:
+                missing.add((root_id, hold_id))
+        return missing
+
+    def _guess_tokens(self, tree: Tree, footprint: Footprint) -> set[tuple[bytes, bytes, bytes]]:
+        """Take live tokens for what they are; the keys of all others, those to be produced included."""
+        holds = {
+            (hold.budget_id, hold.token): hold.hold_id
+            for hold in tree.holds.values()
+            if hold is not None
+        }
+        missing: set[tuple[bytes, bytes, bytes]] = set()
+        for key in footprint.tokens:
+            budget = tree.budgets.get(key[0])
+            if budget is not None and budget.token == key[1]:
+                continue
+            if key in holds:
+                tree.hold_tokens[key] = holds[key]
+            else:
+                missing.add((tree.root_id, *key))
+        return missing
+
     # -- Asking -------------------------------------------------------------------------------------
 
     def _expect_nothing(self, tree: Tree, footprint: Footprint) -> None:
@@ -158,9 +223,12 @@ class Loading:
             self._add(Step(statement, dict(zip(columns, arrays, strict=True))), take)
 
     def _ask_budgets(self, keys: set[Key]) -> None:
-        above = {(key[0], ancestor) for key in keys for ancestor in self._ancestors.of(key)}
-        for root_id, ancestor in above:
-            self.trees[root_id].budgets.setdefault(ancestor, None)
+        above: set[Key] = set()
+        for key in keys:
+            budgets = self.trees[key[0]].budgets
+            for ancestor in self._known.ancestors(key):
+                if budgets.setdefault(ancestor, None) is None:
+                    above.add((key[0], ancestor))
         columns = ("root_id", "budget_id")
         self._ask(self._statements.load_budgets, keys | above, columns, self._take_budgets)
 
@@ -206,12 +274,14 @@ class Loading:
     def _take_budgets(self, budgets: list[Budget]) -> None:
         for budget in budgets:
             self.trees[budget.root_id].budgets[budget.budget_id] = budget
-            self._ancestors.learn(budget)
+        self._budgets_loaded += budgets
+        self._known.saw(budgets)
 
     def _take_holds(self, holds: list[tuple[bytes, Hold]]) -> None:
         for root_id, hold in holds:
             self.trees[root_id].holds[hold.hold_id] = hold
             self.holds.add((root_id, hold.hold_id))
+        self._holds_loaded += holds
 
     def _take_open_holds(self, holds: list[tuple[bytes, Hold]]) -> None:
         for root_id, hold in holds:
@@ -259,3 +329,4 @@ class Loading:
         if not rows:
             raise LedgerCorrupt("a lane has no position")
         ((self.position, self.now),) = rows
+        self.wrong = not self._known.holds_at(self.position) and self.guessed

@@ -9,7 +9,7 @@ from typing import Any
 from peculium_server.core.operations import Revoke
 from peculium_server.core.state import Accepted, Budget, Entry, Hold
 from peculium_server.store import rows
-from peculium_server.store.load import Key
+from peculium_server.store.known import Key
 from peculium_server.store.statements import LaneStatements
 from peculium_server.store.wire import Statement, Step
 
