@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from peculium_server.store.known import Known
 from peculium_server.store.store import Store
 from tests.store.spender import Spender
 from tests.store.stored import StoredLedger
@@ -26,8 +27,13 @@ async def other_store(database: str) -> AsyncIterator[Store]:
     await opened.close()
 
 
-@pytest.fixture
-def ledger(store: Store) -> StoredLedger:
+@pytest.fixture(params=["loads everything", "guesses"])
+def ledger(
+    store: Store, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> StoredLedger:
+    """Whether its writers load everything or guess what they can: the same is decided."""
+    if request.param == "guesses":
+        monkeypatch.setattr(Known, "ALONE_AFTER", 0)
     return StoredLedger(store)
 
 

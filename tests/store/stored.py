@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 from peculium_server.core.batch import Request, decide_group
@@ -60,14 +61,16 @@ class StoredLedger(Ledger):
         """Ask for operations as one request, in a transaction of their own."""
         answers: list[Answer] = []
         accepted: list[Accepted] = []
+        # A guess may be decided on before; the last decision is the one that counts.
+        told: dict[bytes, dict[str, Any]] = {}
+        expected: dict[bytes, dict[str, Any]] = {}
 
         def decide(loaded: Loaded) -> Sequence[Accepted]:
             assert loaded.position == self.position
             self.now = loaded.now
-            expected = self.load(operations)
-            assert {root: comparable(tree) for root, tree in loaded.trees.items()} == {
-                root: comparable(tree) for root, tree in expected.items()
-            }
+            told.update({root: comparable(tree) for root, tree in loaded.trees.items()})
+            known = self.load(operations)
+            expected.update({root: comparable(tree) for root, tree in known.items()})
             group = [
                 Request(operation, self.actor(operation), index)
                 for index, operation in enumerate(operations)
@@ -80,6 +83,7 @@ class StoredLedger(Ledger):
             footprints.setdefault(operation.root_id, Footprint()).add(operation)
         lane = self.store.lane_of(operations[0].root_id)
         position = await self.store.writer(lane).run(footprints, decide, None)
+        assert told == expected
         for each in accepted:
             self.commit(each)
         assert position == self.position
@@ -101,7 +105,7 @@ class StoredLedger(Ledger):
 
 def comparable(tree: Tree) -> dict[str, Any]:
     """All that a tree tells, without what a store leaves out or may choose."""
-    told = dict(vars(tree))
+    told = {name: copy(known) for name, known in vars(tree).items()}
     told["recorded"] = {
         key: recorded and _without_chain(recorded) for key, recorded in tree.recorded.items()
     }

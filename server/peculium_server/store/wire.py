@@ -13,16 +13,15 @@ import asyncio
 import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import psycopg
 from psycopg import abc, errors
 from psycopg.abc import Buffer, PQGen
 from psycopg.adapt import Loader, Transformer
 from psycopg.errors import Diagnostic
-from psycopg.generators import fetch_many, send
 from psycopg.pq import ExecStatus, Format
-from psycopg.pq.abc import PGresult
+from psycopg.pq.abc import PGconn, PGresult
 from psycopg.rows import TupleRow
 from psycopg.types.string import ByteaBinaryLoader
 from psycopg.waiting import wait_async
@@ -41,6 +40,7 @@ _TIMESTAMPTZ_OID, _UUID_OID = 1184, 2950
 _pack_int8 = struct.Struct("!q").pack
 _pack_int2 = struct.Struct("!h").pack
 _pack_length = struct.Struct("!I").pack
+_pack_array = struct.Struct("!iiiii").pack
 _unpack_int8 = struct.Struct("!q").unpack
 
 Encoder = Callable[[Any], bytes]
@@ -70,7 +70,7 @@ def encode_text(value: str) -> bytes:
 def _array(oid: int, size: int, items: bytes) -> bytes:
     if not size:
         return struct.pack("!iii", 0, 0, oid)
-    return struct.pack("!iiiii", 1, 1, oid, size, 1) + items
+    return _pack_array(1, 1, oid, size, 1) + items
 
 
 def _fixed(oid: int, length: int, pack: Callable[[Any], bytes]) -> Encoder:
@@ -184,6 +184,7 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._known_statements: set[bytes] = set()
+        self._transformer: abc.Transformer | None = None
         self.unreplicated = False
         """A commit of this session was reported as done, and its synchronous standby may lack it."""
         self.add_notice_handler(self._note)
@@ -203,7 +204,7 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
         """
         try:
             async with asyncio.timeout(ANSWER_SECONDS_MAX):
-                return await wait_async(self._fly(segments), self.pgconn.socket, _WAKE_SECONDS)
+                return await self._fly(segments)
         except BaseException as error:
             # Cancelled or broken on the way: answers may still come that nobody waits for.
             self.pgconn.finish()
@@ -235,34 +236,49 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
     def _note(self, notice: Diagnostic) -> None:
         self.unreplicated |= notice.source_function == _WAITS_FOR_STANDBY
 
-    def _fly(self, segments: Sequence[Sequence[Step]]) -> PQGen[list[Flown]]:
+    async def _fly(self, segments: Sequence[Sequence[Step]]) -> list[Flown]:
         pgconn = self.pgconn
         pgconn.enter_pipeline_mode()
         asked: set[bytes] = set()
-        new: list[list[bool]] = []
+        prepares: list[list[bool]] = []
         for segment in segments:
-            new.append([self._send(step, asked) for step in segment])
+            prepares.append([self._send(step, asked) for step in segment])
             pgconn.pipeline_sync()
-        yield from send(pgconn)
-        flown: list[Flown] = []
-        transformer = Transformer(self)
-        for segment, prepares in zip(segments, new, strict=True):
-            results: list[Result] = []
-            failure: errors.Error | None = None
-            for step, prepare in zip(segment, prepares, strict=True):
-                ends: list[PGresult] = []
-                if prepare:
-                    ends += yield from fetch_many(pgconn)
-                    if ends[0].status == ExecStatus.COMMAND_OK:
-                        self._known_statements.add(step.statement.name)
-                ends += yield from fetch_many(pgconn)
-                failure = failure or _failure(ends)
-                if failure is None:
-                    results.append(_rows(transformer, ends[-1], step.statement))
-            yield from fetch_many(pgconn)
-            flown.append(failure or results)
+        async with _Readiness(pgconn) as ready:
+            await ready.to_have_sent()
+            flown = [
+                await self._land(ready, segment, new)
+                for segment, new in zip(segments, prepares, strict=True)
+            ]
         pgconn.exit_pipeline_mode()
         return flown
+
+    async def _land(
+        self, ready: _Readiness, segment: Sequence[Step], prepares: Sequence[bool]
+    ) -> Flown:
+        """Take the results of a segment, all of them, and what ends it."""
+        results: list[Result] = []
+        failure: errors.Error | None = None
+        for step, prepare in zip(segment, prepares, strict=True):
+            if prepare:
+                prepared = await ready.result()
+                if prepared.status == ExecStatus.COMMAND_OK:
+                    self._known_statements.add(step.statement.name)
+                failure = failure or _failure(prepared)
+            result = await ready.result()
+            failure = failure or _failure(result)
+            if failure is None:
+                results.append(self._rows(result, step.statement))
+        await ready.sync()
+        return failure or results
+
+    def _rows(self, result: PGresult, statement: Statement) -> Result:
+        if result.status != ExecStatus.TUPLES_OK or not result.ntuples:
+            return []
+        if self._transformer is None:
+            self._transformer = Transformer(self)
+        self._transformer.set_pgresult(result)
+        return self._transformer.load_rows(0, result.ntuples, statement.row)
 
     def _send(self, step: Step, asked: set[bytes]) -> bool:
         """Put a statement into the pipeline, and say whether it had to be prepared before."""
@@ -281,15 +297,69 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
         return prepare
 
 
-def _failure(results: Sequence[PGresult]) -> errors.Error | None:
-    for result in results:
-        if result.status == ExecStatus.FATAL_ERROR:
-            return errors.error_from_result(result, encoding="utf-8")
+class _Readiness:
+    """Waits for libpq's socket, which is watched for the time of a flight.
+
+    psycopg's own way to wait watches it anew for each result, with an event and a timeout for each: for a
+    flight of a few statements that is most of the time that it takes.
+    """
+
+    def __init__(self, pgconn: PGconn) -> None:
+        self._pgconn = pgconn
+        self._socket = pgconn.socket
+        self._loop = asyncio.get_running_loop()
+        self._woken: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop.add_reader(self._socket, self._wake)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._loop.remove_reader(self._socket)
+
+    async def to_have_sent(self) -> None:
+        """Hand everything over to the system."""
+        pgconn = self._pgconn
+        while pgconn.flush():
+            # The other side may not take more before its answers are taken.
+            self._loop.add_writer(self._socket, self._wake)
+            try:
+                await self._wait()
+            finally:
+                self._loop.remove_writer(self._socket)
+            pgconn.consume_input()
+
+    async def result(self) -> PGresult:
+        """The result of a statement, of which there is one, and the end that follows it."""
+        result = await self._next()
+        if result is None or await self._next() is not None:
+            raise psycopg.OperationalError("results are not in step with what was asked")
+        return result
+
+    async def sync(self) -> None:
+        """The end of a segment."""
+        result = await self._next()
+        if result is None or result.status != ExecStatus.PIPELINE_SYNC:
+            raise psycopg.OperationalError("results are not in step with what was asked")
+
+    async def _next(self) -> PGresult | None:
+        pgconn = self._pgconn
+        while pgconn.is_busy():
+            await self._wait()
+            pgconn.consume_input()
+        return pgconn.get_result()
+
+    async def _wait(self) -> None:
+        self._woken = self._loop.create_future()
+        await self._woken
+
+    def _wake(self) -> None:
+        # Called again and again until what came is taken.
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+
+def _failure(result: PGresult) -> errors.Error | None:
+    if result.status == ExecStatus.FATAL_ERROR:
+        return errors.error_from_result(result, encoding="utf-8")
     return None
-
-
-def _rows(transformer: abc.Transformer, result: PGresult, statement: Statement) -> Result:
-    if result.status != ExecStatus.TUPLES_OK:
-        return []
-    transformer.set_pgresult(result)
-    return transformer.load_rows(0, result.ntuples, statement.row)
