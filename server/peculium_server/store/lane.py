@@ -102,8 +102,6 @@ class _Run:
     """A commit was sent, and its answer is missing."""
     tries: bool = False
     """The lanes' rows are written, whatever was decided: it is about whether they can be."""
-    guesses: bool = True
-    """Nothing has gone wrong yet, so that what is remembered may be used."""
 
     @property
     def operations(self) -> int:
@@ -247,7 +245,6 @@ class LanesWriter:
             try:
                 return await self._transact(run)
             except psycopg.Error as error:
-                run.guesses = False
                 if is_contention(error):
                     contended += 1
                     if contended == ATTEMPTS_MAX and not run.in_doubt:
@@ -316,7 +313,7 @@ class LanesWriter:
         """Take the lanes if they can be had, begin, and load everything that is not guessed."""
         await self._plan_again(connection)
         alone = {lane: self._known[lane].alone for lane in run.footprints}
-        loadings = self._loadings(run, {lane: run.guesses and alone[lane] for lane in alone})
+        loadings = self._loadings(run, alone)
         lanes = [lane for lane in loadings if not alone[lane]] if self._postgres else []
         first = [loading.first() for loading in loadings.values()]
         *locks, flown = await connection.fly(

@@ -166,6 +166,9 @@ Flown = list[Result] | errors.Error
 
 Waited = TypeVar("Waited")
 
+_COMMAND_OK = ExecStatus.COMMAND_OK
+_SUCCESSES = (ExecStatus.TUPLES_OK, _COMMAND_OK)
+
 ANSWER_SECONDS_MAX = 15.0
 """A flight without an answer for so long is lost. The database ends each of its statements before that
 (see `statement_timeout`), so it is gone, or whatever is between keeps the connection up without it."""
@@ -203,13 +206,10 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
                 statement may take; what was sent may have been done.
         """
         try:
-            async with asyncio.timeout(ANSWER_SECONDS_MAX):
-                return await self._fly(segments)
-        except BaseException as error:
+            return await self._fly(segments)
+        except BaseException:
             # Cancelled or broken on the way: answers may still come that nobody waits for.
             self.pgconn.finish()
-            if isinstance(error, TimeoutError):
-                raise psycopg.OperationalError("no answer") from None
             raise
 
     async def wait(
@@ -244,36 +244,39 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
         for segment in segments:
             prepares.append([self._send(step, asked) for step in segment])
             pgconn.pipeline_sync()
-        async with _Readiness(pgconn) as ready:
-            await ready.to_have_sent()
+        with _Answers(pgconn) as answers:
+            await answers.to_be_asked_for()
             flown = [
-                await self._land(ready, segment, new)
+                await self._land(answers, segment, new)
                 for segment, new in zip(segments, prepares, strict=True)
             ]
         pgconn.exit_pipeline_mode()
         return flown
 
     async def _land(
-        self, ready: _Readiness, segment: Sequence[Step], prepares: Sequence[bool]
+        self, answers: _Answers, segment: Sequence[Step], prepares: Sequence[bool]
     ) -> Flown:
         """Take the results of a segment, all of them, and what ends it."""
         results: list[Result] = []
         failure: errors.Error | None = None
         for step, prepare in zip(segment, prepares, strict=True):
             if prepare:
-                prepared = await ready.result()
-                if prepared.status == ExecStatus.COMMAND_OK:
+                prepared = await answers.next()
+                if prepared.status == _COMMAND_OK:
                     self._known_statements.add(step.statement.name)
-                failure = failure or _failure(prepared)
-            result = await ready.result()
-            failure = failure or _failure(result)
+                elif failure is None:
+                    failure = _error(prepared)
+            result = answers.next_at_once() or await answers.next()
             if failure is None:
-                results.append(self._rows(result, step.statement))
-        await ready.sync()
+                if result.status in _SUCCESSES:
+                    results.append(self._rows(result, step.statement))
+                else:
+                    failure = _error(result)
+        await answers.sync()
         return failure or results
 
     def _rows(self, result: PGresult, statement: Statement) -> Result:
-        if result.status != ExecStatus.TUPLES_OK or not result.ntuples:
+        if not result.ntuples:
             return []
         if self._transformer is None:
             self._transformer = Transformer(self)
@@ -297,11 +300,11 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
         return prepare
 
 
-class _Readiness:
-    """Waits for libpq's socket, which is watched for the time of a flight.
+class _Answers:
+    """Takes what the database answers to a flight, while it watches libpq's socket.
 
-    psycopg's own way to wait watches it anew for each result, with an event and a timeout for each: for a
-    flight of a few statements that is most of the time that it takes.
+    psycopg's own way watches it anew for each result, with an event and a timeout for each: for a flight
+    of a few statements that is most of the time that it takes.
     """
 
     def __init__(self, pgconn: PGconn) -> None:
@@ -309,16 +312,19 @@ class _Readiness:
         self._socket = pgconn.socket
         self._loop = asyncio.get_running_loop()
         self._woken: asyncio.Future[None] | None = None
+        self._late = False
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         self._loop.add_reader(self._socket, self._wake)
+        self._timer = self._loop.call_later(ANSWER_SECONDS_MAX, self._give_up)
         return self
 
-    async def __aexit__(self, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
         self._loop.remove_reader(self._socket)
 
-    async def to_have_sent(self) -> None:
-        """Hand everything over to the system."""
+    async def to_be_asked_for(self) -> None:
+        """Hand everything that is asked over to the system."""
         pgconn = self._pgconn
         while pgconn.flush():
             # The other side may not take more before its answers are taken.
@@ -329,37 +335,53 @@ class _Readiness:
                 self._loop.remove_writer(self._socket)
             pgconn.consume_input()
 
-    async def result(self) -> PGresult:
-        """The result of a statement, of which there is one, and the end that follows it."""
-        result = await self._next()
-        if result is None or await self._next() is not None:
-            raise psycopg.OperationalError("results are not in step with what was asked")
-        return result
+    def next_at_once(self) -> PGresult | None:
+        """The result of the next statement, if it is there."""
+        return None if self._pgconn.is_busy() else self._statements_result()
+
+    async def next(self) -> PGresult:
+        """The result of the next statement."""
+        await self._arrive()
+        return self._statements_result()
 
     async def sync(self) -> None:
         """The end of a segment."""
-        result = await self._next()
+        await self._arrive()
+        result = self._pgconn.get_result()
         if result is None or result.status != ExecStatus.PIPELINE_SYNC:
-            raise psycopg.OperationalError("results are not in step with what was asked")
+            raise _out_of_step()
 
-    async def _next(self) -> PGresult | None:
-        pgconn = self._pgconn
-        while pgconn.is_busy():
+    def _statements_result(self) -> PGresult:
+        """Of each statement there is one result, and an end that comes with it."""
+        result = self._pgconn.get_result()
+        if result is None or self._pgconn.get_result() is not None:
+            raise _out_of_step()
+        return result
+
+    async def _arrive(self) -> None:
+        while self._pgconn.is_busy():
             await self._wait()
-            pgconn.consume_input()
-        return pgconn.get_result()
+            self._pgconn.consume_input()
 
     async def _wait(self) -> None:
         self._woken = self._loop.create_future()
         await self._woken
+        if self._late:
+            raise psycopg.OperationalError("no answer")
 
     def _wake(self) -> None:
         # Called again and again until what came is taken.
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
+    def _give_up(self) -> None:
+        self._late = True
+        self._wake()
 
-def _failure(result: PGresult) -> errors.Error | None:
-    if result.status == ExecStatus.FATAL_ERROR:
-        return errors.error_from_result(result, encoding="utf-8")
-    return None
+
+def _error(result: PGresult) -> errors.Error:
+    return errors.error_from_result(result, encoding="utf-8")
+
+
+def _out_of_step() -> psycopg.OperationalError:
+    return psycopg.OperationalError("the answers are not in step with what was asked")
