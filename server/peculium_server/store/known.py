@@ -67,12 +67,8 @@ class Known:
         """Remember the ancestors of budgets that were loaded."""
         for budget in budgets:
             if budget.ancestors:
-                _put(
-                    self._ancestors,
-                    (budget.root_id, budget.budget_id),
-                    budget.ancestors,
-                    self.ANCESTORS_MAX,
-                )
+                self._ancestors[budget.root_id, budget.budget_id] = budget.ancestors
+        _make_room(self._ancestors, self.ANCESTORS_MAX)
 
     def learn(
         self,
@@ -92,28 +88,25 @@ class Known:
         self._undisturbed = 0 if self._position is None else self._undisturbed + 1
         self._position = position
         for budget in budgets:
-            self._put_budget(budget)
+            self.budgets[budget.root_id, budget.budget_id] = budget
         for root_id, hold in holds:
-            self._put_hold(root_id, hold)
+            self._put(root_id, hold)
         for one in accepted:
             for budget in one.budgets:
-                self._put_budget(budget)
+                self.budgets[budget.root_id, budget.budget_id] = budget
             for hold in one.holds:
-                self._put_hold(one.operation.root_id, hold)
+                self._put(one.operation.root_id, hold)
+        _make_room(self.budgets, self.BUDGETS_MAX)
+        _make_room(self.holds, self.HOLDS_MAX)
 
-    def _put_budget(self, budget: Budget) -> None:
-        _put(self.budgets, (budget.root_id, budget.budget_id), budget, self.BUDGETS_MAX)
-
-    def _put_hold(self, root_id: bytes, hold: Hold) -> None:
+    def _put(self, root_id: bytes, hold: Hold) -> None:
         if hold.settleable:
-            _put(self.holds, (root_id, hold.hold_id), hold, self.HOLDS_MAX)
+            self.holds[root_id, hold.hold_id] = hold
         else:
             self.holds.pop((root_id, hold.hold_id), None)
 
 
-def _put(rows: dict[Key, Value], key: Key, value: Value, most: int) -> None:
-    """Put a row behind all others; the one that was put there first makes room."""
-    rows.pop(key, None)
-    rows[key] = value
-    if len(rows) > most:
+def _make_room(rows: dict[Key, Value], most: int) -> None:
+    """Forget those that were learnt first."""
+    while len(rows) > most:
         del rows[next(iter(rows))]
