@@ -21,7 +21,8 @@ from peculium_server.core.operations import ByHolder, Grant, Role
 from peculium_server.identity import Identities
 from peculium_server.lanes.answers import Answer, Unanswered, Unavailability
 from peculium_server.lanes.lane import DeadlinePassed
-from peculium_server.rpc.interceptors import DecodingInterceptor
+from peculium_server.rpc.calls import CALL, Call
+from peculium_server.rpc.interceptors import DeadlineInterceptor, DecodingInterceptor
 from peculium_server.rpc.permissions import PERMISSIONS, SERVICES
 from peculium_server.rpc.server import CannotListen
 from tests.lanes.memory import grant, reserve, spend
@@ -284,6 +285,24 @@ async def test_a_call_ends_when_the_server_says_so_even_if_its_caller_would_wait
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert info_of(error).reason == "DEADLINE_EXCEEDED"
         assert hanging.cancelled.is_set()
+
+
+async def test_an_end_that_comes_with_its_callers_going_is_told_to_nobody() -> None:
+    async def leave(_request: object, _context: object) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().call_soon(task.cancel)
+        await asyncio.Event().wait()
+
+    class Late:
+        def time_remaining(self) -> float:
+            return 0
+
+    CALL.set(Call("a method", "ab12"))
+    make: Any = grpc.unary_unary_rpc_method_handler
+    handler = DeadlineInterceptor(30).wrap("a method", make(leave))
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.create_task(handler.unary_unary(b"", Late()))
 
 
 async def test_a_caller_who_goes_takes_the_call_along() -> None:

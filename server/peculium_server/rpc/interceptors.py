@@ -1,24 +1,27 @@
 """What surrounds every call of the ledger's services, one concern each.
 
-Health and reflection are not surrounded: they tell nothing of the ledger, and anybody may ask them.
+A method's handler is wrapped once, when its service is added to the server: for each call there is
+nothing left to be looked up or put together. Health and reflection are not surrounded: they tell nothing
+of the ledger, and anybody may ask them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Final, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
 from opentelemetry import propagate, trace
 
-from peculium_server.core.operations import Actor
+from peculium_server.core.operations import Actor, Role
 from peculium_server.core.refusals import Refusal, Refused
-from peculium_server.identity import Identities
+from peculium_server.identity import Identities, Identity
 from peculium_server.lanes.answers import without_store
 from peculium_server.lanes.lane import DeadlinePassed
 from peculium_server.rpc import status
@@ -33,80 +36,112 @@ from peculium_server.store.errors import StoreContended, StoreUnavailable
 
 _AUTHORIZATION: Final = "authorization"
 _SCHEME: Final = "bearer"
-_REQUEST_ID_BYTES: Final = 8
+_PROCESS: Final = secrets.token_hex(4)
+"""Begins the names of this process's calls, and its counter ends them."""
+_numbers = itertools.count(1)
 
 _logger = logging.getLogger(__name__)
-_tracer = trace.get_tracer("peculium_server")
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Handler = Any
 """A grpc.RpcMethodHandler; its published type is that of the synchronous server."""
+Serve = Callable[[Any, Context], Awaitable[Any]]
+"""What a handler serves a call by; of a stream, it writes the answers itself."""
 
 
-class Interceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handler of each of the ledger's methods; a wrapper is made once and kept."""
-
-    def __init__(self) -> None:
-        self._wrapped: dict[str, Handler] = {}
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        """Give the wrapped handler of the method that is called."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if method not in PERMISSIONS:
-            return handler
-        wrapped = self._wrapped.get(method)
-        if wrapped is None:
-            wrapped = self._wrapped[method] = self.wrap(method, handler)
-        return wrapped
+class Interceptor(Protocol):
+    """One concern of every call."""
 
     def wrap(self, method: str, handler: Handler, /) -> Handler:
-        """Surround a handler, whether it answers once or writes a stream."""
-        serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
-
-        async def surrounded(request: Any, context: Context) -> Any:
-            async with self.around(method, context):
-                return await serve(request, context)
-
-        return _handler_like(handler, surrounded, handler.request_deserializer)
-
-    def around(self, method: str, context: Context, /) -> AbstractAsyncContextManager[None]:
-        """What happens before and after the rest of the call."""
-        raise NotImplementedError
+        """Surround the handler of one of the ledger's methods."""
+        ...
 
 
-class TelemetryInterceptor(Interceptor):
+class Registry:
+    """Takes services as a server does, and adds them to it with their handlers surrounded."""
+
+    def __init__(self, server: grpc.aio.Server, interceptors: Sequence[Interceptor]) -> None:
+        """Surround what is added.
+
+        Args:
+            server: To which it is added.
+            interceptors: From the outside to the inside.
+        """
+        self._server = server
+        self._interceptors = interceptors
+
+    def add_generic_rpc_handlers(self, _handlers: object) -> None:
+        """Add nothing yet: the same handlers come once more, by name."""
+
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Handler]) -> None:
+        """Surround a service's handlers, and add them.
+
+        They are added as generic ones: for registered methods the server waits one by one, and begins
+        and ends all these waits for every call.
+        """
+        surrounded = {
+            name: self._surround(f"/{service}/{name}", handler)
+            for name, handler in handlers.items()
+        }
+        generic = grpc.method_handlers_generic_handler(service, surrounded)
+        self._server.add_generic_rpc_handlers((generic,))
+
+    def _surround(self, method: str, handler: Handler) -> Handler:
+        for interceptor in reversed(self._interceptors):
+            handler = interceptor.wrap(method, handler)
+        return handler
+
+
+class TelemetryInterceptor:
     """Names each call, and spans it as the caller's trace context says."""
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context, /) -> AsyncIterator[None]:
-        """Serve the rest of the call in a span."""
+    def __init__(self, tracers: trace.TracerProvider) -> None:
+        """Name calls, and span them for those who want spans.
+
+        Args:
+            tracers: As it was configured before the server started, if it was.
+        """
+        # Where none is configured, spans would be made for every call and told to nobody.
+        unheard = isinstance(tracers, trace.ProxyTracerProvider)
+        self._tracer = None if unheard else tracers.get_tracer("peculium_server")
+
+    def wrap(self, method: str, handler: Handler, /) -> Handler:
+        """Name the calls of a method."""
+        serve = _serve_of(handler)
+        if self._tracer is not None:
+            serve = _spanned(self._tracer, method, serve)
+
+        async def named(request: Any, context: Context) -> Any:
+            # Each call is a task with a context of its own: nothing has to be reset.
+            CALL.set(Call(method, f"{_PROCESS}{next(_numbers):08x}"))
+            return await serve(request, context)
+
+        return _handler_like(handler, named, handler.request_deserializer)
+
+
+def _spanned(tracer: trace.Tracer, method: str, serve: Serve) -> Serve:
+    async def spanned(request: Any, context: Context) -> Any:
         metadata = {
             key: value
             for key, value in context.invocation_metadata() or ()
             if isinstance(value, str)
         }
-        request_id = secrets.token_hex(_REQUEST_ID_BYTES)
-        # Each call is a task with a context of its own: nothing has to be reset.
-        CALL.set(Call(method, request_id))
-        with _tracer.start_as_current_span(
+        with tracer.start_as_current_span(
             method.removeprefix("/"),
             context=propagate.extract(metadata),
             kind=trace.SpanKind.SERVER,
-            attributes={"rpc.system": "grpc", "peculium.request_id": request_id},
+            attributes={"rpc.system": "grpc", "peculium.request_id": CALL.get().request_id},
             # An exception's text is for the log; a refused call is no error of the server's.
             record_exception=False,
             set_status_on_exception=False,
         ) as span:
             try:
-                yield
+                return await serve(request, context)
             finally:
                 if span.is_recording():
                     span.set_attribute("rpc.grpc.status_code", _code(context))
+
+    return spanned
 
 
 def _code(context: Context) -> int:
@@ -115,18 +150,22 @@ def _code(context: Context) -> int:
     return int(code.value[0] if isinstance(code, grpc.StatusCode) else code or 0)
 
 
-class ErrorInterceptor(Interceptor):
+class ErrorInterceptor:
     """Ends a call that cannot be answered with a status; the only place where that happens."""
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context, /) -> AsyncIterator[None]:
-        """Turn whatever the rest of the call raises into a status."""
-        try:
-            yield
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:  # noqa: BLE001 - the boundary: nothing else may reach the caller
-            await context.abort_with_status(_status(method, error))
+    def wrap(self, method: str, handler: Handler, /) -> Handler:
+        """Turn whatever the rest of a call raises into a status."""
+        serve = _serve_of(handler)
+
+        async def bounded(request: Any, context: Context) -> Any:
+            try:
+                return await serve(request, context)
+            except grpc.aio.AbortError:
+                raise
+            except Exception as error:  # noqa: BLE001 - the boundary: nothing else may reach the caller
+                await context.abort_with_status(_status(method, error))
+
+        return _handler_like(handler, bounded, handler.request_deserializer)
 
 
 def _status(method: str, error: Exception) -> status.Status:
@@ -145,33 +184,44 @@ def _status(method: str, error: Exception) -> status.Status:
             return status.of_unknown(request_id)
 
 
-class IdentityInterceptor(Interceptor):
+class IdentityInterceptor:
     """Finds out who calls, and lets nobody do what no role of theirs may do."""
 
     def __init__(self, identities: Identities) -> None:
-        super().__init__()
         self._identities = identities
 
-    @asynccontextmanager
-    async def around(self, method: str, context: Context, /) -> AsyncIterator[None]:
-        """Serve the rest of the call to whom its credentials say."""
-        CALL.get().actor = self._actor(method, context)
-        yield
+    def wrap(self, method: str, handler: Handler, /) -> Handler:
+        """Serve a method to whom their credentials say, if they may call it."""
+        serve, permitted = _serve_of(handler), PERMISSIONS[method]
+        identify = self._identities.identify
+        # Where nobody needs a key, none is looked for.
+        anybody = identify(None)
+        actors: dict[Identity, Actor] = {}
 
-    def _actor(self, method: str, context: Context) -> Actor:
-        identity = self._identities.identify(_key(context))
-        if identity is None:
-            raise CallRefused(Refused(Refusal.UNAUTHENTICATED, {"header": _AUTHORIZATION}))
-        permitted = PERMISSIONS[method]
-        for role in permitted:
-            if role in identity.roles:
-                return Actor(identity.principal, role)
-        facts = {
-            "principal": identity.principal,
-            "role": " ".join(sorted(role.name.lower() for role in identity.roles)),
-            "needs": " or ".join(role.name.lower() for role in permitted),
-        }
-        raise CallRefused(Refused(Refusal.PERMISSION_DENIED, facts))
+        def identified(request: Any, context: Context) -> Awaitable[Any]:
+            identity = anybody or identify(_key(context))
+            if identity is None:
+                raise CallRefused(Refused(Refusal.UNAUTHENTICATED, {"header": _AUTHORIZATION}))
+            actor = actors.get(identity)
+            if actor is None:
+                actor = actors[identity] = _actor(identity, permitted)
+            CALL.get().actor = actor
+            return serve(request, context)
+
+        return _handler_like(handler, identified, handler.request_deserializer)
+
+
+def _actor(identity: Identity, permitted: Sequence[Role]) -> Actor:
+    """The caller in the role in which they may call."""
+    for role in permitted:
+        if role in identity.roles:
+            return Actor(identity.principal, role)
+    facts = {
+        "principal": identity.principal,
+        "role": " ".join(sorted(role.name.lower() for role in identity.roles)),
+        "needs": " or ".join(role.name.lower() for role in permitted),
+    }
+    raise CallRefused(Refused(Refusal.PERMISSION_DENIED, facts))
 
 
 def _key(context: Context) -> str | None:
@@ -185,48 +235,65 @@ def _key(context: Context) -> str | None:
     return key.strip() if scheme.lower() == _SCHEME else None
 
 
-class DeadlineInterceptor(Interceptor):
+class DeadlineInterceptor:
     """Gives every call an end: the caller's, or the server's own where that is sooner.
 
     A stream is as long as what it tells; it ends when its caller goes, or takes no answer for so long.
     """
 
     def __init__(self, seconds_max: float) -> None:
-        super().__init__()
         self._seconds_max = seconds_max
 
-    @asynccontextmanager
-    async def around(self, _method: str, context: Context, /) -> AsyncIterator[None]:
-        """Serve the rest of the call until its end."""
-        # None without a deadline, whatever the published type says.
-        remaining: float | None = context.time_remaining()
-        seconds = self._seconds_max if remaining is None else min(remaining, self._seconds_max)
-        call = CALL.get()
-        call.deadline = asyncio.get_running_loop().time() + seconds
-        end = asyncio.timeout_at(call.deadline)
-        try:
-            async with end:
-                yield
-        except TimeoutError as error:
-            if end.expired():
-                raise DeadlinePassed from error
-            raise
+    def wrap(self, _method: str, handler: Handler, /) -> Handler:
+        """Serve the calls of a method until their end; leave streams as they are."""
+        if handler.response_streaming:
+            return handler
+        serve, seconds_max = _serve_of(handler), self._seconds_max
 
-    def wrap(self, method: str, handler: Handler, /) -> Handler:
-        """Leave streams as they are."""
-        return handler if handler.response_streaming else super().wrap(method, handler)
+        async def ending(request: Any, context: Context) -> Any:
+            # None without a deadline, whatever the published type says.
+            remaining: float | None = context.time_remaining()
+            seconds = seconds_max if remaining is None else min(remaining, seconds_max)
+            loop = asyncio.get_running_loop()
+            CALL.get().deadline = deadline = loop.time() + seconds
+            end = _End(asyncio.current_task())
+            timer = loop.call_at(deadline, end)
+            try:
+                return await serve(request, context)
+            except asyncio.CancelledError as error:
+                # Unless the caller has gone as well: then nobody is there to be told.
+                if end.passed and not end.task.uncancel():
+                    raise DeadlinePassed from error
+                raise
+            finally:
+                timer.cancel()
+
+        return _handler_like(handler, ending, handler.request_deserializer)
 
 
-class DecodingInterceptor(Interceptor):
+class _End:
+    """What a call's timer calls: as `asyncio.timeout`, which takes twice the time for each call."""
+
+    __slots__ = ("passed", "task")
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+        self.passed = False
+
+    def __call__(self) -> None:
+        self.passed = True
+        self.task.cancel()
+
+
+class DecodingInterceptor:
     """Parses requests: bytes that are no message are the caller's mistake, and are told so."""
 
     def __init__(self, seconds_max: float) -> None:
-        super().__init__()
         self._seconds_max = seconds_max
 
     def wrap(self, _method: str, handler: Handler, /) -> Handler:
         """Take the parser out of the transport, where a failure would be an unknown error."""
-        parse = handler.request_deserializer
+        parse, serve = handler.request_deserializer, _serve_of(handler)
 
         def parsed(request: bytes) -> Any:
             try:
@@ -234,14 +301,14 @@ class DecodingInterceptor(Interceptor):
             except DecodeError as error:
                 raise CallRefused.malformed("request", "is not a message of this method") from error
 
+        def unary(request: bytes, context: Context) -> Awaitable[Any]:
+            return serve(parsed(request), context)
+
         async def stream(request: bytes, context: Context) -> None:
             # Closed here and now, in the task and the context that it was begun in.
             async with aclosing(handler.unary_stream(parsed(request), context)) as answers:
                 async for answer in answers:
                     await self._hand_over(answer, context)
-
-        async def unary(request: bytes, context: Context) -> Any:
-            return await handler.unary_unary(parsed(request), context)
 
         return _handler_like(handler, stream if handler.response_streaming else unary, None)
 
@@ -254,7 +321,12 @@ class DecodingInterceptor(Interceptor):
             raise DeadlinePassed from error
 
 
-def _handler_like(handler: Handler, serve: Any, deserializer: Any) -> Handler:
+def _serve_of(handler: Handler) -> Serve:
+    serve: Serve = handler.unary_stream if handler.response_streaming else handler.unary_unary
+    return serve
+
+
+def _handler_like(handler: Handler, serve: Serve, deserializer: Any) -> Handler:
     """The same method, served by another function."""
     make: Any = (
         grpc.unary_stream_rpc_method_handler

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from opentelemetry import trace
 
 from peculium.v1 import (
     admin_service_pb2_grpc,
@@ -21,6 +22,7 @@ from peculium_server.rpc.interceptors import (
     DecodingInterceptor,
     ErrorInterceptor,
     IdentityInterceptor,
+    Registry,
     TelemetryInterceptor,
 )
 from peculium_server.rpc.ledger_service import LedgerService
@@ -55,18 +57,6 @@ class Server:
         call_seconds_max: float,
     ) -> None:
         self._server = grpc.aio.server(
-            # From the outside to the inside: each may rely on what those before it have done.
-            interceptors=[
-                # First of all, so that every call has a name and a span, however it ends.
-                TelemetryInterceptor(),
-                # Then the boundary: what any of the following raises becomes a status.
-                ErrorInterceptor(),
-                # Who is unknown, or may not, costs nothing more.
-                IdentityInterceptor(identities),
-                # What is late already is not even parsed.
-                DeadlineInterceptor(call_seconds_max),
-                DecodingInterceptor(call_seconds_max),
-            ],
             options=[
                 ("grpc.max_receive_message_length", message_bytes_max),
                 ("grpc.max_metadata_size", _METADATA_BYTES_MAX),
@@ -78,20 +68,38 @@ class Server:
                 ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MS_MIN),
             ],
         )
+        surrounded: Any = Registry(
+            self._server,
+            # From the outside to the inside: each may rely on what those before it have done.
+            [
+                # First of all, so that every call has a name and a span, however it ends.
+                TelemetryInterceptor(trace.get_tracer_provider()),
+                # Then the boundary: what any of the following raises becomes a status.
+                ErrorInterceptor(),
+                # Who is unknown, or may not, costs nothing more.
+                IdentityInterceptor(identities),
+                # What is late already is not even parsed.
+                DeadlineInterceptor(call_seconds_max),
+                DecodingInterceptor(call_seconds_max),
+            ],
+        )
         operator, reader = Operator(ledger), Reader(store)
         ledger_service_pb2_grpc.add_LedgerServiceServicer_to_server(
-            LedgerService(operator, reader, store), self._server
+            LedgerService(operator, reader, store), surrounded
         )
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
-            AdminService(operator), self._server
+            AdminService(operator), surrounded
         )
         audit_service_pb2_grpc.add_AuditServiceServicer_to_server(
-            AuditService(reader, store), self._server
+            AuditService(reader, store), surrounded
         )
+        # These tell nothing of the ledger, and anybody may ask them.
+        bare: Any = Registry(self._server, [])
         self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, bare)
+        reflected = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+            reflection.aio.ReflectionServicer(reflected), bare
         )
 
     async def start(self, address: str) -> int:
