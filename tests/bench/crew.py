@@ -27,7 +27,7 @@ import psutil
 from peculium.v1 import ledger_service_pb2 as ledger
 from tests.bench.jobs import EMPTY, LEDGER, Counted, Job, Window, clock, take_turns
 
-READY_SECONDS_MAX = 180.0
+READY_SECONDS_MAX = 300.0
 """Until a process is ready for its job."""
 OVER_SECONDS_MAX = 240.0
 """Beyond the window, until it has told what it counted."""

@@ -34,7 +34,7 @@ from peculium_server.demo.trace import Request
 from tests.bench import machine, report
 from tests.bench.cells import summary
 from tests.bench.crew import Crew, billed
-from tests.bench.jobs import TIMEOUT_SECONDS, Place, Turn, clock
+from tests.bench.jobs import TIMEOUT_SECONDS, Place, Turn, clock, take
 from tests.bench.ledgers import HOLDER, Ledger, Postgres
 
 PROCESSES = 4
@@ -114,7 +114,7 @@ class Think:
         pause = (CYCLE_SECONDS - mean_think_seconds()) / self.pace
         chance = random.Random(self.seed)
         async with aio.connect(self.address, timeout=TIMEOUT_SECONDS) as client:
-            budgets = await asyncio.gather(*(client.recover(place.ref) for place in self.places))
+            budgets = await take(client, self.places)
             yield [
                 self._turn(place.budget_id, budget, random.Random(chance.random()), calls, pause)
                 for place, budget in zip(self.places, budgets, strict=True)

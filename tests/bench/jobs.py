@@ -28,6 +28,8 @@ ESTIMATE = 20
 """What a Reserve asks for; a call costs from 1 to this."""
 TIMEOUT_SECONDS = 60.0
 """Of one operation: beyond anything that is not broken."""
+_TAKEN_AT_ONCE = 250
+"""How many budgets a process takes over before it goes on to the next."""
 BATCHES_AT_ONCE = 50
 """How many operations a client of the empty handler puts into one call, where it does."""
 EMPTY = "peculium.bench.Empty"
@@ -151,7 +153,7 @@ class Spend:
     async def ready(self) -> AsyncIterator[Sequence[Turn]]:
         """Connect, and take the budgets over: whoever had them before is fenced."""
         async with aio.connect(self.address, timeout=TIMEOUT_SECONDS) as client:
-            budgets = await asyncio.gather(*(_take(client, place) for place in self.places))
+            budgets = await take(client, self.places)
             yield [
                 self._turn(
                     itertools.cycle(
@@ -180,6 +182,15 @@ class Spend:
             return took
 
         return turn
+
+
+async def take(client: Client, places: Sequence[Place]) -> list[Budget]:
+    """Take budgets over, some after the others: thousands at once would wait longer than one may."""
+    taken: list[Budget] = []
+    for first in range(0, len(places), _TAKEN_AT_ONCE):
+        some = places[first : first + _TAKEN_AT_ONCE]
+        taken += await asyncio.gather(*(_take(client, place) for place in some))
+    return taken
 
 
 async def _take(client: Client, place: Place) -> Budget:
