@@ -13,7 +13,7 @@ from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refusal, Refused
 from peculium_server.lanes.answers import Answer, Position, Unanswered, Unavailability
 from peculium_server.lanes.lane import Answered, AtomicLane, Lane, LanesWriter, Writer
-from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows
+from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows, rows_of
 
 DRAINING_RETRY_MS: Final = 1_000
 """By then a load balancer or a restart has brought another server."""
@@ -73,6 +73,8 @@ class Ledger:
         """
         if self._draining:
             return [Answer(_DRAINING, None)] * len(requests)
+        if len(requests) == 1:
+            return await self._execute_one(requests, deadline)
         admitted, refused = _admit(requests)
         by_lane = self._split(admitted)
         execute = [self._execute_in(lane, group, deadline) for lane, group in by_lane.items()]
@@ -113,6 +115,18 @@ class Ledger:
             Answer(result, self._position(self._lane_of(request.operation.root_id), answered))
             for request, result in zip(batch, answered.results, strict=True)
         ]
+
+    async def _execute_one(
+        self, requests: Sequence[Request], deadline: float | None
+    ) -> list[Answer]:
+        """Decide and save an operation that came alone."""
+        [request] = requests
+        refusal = request.malformed()
+        if refusal is not None:
+            return [Answer(refusal, None)]
+        number = self._lane_of(request.operation.root_id)
+        answered = await self._lanes[number].submit(requests, {}, deadline)
+        return self._tell(number, requests, answered)
 
     async def _execute_in(
         self, number: int, requests: Sequence[Request], deadline: float | None
@@ -200,7 +214,7 @@ def _parts(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
     part: list[Request] = []
     size = 0
     for request in requests:
-        own = rows([request.operation])
+        own = rows_of(request.operation)
         if part and size + own > GROUP_ROWS_MAX:
             yield part
             part, size = [], 0

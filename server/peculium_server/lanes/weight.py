@@ -10,6 +10,7 @@ from peculium_server.core.operations import (
     Collect,
     Delegate,
     Expire,
+    Kind,
     Operation,
     Recover,
     Return,
@@ -22,21 +23,26 @@ GROUP_ROWS_MAX: Final = 1_000
 
 def rows(operations: Iterable[Operation]) -> int:
     """How many entries the operations may write, ancestors that lend or receive left aside."""
-    return sum(map(_rows, operations))
+    return sum(map(rows_of, operations))
 
 
-def _rows(operation: Operation) -> int:
+def rows_of(operation: Operation) -> int:
+    """As `rows`, of one operation."""
+    if operation.kind in _OF_ONE_ROW:
+        return 1
     match operation:
         case Delegate():
             return 1 + len(operation.children)
         case Recover():
             return 1 + len(operation.holds)
-        case Revoke() | Expire():
-            return 1 + EAGER_COLLECTIONS_MAX
-        case Return(amount=None, cascade=True):
+        case Revoke() | Expire() | Return(amount=None, cascade=True):
             return 1 + EAGER_COLLECTIONS_MAX
         case Collect():
             # One for each closed level that the money passes: there are many of it at once.
             return DEPTH_MAX
         case _:
             return 1
+
+
+_OF_ONE_ROW = frozenset({Kind.RESERVE, Kind.SETTLE, Kind.RELEASE, Kind.EXTEND, Kind.SPEND})
+"""Most operations are of these kinds."""
