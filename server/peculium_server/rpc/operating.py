@@ -13,7 +13,7 @@ from peculium_server.core.batch import Request, refuse_batch
 from peculium_server.core.operations import AtomicBatch
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refused
-from peculium_server.lanes.answers import Answer, Unanswered
+from peculium_server.lanes.answers import Answer
 from peculium_server.rpc.calls import CallRefused, CallUnanswered, actor, deadline
 from peculium_server.rpc.requests import decode, decode_batched
 from peculium_server.rpc.responses import write_outcome
@@ -62,14 +62,13 @@ class Operator:
         if isinstance(operation, Refused):
             raise CallRefused(operation)
         [answer] = await self._ledger.execute([Request(operation, actor(), 0)], deadline())
-        match answer.result:
-            case Outcome():
-                write_outcome(answer.result, answer.position, response.outcome)
-            case Refused():
-                raise CallRefused(answer.result)
-            case Unanswered():
-                raise CallUnanswered(answer.result)
-        return response
+        result = answer.result
+        if isinstance(result, Outcome):
+            write_outcome(result, answer.position, response.outcome)
+            return response
+        if isinstance(result, Refused):
+            raise CallRefused(result)
+        raise CallUnanswered(result)
 
     async def many(self, operations: Sequence[ledger_service_pb2.Operation]) -> list[Answer]:
         """Have the operations of a batch decided, each on its own."""
@@ -82,7 +81,10 @@ class Operator:
                 refused[index] = operation
             else:
                 requests.append(Request(operation, caller, index))
-        answered = iter(await self._ledger.execute(requests, deadline()) if requests else ())
+        answers = await self._ledger.execute(requests, deadline()) if requests else []
+        if not refused:
+            return answers
+        answered = iter(answers)
         return [
             Answer(refused[index], None) if index in refused else next(answered)
             for index in range(len(operations))

@@ -108,14 +108,12 @@ def decode_authority(authority: types_pb2.Authority) -> Authority | Refused:
 
 
 def _authority(authority: types_pb2.Authority) -> Authority:
+    secret = authority.secret
+    if len(secret) == SECRET_BYTES:
+        return ByToken(token_id(secret))
     match authority.WhichOneof("proof"):
         case "secret":
-            secret = authority.secret
-            if len(secret) != SECRET_BYTES:
-                raise _malformed(
-                    "authority.secret", f"must be {SECRET_BYTES} bytes, not {len(secret)}"
-                )
-            return ByToken(token_id(secret))
+            raise _malformed("authority.secret", f"must be {SECRET_BYTES} bytes, not {len(secret)}")
         case "after":
             return After(authority.after)
         case "holder":
@@ -137,24 +135,23 @@ def _by_role(header: types_pb2.OperationHeader) -> dict[str, Any]:
 
 
 def _header(header: types_pb2.OperationHeader, authority: Authority) -> dict[str, Any]:
+    labels, traceparent = header.labels, header.traceparent
     return {
         "operation_id": header.operation_id,
         "root_id": header.root_id,
         "budget_id": header.budget_id,
         "authority": authority,
-        "labels": _labels(header.labels),
+        "labels": _labels(labels) if labels else (),
         "dry_run": header.dry_run,
-        "trace_id": trace_id(header.traceparent),
+        "trace_id": trace_id(traceparent) if traceparent else None,
     }
 
 
 def trace_id(traceparent: str) -> bytes | None:
-    """The trace id of a W3C trace context; None if there is none or it is not one.
+    """The trace id of a W3C trace context; None if it is not one.
 
     Tracing is a courtesy: what is wrong with it never fails an operation.
     """
-    if not traceparent:
-        return None
     found = _TRACEPARENT.fullmatch(traceparent)
     if found is None:
         return None
@@ -163,8 +160,6 @@ def trace_id(traceparent: str) -> bytes | None:
 
 
 def _labels(labels: Mapping[str, str]) -> Labels:
-    if not labels:
-        return ()
     _bounded("labels", labels, LABELS_MAX)
     return tuple(sorted(labels.items()))
 

@@ -27,15 +27,15 @@ _PLAIN_KINDS: Final = frozenset({Kind.RESERVE, Kind.SETTLE, Kind.RELEASE, Kind.E
 
 def write_answer(answer: Answer, result: ledger_service_pb2.OperationResult) -> None:
     """Write what became of one operation of a batch."""
-    match answer.result:
-        case Outcome():
-            write_outcome(answer.result, answer.position, result.outcome)
-        case Refused():
-            write_refused(answer.result, result.refused)
-            if answer.position is not None:
-                write_position(answer.position, result.refused.ledger)
-        case Unanswered():
-            write_unanswered(answer.result, result.unavailable)
+    told, position = answer
+    if isinstance(told, Outcome):
+        write_outcome(told, position, result.outcome)
+    elif isinstance(told, Refused):
+        write_refused(told, result.refused)
+        if position is not None:
+            write_position(position, result.refused.ledger)
+    else:
+        write_unanswered(told, result.unavailable)
 
 
 def write_outcome(outcome: Outcome, position: Position | None, message: types_pb2.Outcome) -> None:
@@ -110,11 +110,12 @@ def write_use(
 
 def write_balances(money: Balances, message: types_pb2.Balances) -> None:
     """Write the money of a budget, or differences of it; what is zero is left out."""
-    # An absent message would read as zeros too, but a reader tells "no money" from "not told".
-    message.SetInParent()
     granted, available, held, delegated, spent, forfeited, overrun, advanced = money
     if granted:
         message.granted = granted
+    else:
+        # An absent message would read as zeros too, but a reader tells "no money" from "not told".
+        message.SetInParent()
     if available:
         message.available = available
     if held:
@@ -138,8 +139,10 @@ def write_hold(hold: Hold, message: types_pb2.Hold) -> None:
     message.state = hold.state  # type: ignore[assignment]
     message.amount = hold.amount
     message.remaining = hold.remaining
-    message.booked = hold.booked
-    message.disputed = hold.disputed
+    if hold.booked:
+        message.booked = hold.booked
+    if hold.disputed:
+        message.disputed = hold.disputed
     _write_time(hold.created_at, message.created_at)
     _write_time(hold.expires_at, message.expires_at)
 
