@@ -9,6 +9,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import uuid
@@ -293,6 +295,32 @@ def test_a_server_is_healthy_while_its_database_answers(
                 break
         watch.cancel()
     assert server.process.wait(30) == 0
+
+
+STARTED = """
+import gc, os, signal, sys
+from peculium_server import app
+from peculium_server.config import Config
+
+def tell(line):
+    if line.startswith("listening"):
+        print(gc.get_freeze_count(), gc.get_threshold()[0])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+app.run(Config.load({"database_url": sys.argv[1], "listen": "127.0.0.1:0"}), tell)
+"""
+
+
+def test_a_server_seldom_looks_for_garbage_and_never_among_what_it_was_started_with(
+    database: str,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STARTED, database], capture_output=True, text=True, check=True
+    )
+    frozen, threshold = map(int, done.stdout.split())
+    # Modules alone are more than that.
+    assert frozen > 10_000
+    assert threshold == app.YOUNG_OBJECTS_MAX
 
 
 class Draining:
