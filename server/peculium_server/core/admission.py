@@ -259,28 +259,38 @@ def check_reused(tree: Tree, operation: Operation) -> Refused | None:
     return None
 
 
-def _produced(operation: Operation) -> Iterator[tuple[str, bytes, bytes]]:
+def _produced(operation: Operation) -> list[tuple[str, bytes, bytes]]:
     """Every token id that an operation would produce: the field that names it, the budget, the id."""
-    for field in PRODUCING[operation.kind]:
-        token_id = getattr(operation, field)
-        if token_id is not None:
-            yield field, operation.budget_id, token_id
+    budget_id = operation.budget_id
+    produced = [
+        (name, budget_id, token_id)
+        for name in PRODUCING[operation.kind]
+        if (token_id := getattr(operation, name)) is not None
+    ]
     if isinstance(operation, Delegate):
-        for index, child in enumerate(operation.children):
-            if child.token_id is not None:
-                yield f"children[{index}].token_id", child.budget_id, child.token_id
+        produced += [
+            (f"children[{index}].token_id", child.budget_id, child.token_id)
+            for index, child in enumerate(operation.children)
+            if child.token_id is not None
+        ]
     elif isinstance(operation, Recover):
-        for index, rotation in enumerate(operation.holds):
-            yield f"holds[{index}].next_token_id", operation.budget_id, rotation.next_token_id
+        produced += [
+            (f"holds[{index}].next_token_id", budget_id, rotation.next_token_id)
+            for index, rotation in enumerate(operation.holds)
+        ]
+    return produced
 
 
 def _seen(tree: Tree, budget_id: bytes, token_id: bytes) -> bool:
     """Say whether the budget ever had the token: live, in a hold, or consumed."""
     budget = tree.budgets[budget_id]
-    return budget is not None and (
+    if budget is None:
+        return False
+    key = budget_id, token_id
+    return (
         token_id == budget.token
-        or tree.consumed[budget_id, token_id] is not None
-        or tree.hold_tokens[budget_id, token_id] is not None
+        or tree.consumed[key] is not None
+        or tree.hold_tokens[key] is not None
     )
 
 

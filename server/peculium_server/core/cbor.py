@@ -7,6 +7,7 @@ their encoding, true and null. Shortest form of every length; one value has one 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from struct import Struct
 from types import NoneType
 from typing import Any
@@ -38,6 +39,7 @@ _HEADS = [
     + [bytes((major << 5 | 24, argument)) for argument in range(24, 256)]
     for major in range(6)
 ]
+_, _, _OF_BYTES, _OF_TEXT, _, _OF_MAP = _HEADS
 _PACK_16, _PACK_32, _PACK_64 = (Struct(form).pack for form in (">BH", ">BI", ">BQ"))
 
 NULL, TRUE, FALSE = b"\xf6", b"\xf5", b"\xf4"
@@ -47,21 +49,30 @@ def integer(value: int) -> bytes:
     """The encoding of a number."""
     if 0 <= value < 0x100:
         return _UNSIGNED[value]
-    return head(0, value) if value >= 0 else head(1, -1 - value)
+    bits = value.bit_length()
+    if value > 0 and bits <= 64:
+        return _PACK_UNSIGNED[bits](value)
+    return head(0, value) if value > 0 else head(1, -1 - value)
 
 
 _UNSIGNED = _HEADS[0]
+# By length in bits: what is encoded most is numbers, and comparisons of large ones are dear.
+_PACK_UNSIGNED = (
+    [partial(_PACK_16, 25)] * 17 + [partial(_PACK_32, 26)] * 16 + [partial(_PACK_64, 27)] * 32
+)
 
 
 def byte_string(value: bytes) -> bytes:
     """The encoding of bytes."""
-    return head(2, len(value)) + value
+    size = len(value)
+    return (_OF_BYTES[size] if size < 0x100 else head(2, size)) + value
 
 
 def text(value: str) -> bytes:
     """The encoding of a text."""
     data = value.encode()
-    return head(3, len(data)) + data
+    size = len(data)
+    return (_OF_TEXT[size] if size < 0x100 else head(3, size)) + data
 
 
 def array(items: list[bytes]) -> bytes:
@@ -71,7 +82,8 @@ def array(items: list[bytes]) -> bytes:
 
 def mapping(items: list[bytes]) -> bytes:
     """The encoding of a map of items that are encoded, each its key and value, by ascending keys."""
-    return head(5, len(items)) + b"".join(items)
+    size = len(items)
+    return (_OF_MAP[size] if size < 0x100 else head(5, size)) + b"".join(items)
 
 
 def _array(value: list[Value]) -> bytes:

@@ -38,6 +38,7 @@ class Touched:
         "advanced",
         "available",
         "before",
+        "before_gate",
         "closed",
         "custody",
         "delegated",
@@ -90,6 +91,11 @@ class Touched:
             _,
             self.head,
         ) = budget[12:]
+        self.before_gate = self.gate()
+
+    def gate(self) -> tuple[bool, bool, int | None, bool]:
+        """Everything of it that a decision below may read; `version` counts its changes."""
+        return self.closed, self.frozen or self.disputes > 0, self.lease_until, self.overrun > 0
 
     def settle(self) -> Balances:
         """Take the balances and the version as final.
@@ -120,8 +126,7 @@ class Touched:
         assert not (self.overrun and before.ancestors)
         if self.is_new:
             return money
-        gate = (self.closed, self.frozen or self.disputes > 0, self.lease_until, self.overrun > 0)
-        if gate != before.gate():
+        if self.gate() != self.before_gate:
             self.version += 1
         return new(Balances, map(sub, money, before.money))
 

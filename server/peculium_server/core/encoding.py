@@ -403,7 +403,7 @@ def operation_digest(
     """SHA-256 over an operation and all its parts, in order."""
     pieces = [
         OPERATION_DOMAIN,
-        cbor.head(_ARRAY, 10),
+        _RECORD,
         cbor.integer(kind),
         cbor.byte_string(root_id),
         cbor.byte_string(operation_id),
@@ -415,13 +415,14 @@ def operation_digest(
         cbor.byte_string(request),
         cbor.head(_ARRAY, len(parts)),
     ]
+    integer = cbor.integer
     for budget_id, seq, consumed, money, effect in parts:
         pieces += (
-            cbor.head(_ARRAY, 5),
+            _PART,
             cbor.byte_string(budget_id),
             cbor.integer(seq),
             cbor.NULL if consumed is None else cbor.byte_string(consumed),
-            cbor.array([*map(cbor.integer, money)]),
+            cbor.array([integer(balance) for balance in money]),
             cbor.byte_string(effect),
         )
     return hashlib.sha256(b"".join(pieces)).digest()
@@ -429,6 +430,7 @@ def operation_digest(
 
 _ARRAY = 4
 """The major type of arrays."""
+_RECORD, _PART = cbor.head(_ARRAY, 10), cbor.head(_ARRAY, 5)
 
 
 def entry_hash(previous_hash: bytes, digest: bytes, part: int) -> bytes:

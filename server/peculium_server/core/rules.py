@@ -108,23 +108,25 @@ def _moment(tree: Tree, operation: Operation, concerned: Budget, now: int) -> in
 
     Known before the first rung, so that an auditor who decides again at this time decides the same.
     """
-    at = now
-    for level in tree.line(concerned):
-        at = max(at, level.last_at)
-    written: list[Budget] = []
-    if isinstance(operation, _ON_DESCENDANTS):
-        descendant = tree.budgets[operation.descendant_id]
-        if descendant is not None:
-            written.append(descendant)
-            if isinstance(operation, Revoke):
-                written += _eager(tree, descendant)
-    elif isinstance(operation, _CLOSING) and getattr(operation, "amount", None) is None:
-        written += _eager(tree, concerned)
-    return max([at, *(level.last_at for budget in written for level in tree.line(budget))])
+    at = max([now, *[level.last_at for level in tree.line(concerned)]])
+    if operation.kind not in _WRITING_BELOW:
+        return at
+    below: list[Budget] = []
+    match operation:
+        case Fund() | Revoke():
+            descendant = tree.budgets[operation.descendant_id]
+            if descendant is not None:
+                below.append(descendant)
+                if isinstance(operation, Revoke):
+                    below += _eager(tree, descendant)
+        case Return(amount=None) | Expire():
+            below += _eager(tree, concerned)
+        case _:
+            pass
+    return max([at, *(level.last_at for budget in below for level in tree.line(budget))])
 
 
-_ON_DESCENDANTS = (Fund, Revoke)
-_CLOSING = (Return, Expire)
+_WRITING_BELOW = frozenset({Kind.FUND, Kind.REVOKE, Kind.RETURN, Kind.EXPIRE})
 
 
 # -- One rule for each kind -------------------------------------------------------------------------

@@ -143,15 +143,6 @@ class Budget(NamedTuple):
             return BudgetState.FROZEN
         return BudgetState.OPEN
 
-    def gate(self) -> tuple[bool, bool, int | None, bool]:
-        """Everything of it that a decision below may read; `version` counts its changes."""
-        return (
-            self.closed,
-            self.frozen or self.disputes > 0,
-            self.lease_until,
-            self.money.overrun > 0,
-        )
-
 
 class Hold(NamedTuple):
     """Money set aside for one call."""
