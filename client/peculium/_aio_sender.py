@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Generator
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Generator
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -14,6 +15,7 @@ import grpc
 
 from peculium._coalescer import Batch, Coalescer, Line, Ticket
 from peculium._config import CLOSE_SECONDS_DEFAULT, Config
+from peculium._deadlines import Deadlines
 from peculium._handles import Process
 from peculium._history import History
 from peculium._recorder import Recorder
@@ -24,6 +26,7 @@ from peculium.errors import Invalid, LedgerUnavailable
 from peculium.v1 import (
     admin_service_pb2_grpc,
     audit_service_pb2_grpc,
+    ledger_service_pb2,
     ledger_service_pb2_grpc,
 )
 
@@ -129,6 +132,9 @@ class Sender:
         self._pump_soon = False
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
+        self._deadlines = Deadlines()
+        self._looking: asyncio.TimerHandle | None = None
+        self._looking_at = math.inf
         self._tasks: set[asyncio.Task[None]] = set()
         self._quiet: asyncio.Event | None = None
         self._ledger: LedgerServiceAsyncStub
@@ -165,9 +171,9 @@ class Sender:
         Raises:
             PeculiumError: It was refused, or there was no answer in time.
         """
-        loop = self._begin(closing=True)
         future: Any = ticket.future
-        timer = loop.call_at(ticket.deadline, self._expire, ticket)
+        loop: asyncio.AbstractEventLoop = future.get_loop()
+        self._look_at(loop, self._deadlines.add(ticket))
         try:
             done: Ticket = await future
         except asyncio.CancelledError:
@@ -180,7 +186,7 @@ class Sender:
         else:
             return done
         finally:
-            timer.cancel()
+            self._deadlines.leave()
 
     async def wait_again(self, ticket: Ticket, timeout: float | None = None) -> Ticket:
         """Wait for an operation once more whose outcome was unknown.
@@ -345,10 +351,21 @@ class Sender:
     def _seconds(self, timeout: float | None) -> float:
         return self.timeout if timeout is None else timeout
 
-    def _expire(self, ticket: Ticket) -> None:
-        loop = self._begin(closing=True)
-        self._brain.expire(ticket, loop.time())
-        self._soon(loop)
+    def _look_at(self, loop: asyncio.AbstractEventLoop, time: float) -> None:
+        """Look for callers whose time is over, not later than then."""
+        if time < self._looking_at:
+            if self._looking is not None:
+                self._looking.cancel()
+            self._looking_at = time
+            self._looking = loop.call_at(time, self._look, loop)
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._looking, self._looking_at = None, math.inf
+        now = loop.time()
+        for ticket in self._deadlines.due(now):
+            self._brain.expire(ticket, now)
+            self._soon(loop)
+        self._look_at(loop, self._deadlines.next())
 
     def _soon(self, loop: asyncio.AbstractEventLoop) -> None:
         """Send once the tasks that are ready now have had their say: they go together."""
@@ -359,7 +376,13 @@ class Sender:
     def _pump(self, loop: asyncio.AbstractEventLoop) -> None:
         self._pump_soon = False
         while (batch := self._brain.next_batch(loop.time())) is not None:
-            task = loop.create_task(self._send(batch, loop))
+            # Unless something has to be written before, the call begins right now.
+            doing = (
+                self._write(batch, loop)
+                if self.recorder.durable
+                else self._land(batch, self._call(batch), loop)
+            )
+            task = loop.create_task(doing)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         self._set_timer(loop)
@@ -379,18 +402,28 @@ class Sender:
         self._timer = None
         self._soon(loop)
 
-    async def _send(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
+    async def _write(self, batch: Batch, loop: asyncio.AbstractEventLoop) -> None:
         try:
-            if self.recorder.durable:
-                await loop.run_in_executor(None, self.recorder.flush)
+            await loop.run_in_executor(None, self.recorder.flush)
         except OSError as error:
             self._brain.failed(batch, _unwritten(error), loop.time())
             self._soon(loop)
-            return
+        else:
+            await self._land(batch, self._call(batch), loop)
+
+    def _call(self, batch: Batch) -> Awaitable[ledger_service_pb2.BatchResponse]:
+        return self._ledger.Batch(
+            batch.request, timeout=batch.timeout, metadata=self._config.metadata
+        )
+
+    async def _land(
+        self,
+        batch: Batch,
+        call: Awaitable[ledger_service_pb2.BatchResponse],
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
         try:
-            response = await self._ledger.Batch(
-                batch.request, timeout=batch.timeout, metadata=self._config.metadata
-            )
+            response = await call
         except grpc.aio.AioRpcError as error:
             self._brain.failed(batch, _failure(error), loop.time())
         else:
