@@ -290,7 +290,7 @@ class Coalescer:
             return None
         self._flights += 1
         awaited = [ticket.deadline for ticket in draft.tickets if ticket.awaited]
-        limit = max(awaited or [ticket.give_up_at for ticket in draft.tickets])
+        limit = max(awaited) if awaited else max(ticket.give_up_at for ticket in draft.tickets)
         timeout = max(min(limit - now, self._policy.attempt_seconds), _TIMEOUT_LEAST_SECONDS)
         return Batch(draft.request, draft.tickets, timeout, self._history.known())
 
@@ -301,19 +301,19 @@ class Coalescer:
 
     def completed(self, batch: Batch, response: ledger.BatchResponse, now: float) -> None:
         """The answer to a batch came."""
-        if len(response.results) != len(batch.tickets):
+        results = list(response.results)
+        if len(results) != len(batch.tickets):
             self.failed(batch, _LOST, now)
             return
         self._flights -= 1
         try:
-            self._history.observe_batch(batch.known, response)
+            self._history.observe_batch(batch.known, results)
         except LedgerWentBack as error:
             self._disbelieve(batch, error, now)
             return
-        pairs = zip(batch.tickets, response.results, strict=True)
-        for _, group in itertools.groupby(pairs, key=lambda pair: id(pair[0].line)):
+        pairs = zip(batch.tickets, results, strict=True)
+        for line, group in itertools.groupby(pairs, key=lambda pair: pair[0].line):
             answered = list(group)
-            line = answered[0][0].line
             line.flying -= len(answered)
             if line.linear:
                 self._apply_chain(line, answered, now)
@@ -325,9 +325,8 @@ class Coalescer:
     def failed(self, batch: Batch, failure: Failure, now: float) -> None:
         """No answer to a batch came, or one to the whole of it."""
         self._flights -= 1
-        for _, group in itertools.groupby(batch.tickets, key=lambda ticket: id(ticket.line)):
+        for line, group in itertools.groupby(batch.tickets, key=lambda ticket: ticket.line):
             tickets = list(group)
-            line = tickets[0].line
             line.flying -= len(tickets)
             self._fail(line, tickets, failure, now)
             self._list(line)
@@ -484,6 +483,8 @@ class Coalescer:
             else:
                 self._refused(ticket, result.refused, now)
             told += 1
+        if told == len(tickets) and not skipped:
+            return
         rest = _in_doubt(answered[told:])
         self._hurry([ticket for ticket in skipped if self._anew(ticket, now)])
         if failure is None:
@@ -530,7 +531,8 @@ class Coalescer:
                 self._list(waiter.line)
             elif waiter.pool is not None:
                 in_vain += self._waiting.tried(waiter.pool)
-        self._disappoint(in_vain, now)
+        if in_vain:
+            self._disappoint(in_vain, now)
 
     def _refused(self, ticket: Ticket, message: types_pb2.Refused, now: float) -> None:
         line, operation = ticket.line, ticket.operation
@@ -708,7 +710,8 @@ class Coalescer:
         if error is not None and not isinstance(error, LedgerWentBack):
             self._did_not(ticket)
         self._finish(ticket)
-        self._tried(ticket, now)
+        if ticket.woken:
+            self._tried(ticket, now)
         if ticket.awaited:
             self._wake(ticket)
         elif outcome is not None:

@@ -7,7 +7,7 @@ ledger that has forgotten what it acknowledged: it was restored to its past, or 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from peculium.errors import LedgerWentBack
@@ -60,27 +60,31 @@ class History:
         if told is not None:
             self._observe(known, told)
 
-    def observe_batch(self, known: Known, response: ledger.BatchResponse) -> None:
+    def observe_batch(self, known: Known, results: Iterable[ledger.OperationResult]) -> None:
         """Take note of where the answers to a batch stand.
 
         Raises:
             LedgerWentBack: One of them stands before what was known when it was asked for.
         """
-        for result in response.results:
+        for result in results:
             answer = result.refused if result.HasField("refused") else result.outcome
             if answer.HasField("ledger"):
                 self._observe(known, answer.ledger)
 
     def _observe(self, known: Known, told: types_pb2.LedgerPosition) -> None:
+        lane, position, told_incarnation = told.lane, told.position, told.incarnation
         incarnation = self._incarnation
-        seen = known.positions.get(told.lane, 0)
-        if told.position < seen or incarnation not in (None, told.incarnation):
-            self.went_back = _went_back(incarnation or told.incarnation, seen, told)
+        seen = known.positions.get(lane, 0)
+        if position < seen or incarnation not in (None, told_incarnation):
+            self.went_back = _went_back(incarnation or told_incarnation, seen, told)
             raise self.went_back.concerning(None, None)
-        self._incarnation = told.incarnation
+        self._incarnation = told_incarnation
         positions = self._positions
-        if told.lane in positions or len(positions) < LANES_MAX:
-            positions[told.lane] = max(positions.get(told.lane, 0), told.position)
+        furthest = positions.get(lane)
+        if furthest is None and len(positions) >= LANES_MAX:
+            return
+        if furthest is None or position > furthest:
+            positions[lane] = position
 
 
 def _position(response: Any) -> types_pb2.LedgerPosition | None:

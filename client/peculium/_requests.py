@@ -112,7 +112,7 @@ class Operation:
     @property
     def must_finish(self) -> bool:
         """It ends a hold: it is not given up when the caller goes away."""
-        return self.kind in {"settle", "release"} and self.closes
+        return self.closes and self.kind in {"settle", "release"}
 
     def probe(self) -> Operation:
         """The same as a dry run: it finds out whether the operation is recorded, and never does it."""
@@ -573,19 +573,19 @@ def _operation(
     if size > limits.MESSAGE_BYTES_MAX:
         raise _too_large("request", size, limits.MESSAGE_BYTES_MAX)
     return Operation(
-        kind=kind,
-        operation_id=own_header.operation_id,
-        root_id=own_header.root_id,
-        budget_id=own_header.budget_id,
-        message=message,
-        header=own_header,
-        size=size,
-        produced=produced,
-        closes=closes,
-        hold_id=hold_id,
-        hold_secret=hold_secret,
-        children=children,
-        rotated=rotated,
+        kind,
+        own_header.operation_id,
+        own_header.root_id,
+        own_header.budget_id,
+        message,
+        own_header,
+        size,
+        produced,
+        closes,
+        hold_id,
+        hold_secret,
+        children,
+        rotated,
     )
 
 

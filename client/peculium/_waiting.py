@@ -17,7 +17,7 @@ from peculium.v1 import types_pb2
 _W = TypeVar("_W")
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Pool(Generic[_W]):
     """What is known of one budget's money in this process."""
 
@@ -43,15 +43,15 @@ class Waiting(Generic[_W]):
     """This process's holds by budget, and who waits for them."""
 
     def __init__(self) -> None:
-        self._pools: WeakValueDictionary[bytes, Pool[_W]] = WeakValueDictionary()
         self._kept: dict[bytes, Pool[_W]] = {}
-        """Those with holds, which nobody else may refer to."""
+        """Those with holds."""
+        self._asked: WeakValueDictionary[bytes, Pool[_W]] = WeakValueDictionary()
+        """Those that somebody else may refer to."""
 
     def pool(self, budget_id: bytes) -> Pool[_W]:
         """The budget's pool, the same one for as long as anybody refers to it."""
-        pool = self._pools.get(budget_id)
-        if pool is None:
-            pool = self._pools[budget_id] = Pool()
+        pool = self._kept.get(budget_id) or self._asked.get(budget_id) or Pool()
+        self._asked[budget_id] = pool
         return pool
 
     def observe(
@@ -61,7 +61,10 @@ class Waiting(Generic[_W]):
         if outcome.dry_run:
             return [], []
         if operation.kind == "reserve":
-            pool = self._kept[operation.budget_id] = self.pool(operation.budget_id)
+            pool = self._kept.get(operation.budget_id)
+            if pool is None:
+                pool = self._asked.get(operation.budget_id) or Pool()
+                self._kept[operation.budget_id] = pool
             pool.holds[operation.hold_id] = outcome.hold.amount
             return [], []
         kept = self._kept.get(operation.budget_id)
