@@ -56,6 +56,9 @@ FINISH_SECONDS = 30.0
 """How long an operation that nobody waits for is still pursued before it rests until its handle is
 used again."""
 
+SHARE_OPERATIONS_MIN = 64
+"""So many operations of one tree go together at least, before others of it are put into the next request."""
+
 _CAPABILITY_UNKNOWN = types_pb2.REFUSAL_REASON_CAPABILITY_UNKNOWN
 _TOKEN_CONSUMED = types_pb2.REFUSAL_REASON_TOKEN_CONSUMED
 _LOST = Failure("the answer was not one to what was asked")
@@ -280,12 +283,17 @@ class Coalescer:
         self._rouse(now)
         if self._flights >= self._flights_max:
             return None
-        draft = _Draft()
+        draft = _Draft(self._share())
+        crowded: list[Line] = []
         while self._ready and not draft.full:
             line = self._ready.popleft()
             line.listed = False
-            self._board(line, draft, now)
-            self._list(line, first=draft.full)
+            if self._board(line, draft, now):
+                self._list(line, first=draft.full)
+            else:
+                crowded.append(line)
+        for line in crowded:
+            self._list(line)
         if not draft.tickets:
             return None
         self._flights += 1
@@ -376,8 +384,17 @@ class Coalescer:
             _, _, line, operation = heapq.heappop(self._sweeps)
             self._take_back(line, operation, now)
 
-    def _board(self, line: Line, draft: _Draft, now: float) -> None:
-        """Take from a line what may go now."""
+    def _share(self) -> int:
+        """How many operations of one tree go into the next request.
+
+        A tree's operations are decided one after the other. If all went together, client and ledger would
+        work in turns: everybody is answered at once, and asks at once.
+        """
+        ready = sum(len(line.queue) for line in self._ready)
+        return max(SHARE_OPERATIONS_MIN, math.ceil(ready / (self._flights_max - self._flights)))
+
+    def _board(self, line: Line, draft: _Draft, now: float) -> bool:
+        """Take from a line what may go now; False if it has more, which is for another request."""
         if line.parked and line.queue:
             self._unpark(line, line.queue[-1].give_up_at)
         previous: int | None = None
@@ -387,14 +404,18 @@ class Coalescer:
                 # A section is first in its request, or waits for what is before it in this one.
                 if line.flying == 0:
                     self._enter(line.queue.popleft())
-                return
+                return True
             if not draft.fits(ticket.operation):
-                return
+                return True
+            # A chain is not cut: what is behind would have to wait for the answer.
+            if (previous is None or not line.linear) and draft.crowded(ticket.operation):
+                return False
             line.queue.popleft()
             if self._may_go(ticket, now):
                 if line.linear and ticket.operation.kind != "recover":
                     _authorise(ticket.operation.header, line, previous)
                 previous = self._add(ticket, ticket.operation, draft, now)
+        return True
 
     def _may_go(self, ticket: Ticket, now: float) -> bool:
         """Whether it still has to be sent, and can; otherwise it is resolved."""
@@ -756,11 +777,17 @@ class Coalescer:
 class _Draft:
     """A request in the making."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: int) -> None:
         self.request = ledger.BatchRequest()
         self.tickets: list[Ticket] = []
         self.full = False
         self._bytes = 0
+        self._share = share
+        self._of_tree: dict[bytes, int] = {}
+
+    def crowded(self, operation: Operation) -> bool:
+        """Whether the share of the operation's tree is in it."""
+        return self._of_tree.get(operation.root_id, 0) >= self._share
 
     def fits(self, operation: Operation) -> bool:
         """Whether there is room; if not, the draft is full."""
@@ -773,6 +800,7 @@ class _Draft:
         self.request.operations.append(operation.message)
         self.tickets.append(ticket)
         self._bytes += operation.size
+        self._of_tree[operation.root_id] = self._of_tree.get(operation.root_id, 0) + 1
         self.full = len(self.tickets) >= OPERATIONS_MAX
         return len(self.tickets) - 1
 

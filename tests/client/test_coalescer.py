@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from peculium import _requests as requests
-from peculium._coalescer import Batch, Line
+from peculium._coalescer import SHARE_OPERATIONS_MIN, Batch, Line
 from peculium._ids import token_id
 from peculium._limits import OPERATIONS_MAX, REQUEST_BYTES_MAX
 from peculium._recorder import Recorder
@@ -136,6 +136,55 @@ def test_requests_on_their_way_are_bounded() -> None:
     assert bench.silent()
     bench.answer(first[0])
     bench.send()
+
+
+def sizes(bench: Bench, flights: int) -> list[int]:
+    return [len(bench.send().request.operations) for _ in range(flights)]
+
+
+def test_many_operations_of_one_tree_are_spread_over_several_requests() -> None:
+    bench = Bench(flights_max=4)
+    root = bench.root(10_000, token=False)
+    for _ in range(3 * SHARE_OPERATIONS_MIN + 8):
+        bench.spend(root, 1)
+    assert sizes(bench, 4) == [SHARE_OPERATIONS_MIN] * 3 + [8]
+
+
+def test_very_many_fill_the_requests_evenly() -> None:
+    bench = Bench(flights_max=4)
+    root = bench.root(10_000, token=False)
+    for _ in range(800):
+        bench.spend(root, 1)
+    assert sizes(bench, 4) == [200] * 4
+
+
+def test_what_is_left_goes_with_the_last_request_that_may_go() -> None:
+    bench = Bench(flights_max=2)
+    root = bench.root(10_000, token=False)
+    bench.spend(root, 1)
+    bench.send()
+    for _ in range(3 * SHARE_OPERATIONS_MIN):
+        bench.spend(root, 1)
+    assert sizes(bench, 1) == [3 * SHARE_OPERATIONS_MIN]
+
+
+def test_operations_of_many_trees_go_together() -> None:
+    bench = Bench(flights_max=4)
+    for root in [bench.root(token=False) for _ in range(SHARE_OPERATIONS_MIN)]:
+        for _ in range(2):
+            bench.spend(root, 1)
+    assert sizes(bench, 1) == [2 * SHARE_OPERATIONS_MIN]
+    assert bench.silent()
+
+
+def test_a_chain_is_not_cut(bench: Bench) -> None:
+    one, other = bench.root(10_000), bench.root(10_000)
+    for _ in range(2 * SHARE_OPERATIONS_MIN):
+        bench.spend(one, 1)
+    bench.spend(other, 1)
+    batch = bench.send()
+    assert proofs(batch).count("secret") == 2
+    assert len(batch.request.operations) == 2 * SHARE_OPERATIONS_MIN + 1
 
 
 def test_a_batch_has_a_bounded_number_of_operations(bench: Bench) -> None:
