@@ -164,6 +164,21 @@ async def test_a_consumed_token_is_told_with_who_consumed_it(
     assert refused.facts["consumed_by"] == id_text(winner.operation_id)
 
 
+async def test_refusals_one_after_the_other_are_not_decided_twice_each(
+    store: Store, spender: Spender
+) -> None:
+    granted = await spender.grant(store, 100)
+    writer = store.writer(store.lane_of(granted.root_id))
+    for _ in range(Known.ALONE_AFTER + 1):
+        await spender.spend(writer, granted)
+    decided = spender.decisions
+    await spender.do(writer, spender.ask(granted, 1_000))
+    assert spender.decisions == decided + 2
+    for count in range(1, Known.ALONE_AFTER):
+        await spender.do(writer, spender.ask(granted, 1_000))
+        assert spender.decisions == decided + 2 + count
+
+
 async def test_a_token_that_was_used_before_cannot_be_produced_again(
     guessing: StoredLedger, root: Node
 ) -> None:

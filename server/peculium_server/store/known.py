@@ -29,8 +29,8 @@ class Known:
     """A few megabytes."""
 
     ALONE_AFTER: Final = 8
-    """So many transactions in a row have found the lane as the last one had left it: nobody else is
-    writing to it, or hardly ever."""
+    """So many transactions in a row have found the lane as the last one had left it, and needed nothing
+    but what could be guessed: nobody else is writing to it, or hardly ever."""
 
     def __init__(self) -> None:
         self.budgets: dict[Key, Budget] = {}
@@ -61,6 +61,10 @@ class Known:
         self.budgets.clear()
         self.holds.clear()
         self._position = None
+        self._undisturbed = 0
+
+    def guessed_in_vain(self) -> None:
+        """Load everything for a while: what is refused, or recorded before, rarely comes alone."""
         self._undisturbed = 0
 
     def saw(self, budgets: Iterable[Budget]) -> None:

@@ -278,6 +278,8 @@ class LanesWriter:
             loadings = await self._load(connection, run)
             accepted = run.decide(_together(loadings))
             if len(accepted) < run.operations and any(each.guessed for each in loadings.values()):
+                for lane in loadings:
+                    self._known[lane].guessed_in_vain()
                 loadings = await self._load_all(connection, run)
                 accepted = run.decide(_together(loadings))
             by_lane = _by_lane(run.footprints, accepted)
