@@ -298,7 +298,7 @@ class Coalescer:
             return None
         self._flights += 1
         awaited = [ticket.deadline for ticket in draft.tickets if ticket.awaited]
-        limit = max(awaited) if awaited else max(ticket.give_up_at for ticket in draft.tickets)
+        limit = max(awaited or [ticket.give_up_at for ticket in draft.tickets])
         timeout = max(min(limit - now, self._policy.attempt_seconds), _TIMEOUT_LEAST_SECONDS)
         return Batch(draft.request, draft.tickets, timeout, self._history.known())
 
@@ -504,8 +504,6 @@ class Coalescer:
             else:
                 self._refused(ticket, result.refused, now)
             told += 1
-        if told == len(tickets) and not skipped:
-            return
         rest = _in_doubt(answered[told:])
         self._hurry([ticket for ticket in skipped if self._anew(ticket, now)])
         if failure is None:
@@ -552,8 +550,7 @@ class Coalescer:
                 self._list(waiter.line)
             elif waiter.pool is not None:
                 in_vain += self._waiting.tried(waiter.pool)
-        if in_vain:
-            self._disappoint(in_vain, now)
+        self._disappoint(in_vain, now)
 
     def _refused(self, ticket: Ticket, message: types_pb2.Refused, now: float) -> None:
         line, operation = ticket.line, ticket.operation
@@ -731,8 +728,7 @@ class Coalescer:
         if error is not None and not isinstance(error, LedgerWentBack):
             self._did_not(ticket)
         self._finish(ticket)
-        if ticket.woken:
-            self._tried(ticket, now)
+        self._tried(ticket, now)
         if ticket.awaited:
             self._wake(ticket)
         elif outcome is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import threading
 import time
 import uuid
@@ -18,7 +19,6 @@ _MARKS = 7 << 76 | 2 << 62
 _STEP_BYTES = 4
 _STEPS_MAX = 1 << 62
 """Below the variant."""
-_UUID_DIGITS = 32
 _BACK_MS_MAX = 60_000
 """A clock that goes back farther was far off before: ids that went on from there would be too far from
 the ledger's time for as long as the process lives."""
@@ -40,12 +40,12 @@ class _Clock:
         with self._lock:
             if 0 <= self._milliseconds - milliseconds <= _BACK_MS_MAX:
                 # A random step keeps the ids unguessable.
-                value = self._last + 1 + int.from_bytes(os.urandom(_STEP_BYTES))
+                value = self._last + 1 + int.from_bytes(secrets.token_bytes(_STEP_BYTES))
                 if value ^ self._last < _STEPS_MAX:
                     self._last = value
                     return value.to_bytes(16)
                 milliseconds = self._milliseconds + 1
-            drawn = int.from_bytes(os.urandom(_DRAWN_BYTES)) & _DRAWN_MASK
+            drawn = int.from_bytes(secrets.token_bytes(_DRAWN_BYTES)) & _DRAWN_MASK
             value = milliseconds << 80 | _MARKS | drawn
             self._milliseconds, self._last = milliseconds, value
             return value.to_bytes(16)
@@ -70,7 +70,7 @@ def new_id() -> bytes:
 
 def new_secret() -> bytes:
     """Make a secret: 32 bytes from the operating system's generator."""
-    return os.urandom(SECRET_BYTES)
+    return secrets.token_bytes(SECRET_BYTES)
 
 
 def token_id(secret: bytes) -> bytes:
@@ -80,10 +80,7 @@ def token_id(secret: bytes) -> bytes:
 
 def id_text(value: bytes) -> str:
     """An id for people: a UUID, or hexadecimal digits if it is none."""
-    digits = value.hex()
-    if len(digits) != _UUID_DIGITS:
-        return digits
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    return str(uuid.UUID(bytes=value)) if len(value) == 16 else value.hex()  # noqa: PLR2004 - a UUID
 
 
 def id_bytes(text: str) -> bytes | None:

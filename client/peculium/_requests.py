@@ -573,19 +573,19 @@ def _operation(
     if size > limits.MESSAGE_BYTES_MAX:
         raise _too_large("request", size, limits.MESSAGE_BYTES_MAX)
     return Operation(
-        kind,
-        own_header.operation_id,
-        own_header.root_id,
-        own_header.budget_id,
-        message,
-        own_header,
-        size,
-        produced,
-        closes,
-        hold_id,
-        hold_secret,
-        children,
-        rotated,
+        kind=kind,
+        operation_id=own_header.operation_id,
+        root_id=own_header.root_id,
+        budget_id=own_header.budget_id,
+        message=message,
+        header=own_header,
+        size=size,
+        produced=produced,
+        closes=closes,
+        hold_id=hold_id,
+        hold_secret=hold_secret,
+        children=children,
+        rotated=rotated,
     )
 
 

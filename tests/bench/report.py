@@ -61,7 +61,7 @@ pointer what it is, and how much."""
 AGAIN = """\
 ## Again
 
-    make bench                                 # less than half an hour on a quiet machine; writes this page
+    make bench                                 # half an hour on a quiet machine; writes this page
     make bench ARGS="--full"                   # up to three million entries
     make bench ARGS="--seconds-per-cell 1.5"   # shorter windows
     make bench ONLY=stack,baselines            # only some parts; this page stays as it is

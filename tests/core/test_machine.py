@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from peculium_server.core.limits import HOLD_AGE_US_MAX
 from peculium_server.core.operations import (
-    HOLD_KINDS,
+    HOLD_OPERATIONS,
     Actor,
     ByHolder,
     ByRole,
@@ -225,7 +225,9 @@ class Machine(RuleBasedStateMachine):
         elif wrong is R.TOKEN_CONSUMED and by_token and consumed:
             yield "authority", ByToken(data.draw(st.sampled_from(consumed), "consumed"))
         elif wrong is R.TOKEN_ID_REUSED and consumed:
-            field = "next_hold_token_id" if operation.kind in HOLD_KINDS else "next_token_id"
+            field = (
+                "next_hold_token_id" if isinstance(operation, HOLD_OPERATIONS) else "next_token_id"
+            )
             if getattr(operation, field, None) is not None:
                 yield field, data.draw(st.sampled_from(consumed), "seen")
 

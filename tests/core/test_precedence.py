@@ -14,7 +14,7 @@ import pytest
 
 from peculium_server.core.limits import AMOUNT_MAX, DEPTH_MAX, LABELS_MAX
 from peculium_server.core.operations import (
-    HOLD_KINDS,
+    HOLD_OPERATIONS,
     ByHolder,
     ByToken,
     Grant,
@@ -134,7 +134,7 @@ class World:
             yield "operation_id", self.used_ids[operation.operation_id[6] >> 4]
         elif R.OPERATION_TOO_OLD in faults:
             yield "operation_id", self.old_id
-        of_hold = operation.kind in HOLD_KINDS
+        of_hold = isinstance(operation, HOLD_OPERATIONS)
         old_token = self.old_hold_token if of_hold else self.old_token
         if R.TOKEN_CONSUMED in faults:
             yield "authority", ByToken(old_token)

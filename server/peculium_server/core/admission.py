@@ -320,7 +320,8 @@ def check_state(case: Case, kind: Kind, budget: Budget) -> Refused | None:
             )
     if kind in EXPIRABLE_KINDS:
         for level in line:
-            if level.lease_until is not None and level.lease_until <= case.at:
+            if level.expired(case.at):
+                assert level.lease_until is not None
                 return Refused(
                     Refusal.BUDGET_EXPIRED,
                     named(case.tree, budget)

@@ -5,7 +5,7 @@ Nothing here decides whether an operation is allowed; `rules` does. A draft is d
 
 from __future__ import annotations
 
-from operator import sub
+from operator import attrgetter, sub
 
 from peculium_server.core.encoding import (
     Part,
@@ -107,19 +107,7 @@ class Touched:
             AmountOverflow: A balance would pass 2^62.
         """
         before = self.before
-        money = self.money = new(
-            Balances,
-            (
-                self.granted,
-                self.available,
-                self.held,
-                self.delegated,
-                self.spent,
-                self.forfeited,
-                self.overrun,
-                self.advanced,
-            ),
-        )
+        money = self.money = new(Balances, _balances(self))
         if max(money) > BALANCE_MAX or self.disputed > BALANCE_MAX:
             raise AmountOverflow(before.budget_id, money.overflowing() or "disputed")
         assert money.balanced(), money
@@ -155,6 +143,9 @@ class Touched:
                 self.head,
             ),
         )
+
+
+_balances = attrgetter(*Balances._fields)
 
 
 class Draft:
@@ -241,8 +232,7 @@ class Draft:
     def collect(self, budget_id: bytes) -> int:
         """Empty a budget at a closed level into the nearest open ancestor."""
         touched = self._touched.get(budget_id)
-        money = self.tree.budget(budget_id).money if touched is None else touched
-        amount = money.available
+        amount = (self.tree.budget(budget_id).money if touched is None else touched).available
         if amount:
             self.touch(budget_id).available = 0
             self.inflow(budget_id, amount)

@@ -396,7 +396,6 @@ OPERATIONS: dict[Kind, type[Operation]] = {
 
 HOLD_OPERATIONS = (Settle, Release, Extend)
 """Their token is the hold's, not the budget's."""
-HOLD_KINDS = frozenset(operation.kind for operation in HOLD_OPERATIONS)
 
 PRODUCING = {
     kind: tuple(

@@ -194,16 +194,16 @@ def _reserve(case: Case, reserve: Reserve, budget: Budget, consumed: bytes | Non
         return refused
     amount = reserve.amount
     hold = Hold(
-        budget.budget_id,
-        reserve.hold_id,
-        reserve.hold_token_id,
-        HoldState.LIVE,
-        amount,
-        amount,
-        0,
-        0,
-        case.at,
-        case.at + reserve.ttl_us,
+        budget_id=budget.budget_id,
+        hold_id=reserve.hold_id,
+        token=reserve.hold_token_id,
+        state=HoldState.LIVE,
+        amount=amount,
+        remaining=amount,
+        booked=0,
+        disputed=0,
+        created_at=case.at,
+        expires_at=case.at + reserve.ttl_us,
     )
     draft = Draft(case.tree, case.at)
     reserving = draft.touch(budget.budget_id)

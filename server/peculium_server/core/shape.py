@@ -115,17 +115,12 @@ def _batch(batch: AtomicBatch) -> Problem | None:
 
 def _authority(operation: Operation) -> Problem | None:
     """By what right, and whether the token that this right needs next is named."""
-    authority = operation.authority
-    by_token = False
+    authority, found = operation.authority, None
     if isinstance(authority, ByToken):
-        by_token = True
-        if len(authority.token_id) != limits.TOKEN_ID_BYTES:
-            return _token("authority.secret", authority.token_id)
-    elif isinstance(authority, After):
-        by_token = True
-        if not 0 <= authority.index < limits.OPERATIONS_MAX:
-            return "authority.after", "must be the index of an earlier operation of the batch"
-    return _RIGHT[operation.kind](operation, by_token)
+        found = _token("authority.secret", authority.token_id)
+    elif isinstance(authority, After) and not 0 <= authority.index < limits.OPERATIONS_MAX:
+        found = "authority.after", "must be the index of an earlier operation of the batch"
+    return found or _RIGHT[operation.kind](operation, isinstance(authority, (ByToken, After)))
 
 
 def _by_role(operation: Operation, _: bool) -> Problem | None:
@@ -436,25 +431,20 @@ def _length(field: str, value: bytes, length: int) -> Problem | None:
 
 
 def _id(field: str, value: bytes) -> Problem | None:
-    if len(value) != limits.ID_BYTES:
-        return _length(field, value, limits.ID_BYTES)
-    return None
+    return _length(field, value, limits.ID_BYTES)
 
 
 def _uuid(field: str, value: bytes, version: int = 7) -> Problem | None:
-    if len(value) != limits.ID_BYTES:
-        return _id(field, value)
-    if value[6] >> 4 != version or value[8] >> 6 != 2:  # noqa: PLR2004 - RFC 9562, section 4.1
+    found = _id(field, value)
+    if found is None and (value[6] >> 4 != version or value[8] >> 6 != 2):  # noqa: PLR2004 - RFC 9562, section 4.1
         return field, f"must be a UUIDv{version}"
-    return None
+    return found
 
 
 def _token(field: str, value: bytes | None) -> Problem | None:
     if value is None:
         return field, "is missing"
-    if len(value) != limits.TOKEN_ID_BYTES:
-        return _length(field, value, limits.TOKEN_ID_BYTES)
-    return None
+    return _length(field, value, limits.TOKEN_ID_BYTES)
 
 
 def _receiver(

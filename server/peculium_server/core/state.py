@@ -297,12 +297,7 @@ class Tree:
 
     def line(self, budget: Budget) -> list[Budget]:
         """The budget and its ancestors, upwards."""
-        line = [budget]
-        for ancestor_id in budget.ancestors:
-            ancestor = self.budgets[ancestor_id]
-            assert ancestor is not None
-            line.append(ancestor)
-        return line
+        return [budget, *map(self.budget, budget.ancestors)]
 
     def below(self, budget_id: bytes) -> Iterator[Budget]:
         """The descendants of a budget that are among `budgets`, in no order."""

@@ -73,8 +73,6 @@ class Ledger:
         """
         if self._draining:
             return [Answer(_DRAINING, None)] * len(requests)
-        if len(requests) == 1:
-            return await self._execute_one(requests, deadline)
         admitted, refused = _admit(requests)
         by_lane = self._split(admitted)
         execute = [self._execute_in(lane, group, deadline) for lane, group in by_lane.items()]
@@ -115,18 +113,6 @@ class Ledger:
             Answer(result, self._position(self._lane_of(request.operation.root_id), answered))
             for request, result in zip(batch, answered.results, strict=True)
         ]
-
-    async def _execute_one(
-        self, requests: Sequence[Request], deadline: float | None
-    ) -> list[Answer]:
-        """Decide and save an operation that came alone."""
-        [request] = requests
-        refusal = request.malformed()
-        if refusal is not None:
-            return [Answer(refusal, None)]
-        number = self._lane_of(request.operation.root_id)
-        answered = await self._lanes[number].submit(requests, {}, deadline)
-        return self._tell(number, requests, answered)
 
     async def _execute_in(
         self, number: int, requests: Sequence[Request], deadline: float | None

@@ -10,7 +10,6 @@ from peculium_server.core.operations import (
     Collect,
     Delegate,
     Expire,
-    Kind,
     Operation,
     Recover,
     Return,
@@ -28,8 +27,6 @@ def rows(operations: Iterable[Operation]) -> int:
 
 def rows_of(operation: Operation) -> int:
     """As `rows`, of one operation."""
-    if operation.kind in _OF_ONE_ROW:
-        return 1
     match operation:
         case Delegate():
             return 1 + len(operation.children)
@@ -42,7 +39,3 @@ def rows_of(operation: Operation) -> int:
             return DEPTH_MAX
         case _:
             return 1
-
-
-_OF_ONE_ROW = frozenset({Kind.RESERVE, Kind.SETTLE, Kind.RELEASE, Kind.EXTEND, Kind.SPEND})
-"""Most operations are of these kinds."""

@@ -196,16 +196,12 @@ class IdentityInterceptor:
         identify = self._identities.identify
         # Where nobody needs a key, none is looked for.
         anybody = identify(None)
-        actors: dict[Identity, Actor] = {}
 
         def identified(request: Any, context: Context) -> Awaitable[Any]:
             identity = anybody or identify(_key(context))
             if identity is None:
                 raise CallRefused(Refused(Refusal.UNAUTHENTICATED, {"header": _AUTHORIZATION}))
-            actor = actors.get(identity)
-            if actor is None:
-                actor = actors[identity] = _actor(identity, permitted)
-            CALL.get().actor = actor
+            CALL.get().actor = _actor(identity, permitted)
             return serve(request, context)
 
         return _handler_like(handler, identified, handler.request_deserializer)
@@ -254,35 +250,17 @@ class DeadlineInterceptor:
             # None without a deadline, whatever the published type says.
             remaining: float | None = context.time_remaining()
             seconds = seconds_max if remaining is None else min(remaining, seconds_max)
-            loop = asyncio.get_running_loop()
-            CALL.get().deadline = deadline = loop.time() + seconds
-            end = _End(asyncio.current_task())
-            timer = loop.call_at(deadline, end)
+            CALL.get().deadline = deadline = asyncio.get_running_loop().time() + seconds
+            end = asyncio.timeout_at(deadline)
             try:
-                return await serve(request, context)
-            except asyncio.CancelledError as error:
-                # Unless the caller has gone as well: then nobody is there to be told.
-                if end.passed and not end.task.uncancel():
+                async with end:
+                    return await serve(request, context)
+            except TimeoutError as error:
+                if end.expired():
                     raise DeadlinePassed from error
                 raise
-            finally:
-                timer.cancel()
 
         return _handler_like(handler, ending, handler.request_deserializer)
-
-
-class _End:
-    """What a call's timer calls: as `asyncio.timeout`, which takes twice the time for each call."""
-
-    __slots__ = ("passed", "task")
-
-    def __init__(self, task: Any) -> None:
-        self.task = task
-        self.passed = False
-
-    def __call__(self) -> None:
-        self.passed = True
-        self.task.cancel()
 
 
 class DecodingInterceptor:

@@ -302,8 +302,9 @@ class LanesWriter:
                 run.in_doubt = doubted or (bool(steps) and is_lost(error))
                 raise
         except BaseException:
-            for lane in run.footprints:
-                self._known[lane].disturbed()
+            # Of all lanes: the next connection may be to a database that has lost what was committed last.
+            for known in self._known.values():
+                known.disturbed()
             await self._abandon(connection)
             raise
         run.in_doubt = False
@@ -398,9 +399,6 @@ class LanesWriter:
             self._connection = await self._connecting.connection()
             self._postgres = is_postgres(self._connection)
             self._replan_at = None
-            # It may be to another database: the one before may have lost what it had committed last.
-            for known in self._known.values():
-                known.disturbed()
         return self._connection
 
     async def _plan_again(self, connection: Connection) -> None:

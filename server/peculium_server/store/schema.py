@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
-from functools import lru_cache
 
 from sqlalchemy import (
     BigInteger,
@@ -53,7 +52,6 @@ All entries of a group have the same key, which a B-tree stores once: a tenth of
 _LANE_DOMAIN = b"peculium.lane.v1\x00"
 
 
-@lru_cache(maxsize=16_384)
 def lane_of(root_id: bytes, lanes: int) -> int:
     """The lane of a root: SHA-256 over a domain and the id, its first 8 bytes modulo the lanes."""
     return int.from_bytes(hashlib.sha256(_LANE_DOMAIN + root_id).digest()[:8]) % lanes
