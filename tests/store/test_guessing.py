@@ -200,8 +200,9 @@ async def test_a_hold_that_exists_and_is_not_remembered_is_not_made_again(
 
 
 async def test_rows_that_had_to_make_room_are_loaded_again(
-    guessing: StoredLedger, monkeypatch: pytest.MonkeyPatch
+    guessing: StoredLedger, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Known, "ANCESTORS_MAX", 3)
     monkeypatch.setattr(Known, "BUDGETS_MAX", 2)
     monkeypatch.setattr(Known, "HOLDS_MAX", 1)
     top = await guessing.root()
@@ -211,17 +212,44 @@ async def test_rows_that_had_to_make_room_are_loaded_again(
         await guessing.accept(reserve)
     for child, reserve in zip(children, reserves, strict=True):
         await guessing.accept(HoldRef(child, reserve.hold_id).settle())
+        [known] = store.writer(store.lane_of(top.root_id))._writer._known.values()
+        assert len(known.budgets) == 2
+        assert len(known.holds) <= 1
+        assert len(known._ancestors) == 3
     assert [child.money.spent for child in children] == [1, 2, 3, 4]
     assert await guessing.verified(top.root_id) is None
 
 
-async def test_a_new_connection_remembers_nothing(
-    guessing: StoredLedger, root: Node, store: Store, database: str, asked: list[str]
-) -> None:
+def end_sessions(database: str) -> None:
     with psycopg.connect(database, autocommit=True) as admin:
         admin.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
+
+
+async def test_a_new_connection_remembers_nothing(
+    guessing: StoredLedger, root: Node, database: str, asked: list[str]
+) -> None:
+    end_sessions(database)
     await guessing.accept(root.spend())
     assert "load_budgets" in asked
+
+
+async def test_of_what_was_lost_with_a_connection_nothing_is_remembered_in_other_lanes_either(
+    store: Store, database: str, asked: list[str]
+) -> None:
+    writer = store.lanes_writer()
+
+    async def first_asked(number: int) -> str:
+        asked.clear()
+        await writer.run({number: {}}, lambda _: (), None)
+        return asked[0]
+
+    for _ in range(Known.ALONE_AFTER + 1):
+        for number in (3, 5):
+            await first_asked(number)
+    assert [await first_asked(number) for number in (3, 5)] == ["begin", "begin"]
+    end_sessions(database)
+    await first_asked(3)
+    assert await first_asked(5) == "lock"
