@@ -1379,7 +1379,10 @@ class Audit:
             BudgetUnknown: There is none.
         """
         request = audit_service_pb2.ListEntriesRequest(
-            budget=_wire(budget), tree=tree, page_size=page_size, descending=descending
+            budget=_wire(budget),
+            reach=audit_service_pb2.REACH_TREE if tree else audit_service_pb2.REACH_BUDGET,
+            page_size=page_size,
+            descending=descending,
         )
         while True:
             page = self._sender.unary(self._sender.audit.ListEntries, request, timeout)

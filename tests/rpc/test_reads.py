@@ -351,8 +351,9 @@ async def test_entries_are_listed_in_pages_and_in_order(
     root = granted("acme")
     child = delegated(root, root.root_id, "a", "b")
     await make(stored, root, child, *(reserved(root) for _ in range(3)))
+    reach = audit.REACH_TREE if tree else audit.REACH_BUDGET
     request = audit.ListEntriesRequest(
-        budget=by_path("acme"), tree=tree, descending=descending, page_size=2
+        budget=by_path("acme"), reach=reach, descending=descending, page_size=2
     )
     listed = []
     while True:
@@ -396,7 +397,9 @@ async def test_a_page_too_large_for_a_message_is_cut_at_an_operation(stored: Sto
     ]
     await make(stored, root, *wide)
     stub = AuditServiceStub(stored.channel)
-    entries = audit.ListEntriesRequest(budget=by_path("acme"), tree=True, page_size=1_000)
+    entries = audit.ListEntriesRequest(
+        budget=by_path("acme"), reach=audit.REACH_TREE, page_size=1_000
+    )
     parts: list[tuple[int, int]] = []
     pages = 0
     while True:
@@ -427,7 +430,7 @@ async def test_a_page_token_of_another_list_is_malformed(stored: Stored) -> None
     for request in (
         audit.ListEntriesRequest(budget=by_path("other"), page_token=page.next_page_token),
         audit.ListEntriesRequest(
-            budget=by_path("acme"), tree=True, page_token=page.next_page_token
+            budget=by_path("acme"), reach=audit.REACH_TREE, page_token=page.next_page_token
         ),
         audit.ListEntriesRequest(
             budget=by_path("acme"), descending=True, page_token=page.next_page_token

@@ -182,7 +182,7 @@ class Wire:
         """Every entry of a tree, in order."""
         request = audit.ListEntriesRequest(
             budget=types_pb2.BudgetRef(root_id=root_id, budget_id=root_id),
-            tree=True,
+            reach=audit.REACH_TREE,
             page_size=1000,
         )
         found: list[audit.Entry] = []

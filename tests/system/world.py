@@ -391,7 +391,10 @@ def _by_auditors(world: World) -> Iterator[tuple[str, Message]]:
     by_path = types_pb2.BudgetRef(path="acme/child")
     yield AUDIT + "GetBudget", audit.GetBudgetRequest(budget=by_path)
     yield AUDIT + "ListBudgets", audit.ListBudgetsRequest(below=acme, page_size=10)
-    yield AUDIT + "ListEntries", audit.ListEntriesRequest(budget=acme, page_size=10, tree=True)
+    yield (
+        AUDIT + "ListEntries",
+        audit.ListEntriesRequest(budget=acme, page_size=10, reach=audit.REACH_TREE),
+    )
     yield AUDIT + "Verify", audit.VerifyRequest(tree=acme)
 
 

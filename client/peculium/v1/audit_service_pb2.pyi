@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from peculium.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -20,6 +21,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _Reach:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReachEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Reach.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REACH_UNSPECIFIED: _Reach.ValueType  # 0
+    """Not set: the budget alone."""
+    REACH_BUDGET: _Reach.ValueType  # 1
+    """The budget alone."""
+    REACH_SUBTREE: _Reach.ValueType  # 2
+    """The budget and everything below it."""
+    REACH_TREE: _Reach.ValueType  # 3
+    """The whole tree that the budget belongs to."""
+
+class Reach(_Reach, metaclass=_ReachEnumTypeWrapper):
+    """How far around a budget a question reaches."""
+
+REACH_UNSPECIFIED: Reach.ValueType  # 0
+"""Not set: the budget alone."""
+REACH_BUDGET: Reach.ValueType  # 1
+"""The budget alone."""
+REACH_SUBTREE: Reach.ValueType  # 2
+"""The budget and everything below it."""
+REACH_TREE: Reach.ValueType  # 3
+"""The whole tree that the budget belongs to."""
+Global___Reach: _TypeAlias = Reach  # noqa: Y015
+
 @_typing.final
 class GetBudgetRequest(_message.Message):
     """Reads any budget."""
@@ -27,18 +56,24 @@ class GetBudgetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BUDGET_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def budget(self) -> _types_pb2.BudgetRef:
         """Which budget."""
+
+    @_builtins.property
+    def as_of(self) -> _timestamp_pb2.Timestamp:
+        """As it was at this time, by the database's clock. Absent: as it is now."""
 
     def __init__(
         self,
         *,
         budget: _types_pb2.BudgetRef | None = ...,
+        as_of: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "budget", b"budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "budget", b"budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -52,9 +87,15 @@ class GetBudgetResponse(_message.Message):
 
     BUDGET_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    USED_FIELD_NUMBER: _builtins.int
+    DISPUTED_FIELD_NUMBER: _builtins.int
+    used: _builtins.int
+    """What its subtree has used: the sum of spent and forfeited over it and all below, closed budgets included."""
+    disputed: _builtins.int
+    """What is disputed in its subtree, beside what is used."""
     @_builtins.property
     def budget(self) -> _types_pb2.Budget:
-        """As it is now."""
+        """As it is, or was. Its state considers its ancestors at the same time."""
 
     @_builtins.property
     def ledger(self) -> _types_pb2.LedgerPosition:
@@ -65,10 +106,12 @@ class GetBudgetResponse(_message.Message):
         *,
         budget: _types_pb2.Budget | None = ...,
         ledger: _types_pb2.LedgerPosition | None = ...,
+        used: _builtins.int = ...,
+        disputed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "ledger", b"ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "ledger", b"ledger"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "disputed", b"disputed", "ledger", b"ledger", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -83,6 +126,7 @@ class ListBudgetsRequest(_message.Message):
     BELOW_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """1 to 1000; absent: 100."""
     page_token: _builtins.str
@@ -91,24 +135,105 @@ class ListBudgetsRequest(_message.Message):
     def below(self) -> _types_pb2.BudgetRef:
         """The top of the subtree. Absent: all roots."""
 
+    @_builtins.property
+    def filter(self) -> Global___BudgetFilter:
+        """Only those that are selected. Absent: all."""
+
     def __init__(
         self,
         *,
         below: _types_pb2.BudgetRef | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        filter: Global___BudgetFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["below", b"below"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["below", b"below", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["below", b"below", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["below", b"below", "filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListBudgetsRequest: _TypeAlias = ListBudgetsRequest  # noqa: Y015
 
 @_typing.final
+class BudgetFilter(_message.Message):
+    """Selects budgets: those for which everything holds that is said."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    STATES_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    CREATED_FROM_FIELD_NUMBER: _builtins.int
+    CREATED_UNTIL_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    NAME_PREFIX_FIELD_NUMBER: _builtins.int
+    holder: _builtins.str
+    """Held by this principal."""
+    depth: _builtins.int
+    """At most so many levels below the top; absent: any."""
+    name_prefix: _builtins.str
+    """Whose name begins so."""
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.BudgetState.ValueType]:
+        """In any of these states, ancestors considered."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """With all of these labels, as they were given when it was made."""
+
+    @_builtins.property
+    def created_from(self) -> _timestamp_pb2.Timestamp:
+        """Made at this time or later."""
+
+    @_builtins.property
+    def created_until(self) -> _timestamp_pb2.Timestamp:
+        """Made before this time."""
+
+    def __init__(
+        self,
+        *,
+        states: _abc.Iterable[_types_pb2.BudgetState.ValueType] | None = ...,
+        holder: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        created_from: _timestamp_pb2.Timestamp | None = ...,
+        created_until: _timestamp_pb2.Timestamp | None = ...,
+        depth: _builtins.int | None = ...,
+        name_prefix: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "created_from", b"created_from", "created_until", b"created_until", "depth", b"depth"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_depth", b"_depth", "created_from", b"created_from", "created_until", b"created_until", "depth", b"depth", "holder", b"holder", "labels", b"labels", "name_prefix", b"name_prefix", "states", b"states"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__depth: _TypeAlias = _typing.Literal["depth"]  # noqa: Y015
+    _WhichOneofArgType__depth: _TypeAlias = _typing.Literal["_depth", b"_depth"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__depth) -> _WhichOneofReturnType__depth | None: ...
+
+Global___BudgetFilter: _TypeAlias = BudgetFilter  # noqa: Y015
+
+@_typing.final
 class ListBudgetsResponse(_message.Message):
-    """Some budgets: the top first, then by id, which is in the order of making."""
+    """Some budgets: the top first, then by id, which is in the order of making. Roots are in the order of their names."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -141,38 +266,123 @@ class ListEntriesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     BUDGET_FIELD_NUMBER: _builtins.int
-    TREE_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     DESCENDING_FIELD_NUMBER: _builtins.int
-    tree: _builtins.bool
-    """All budgets of the tree that the budget belongs to."""
+    REACH_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """1 to 1000; absent: 100."""
+    """1 to 1000 (within a subtree or tree: operations, each of them whole as far as it is selected); absent: 100."""
     page_token: _builtins.str
     """From the page before; absent: the first page."""
     descending: _builtins.bool
     """The latest first."""
+    reach: Global___Reach.ValueType
+    """How far around the budget."""
     @_builtins.property
     def budget(self) -> _types_pb2.BudgetRef:
         """The budget whose entries are listed."""
+
+    @_builtins.property
+    def filter(self) -> Global___EntryFilter:
+        """Only those that are selected. Absent: all."""
 
     def __init__(
         self,
         *,
         budget: _types_pb2.BudgetRef | None = ...,
-        tree: _builtins.bool = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         descending: _builtins.bool = ...,
+        reach: Global___Reach.ValueType = ...,
+        filter: Global___EntryFilter | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "descending", b"descending", "page_size", b"page_size", "page_token", b"page_token", "tree", b"tree"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "descending", b"descending", "filter", b"filter", "page_size", b"page_size", "page_token", b"page_token", "reach", b"reach"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListEntriesRequest: _TypeAlias = ListEntriesRequest  # noqa: Y015
+
+@_typing.final
+class EntryFilter(_message.Message):
+    """Selects entries: those for which everything holds that is said."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    KINDS_FIELD_NUMBER: _builtins.int
+    PRINCIPALS_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    HOLD_ID_FIELD_NUMBER: _builtins.int
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    operation_id: _builtins.bytes
+    """Of this operation."""
+    trace_id: _builtins.bytes
+    """Of this trace: 16 bytes."""
+    hold_id: _builtins.bytes
+    """That concern this hold."""
+    reference: _builtins.str
+    """Whose operation has this reference, as a provider's bill names the call."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.OperationKind.ValueType]:
+        """Of any of these kinds."""
+
+    @_builtins.property
+    def principals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """By any of these principals; "system" for the ledger itself."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Whose operation has all of these labels."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """Decided before this time."""
+
+    def __init__(
+        self,
+        *,
+        kinds: _abc.Iterable[_types_pb2.OperationKind.ValueType] | None = ...,
+        principals: _abc.Iterable[_builtins.str] | None = ...,
+        operation_id: _builtins.bytes = ...,
+        trace_id: _builtins.bytes = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        hold_id: _builtins.bytes = ...,
+        reference: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from", b"from", "hold_id", b"hold_id", "kinds", b"kinds", "labels", b"labels", "operation_id", b"operation_id", "principals", b"principals", "reference", b"reference", "trace_id", b"trace_id", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EntryFilter: _TypeAlias = EntryFilter  # noqa: Y015
 
 @_typing.final
 class Entry(_message.Message):
@@ -311,6 +521,1250 @@ class ListEntriesResponse(_message.Message):
 Global___ListEntriesResponse: _TypeAlias = ListEntriesResponse  # noqa: Y015
 
 @_typing.final
+class GetStatementRequest(_message.Message):
+    """A statement of account."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    reach: Global___Reach.ValueType
+    """The budget alone, or with everything below it. A whole tree is the subtree of its root."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.BudgetRef:
+        """Of which budget."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """Decided before this time. Absent: until now."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.BudgetRef | None = ...,
+        reach: Global___Reach.ValueType = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "from", b"from", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "from", b"from", "reach", b"reach", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatementRequest: _TypeAlias = GetStatementRequest  # noqa: Y015
+
+@_typing.final
+class GetStatementResponse(_message.Message):
+    """What moved in a period. Opening and all movements add up to closing, balance by balance."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OPENING_FIELD_NUMBER: _builtins.int
+    MOVEMENTS_FIELD_NUMBER: _builtins.int
+    CLOSING_FIELD_NUMBER: _builtins.int
+    USED_OPENING_FIELD_NUMBER: _builtins.int
+    USED_CLOSING_FIELD_NUMBER: _builtins.int
+    DISPUTED_CLOSING_FIELD_NUMBER: _builtins.int
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    LEDGER_FIELD_NUMBER: _builtins.int
+    used_opening: _builtins.int
+    """What the subtree had used at the opening: the sum of spent and forfeited."""
+    used_closing: _builtins.int
+    """What the subtree had used at the closing."""
+    disputed_closing: _builtins.int
+    """What was disputed at the closing, beside what was used."""
+    budgets: _builtins.int
+    """How many budgets are concerned, closed ones included."""
+    unit: _builtins.str
+    """The unit of all amounts."""
+    @_builtins.property
+    def opening(self) -> _types_pb2.Balances:
+        """Directly before the period, summed over the budgets concerned."""
+
+    @_builtins.property
+    def movements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Movement]:
+        """What moved, by kind of operation; kinds of which there is none are left out."""
+
+    @_builtins.property
+    def closing(self) -> _types_pb2.Balances:
+        """Directly after the period."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """The period's end as it was used."""
+
+    @_builtins.property
+    def ledger(self) -> _types_pb2.LedgerPosition:
+        """Where in the ledger's history the answer stands."""
+
+    def __init__(
+        self,
+        *,
+        opening: _types_pb2.Balances | None = ...,
+        movements: _abc.Iterable[Global___Movement] | None = ...,
+        closing: _types_pb2.Balances | None = ...,
+        used_opening: _builtins.int = ...,
+        used_closing: _builtins.int = ...,
+        disputed_closing: _builtins.int = ...,
+        budgets: _builtins.int = ...,
+        unit: _builtins.str = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        ledger: _types_pb2.LedgerPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["closing", b"closing", "from", b"from", "ledger", b"ledger", "opening", b"opening", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "closing", b"closing", "disputed_closing", b"disputed_closing", "from", b"from", "ledger", b"ledger", "movements", b"movements", "opening", b"opening", "unit", b"unit", "until", b"until", "used_closing", b"used_closing", "used_opening", b"used_opening"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStatementResponse: _TypeAlias = GetStatementResponse  # noqa: Y015
+
+@_typing.final
+class Movement(_message.Message):
+    """What operations of one kind moved."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    OPERATIONS_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
+    kind: _types_pb2.OperationKind.ValueType
+    """The kind."""
+    operations: _builtins.int
+    """How many operations touched the budgets concerned."""
+    entries: _builtins.int
+    """How many entries they have there."""
+    @_builtins.property
+    def changes(self) -> _types_pb2.Balances:
+        """The sum of the changes, with sign."""
+
+    def __init__(
+        self,
+        *,
+        kind: _types_pb2.OperationKind.ValueType = ...,
+        operations: _builtins.int = ...,
+        entries: _builtins.int = ...,
+        changes: _types_pb2.Balances | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "entries", b"entries", "kind", b"kind", "operations", b"operations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Movement: _TypeAlias = Movement  # noqa: Y015
+
+@_typing.final
+class GetUsageRequest(_message.Message):
+    """Attributes what was spent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    GROUP_BY_FIELD_NUMBER: _builtins.int
+    reach: Global___Reach.ValueType
+    """The budget alone, or with everything below it."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.BudgetRef:
+        """By which budget."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """Decided before this time. Absent: until now."""
+
+    @_builtins.property
+    def group_by(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageGrouping]:
+        """What to group by, in this order; none: one group of everything."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.BudgetRef | None = ...,
+        reach: Global___Reach.ValueType = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        group_by: _abc.Iterable[Global___UsageGrouping] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "from", b"from", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "from", b"from", "group_by", b"group_by", "reach", b"reach", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageRequest: _TypeAlias = GetUsageRequest  # noqa: Y015
+
+@_typing.final
+class UsageGrouping(_message.Message):
+    """One thing to group by."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _By:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ByEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[UsageGrouping._By.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        BY_UNSPECIFIED: UsageGrouping._By.ValueType  # 0
+        """Not set."""
+        BY_DAY: UsageGrouping._By.ValueType  # 1
+        """The day in UTC, as 2026-11-26."""
+        BY_LABEL: UsageGrouping._By.ValueType  # 2
+        """The value of a label: of the operation, or else of the budget or its nearest ancestor that has it."""
+        BY_MODEL: UsageGrouping._By.ValueType  # 3
+        """The provider's model, from the usage facts, or else the label "model" as BY_LABEL finds it."""
+        BY_PRINCIPAL: UsageGrouping._By.ValueType  # 4
+        """The principal that reported the spending."""
+        BY_BUDGET: UsageGrouping._By.ValueType  # 5
+        """The budget, by its path."""
+        BY_PROVIDER: UsageGrouping._By.ValueType  # 6
+        """The provider, from the usage facts."""
+
+    class By(_By, metaclass=_ByEnumTypeWrapper):
+        """What can be grouped by."""
+
+    BY_UNSPECIFIED: UsageGrouping.By.ValueType  # 0
+    """Not set."""
+    BY_DAY: UsageGrouping.By.ValueType  # 1
+    """The day in UTC, as 2026-11-26."""
+    BY_LABEL: UsageGrouping.By.ValueType  # 2
+    """The value of a label: of the operation, or else of the budget or its nearest ancestor that has it."""
+    BY_MODEL: UsageGrouping.By.ValueType  # 3
+    """The provider's model, from the usage facts, or else the label "model" as BY_LABEL finds it."""
+    BY_PRINCIPAL: UsageGrouping.By.ValueType  # 4
+    """The principal that reported the spending."""
+    BY_BUDGET: UsageGrouping.By.ValueType  # 5
+    """The budget, by its path."""
+    BY_PROVIDER: UsageGrouping.By.ValueType  # 6
+    """The provider, from the usage facts."""
+
+    BY_FIELD_NUMBER: _builtins.int
+    LABEL_FIELD_NUMBER: _builtins.int
+    by: Global___UsageGrouping.By.ValueType
+    """What."""
+    label: _builtins.str
+    """Which label, with BY_LABEL."""
+    def __init__(
+        self,
+        *,
+        by: Global___UsageGrouping.By.ValueType = ...,
+        label: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by", b"by", "label", b"label"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageGrouping: _TypeAlias = UsageGrouping  # noqa: Y015
+
+@_typing.final
+class GetUsageResponse(_message.Message):
+    """What was spent, by group, in the order of the groups' texts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    LEDGER_FIELD_NUMBER: _builtins.int
+    unit: _builtins.str
+    """The unit of all amounts."""
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageGroup]:
+        """The groups."""
+
+    @_builtins.property
+    def total(self) -> Global___UsageGroup:
+        """The sum over all groups."""
+
+    @_builtins.property
+    def ledger(self) -> _types_pb2.LedgerPosition:
+        """Where in the ledger's history the answer stands."""
+
+    def __init__(
+        self,
+        *,
+        groups: _abc.Iterable[Global___UsageGroup] | None = ...,
+        total: Global___UsageGroup | None = ...,
+        unit: _builtins.str = ...,
+        ledger: _types_pb2.LedgerPosition | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ledger", b"ledger", "total", b"total"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "ledger", b"ledger", "total", b"total", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetUsageResponse: _TypeAlias = GetUsageResponse  # noqa: Y015
+
+@_typing.final
+class UsageGroup(_message.Message):
+    """What one group has spent."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    OPERATIONS_FIELD_NUMBER: _builtins.int
+    SPENT_FIELD_NUMBER: _builtins.int
+    FORFEITED_FIELD_NUMBER: _builtins.int
+    ESTIMATED_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    operations: _builtins.int
+    """Operations that booked something: settles, spends and resolves."""
+    spent: _builtins.int
+    """Booked as spent, less what was taken back."""
+    forfeited: _builtins.int
+    """Forfeited by lapses, less what was settled or released afterwards."""
+    estimated: _builtins.int
+    """Operations whose amount was an estimate, as they said."""
+    input_tokens: _builtins.int
+    """Tokens read, as reported."""
+    output_tokens: _builtins.int
+    """Tokens written, as reported."""
+    cached_tokens: _builtins.int
+    """Of the tokens read, those from a cache."""
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of each thing grouped by, this group's text; empty where there is none. None in the total."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_builtins.str] | None = ...,
+        operations: _builtins.int = ...,
+        spent: _builtins.int = ...,
+        forfeited: _builtins.int = ...,
+        estimated: _builtins.int = ...,
+        input_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "estimated", b"estimated", "forfeited", b"forfeited", "input_tokens", b"input_tokens", "keys", b"keys", "operations", b"operations", "output_tokens", b"output_tokens", "spent", b"spent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UsageGroup: _TypeAlias = UsageGroup  # noqa: Y015
+
+@_typing.final
+class GetLineageRequest(_message.Message):
+    """Tells where a budget comes from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """Of the token's steps, 1 to 1000; absent: 100."""
+    page_token: _builtins.str
+    """From the page before; absent: the first page."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.BudgetRef:
+        """Which budget."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.BudgetRef | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLineageRequest: _TypeAlias = GetLineageRequest  # noqa: Y015
+
+@_typing.final
+class GetLineageResponse(_message.Message):
+    """Where a budget comes from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELEGATIONS_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def delegations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Delegation]:
+        """From the root to the budget itself. In the first page only."""
+
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenStep]:
+        """The budget's token, from the one it was made with to the one that is live, in order of the entries."""
+
+    def __init__(
+        self,
+        *,
+        delegations: _abc.Iterable[Global___Delegation] | None = ...,
+        steps: _abc.Iterable[Global___TokenStep] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delegations", b"delegations", "next_page_token", b"next_page_token", "steps", b"steps"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetLineageResponse: _TypeAlias = GetLineageResponse  # noqa: Y015
+
+@_typing.final
+class Delegation(_message.Message):
+    """One budget of the line, and the operation that made it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    MADE_BY_FIELD_NUMBER: _builtins.int
+    AMOUNT_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    amount: _builtins.int
+    """What it was made with."""
+    by: _builtins.str
+    """The principal that made it."""
+    token: _builtins.bytes
+    """The id of the parent's token."""
+    holder: _builtins.str
+    """The parent's holder."""
+    role: _builtins.str
+    """The role, "admin"."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.Budget:
+        """The budget as it is now."""
+
+    @_builtins.property
+    def made_by(self) -> Global___Entry:
+        """The entry of its making: its own first one."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.Budget | None = ...,
+        made_by: Global___Entry | None = ...,
+        amount: _builtins.int = ...,
+        by: _builtins.str = ...,
+        token: _builtins.bytes = ...,
+        holder: _builtins.str = ...,
+        role: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "holder", b"holder", "made_by", b"made_by", "right", b"right", "role", b"role", "token", b"token"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["amount", b"amount", "budget", b"budget", "by", b"by", "holder", b"holder", "made_by", b"made_by", "right", b"right", "role", b"role", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_right: _TypeAlias = _typing.Literal["token", "holder", "role"]  # noqa: Y015
+    _WhichOneofArgType_right: _TypeAlias = _typing.Literal["right", b"right"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_right) -> _WhichOneofReturnType_right | None: ...
+
+Global___Delegation: _TypeAlias = Delegation  # noqa: Y015
+
+@_typing.final
+class TokenStep(_message.Message):
+    """What one operation did to a budget's token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQ_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    CONSUMED_FIELD_NUMBER: _builtins.int
+    PRODUCED_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    seq: _builtins.int
+    """The budget's entry."""
+    operation_id: _builtins.bytes
+    """The operation."""
+    kind: _types_pb2.OperationKind.ValueType
+    """Its kind."""
+    by: _builtins.str
+    """Who."""
+    consumed: _builtins.bytes
+    """The token that it consumed; absent if none."""
+    produced: _builtins.bytes
+    """A fingerprint of the token that it produced, the first 8 bytes of SHA-256 of its id: a live token's id itself is
+    not shown. Absent if none.
+    """
+    holder: _builtins.str
+    """Whoever holds the budget from then on; empty: whoever has the token."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        seq: _builtins.int = ...,
+        operation_id: _builtins.bytes = ...,
+        kind: _types_pb2.OperationKind.ValueType = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        by: _builtins.str = ...,
+        consumed: _builtins.bytes = ...,
+        produced: _builtins.bytes = ...,
+        holder: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "by", b"by", "consumed", b"consumed", "holder", b"holder", "kind", b"kind", "operation_id", b"operation_id", "produced", b"produced", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenStep: _TypeAlias = TokenStep  # noqa: Y015
+
+@_typing.final
+class WatchEntriesRequest(_message.Message):
+    """Follows entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    FROM_BEGINNING_FIELD_NUMBER: _builtins.int
+    reach: Global___Reach.ValueType
+    """How far around the budget."""
+    cursor: _builtins.bytes
+    """From a message before: what comes after it. Absent: what is recorded from now on."""
+    from_beginning: _builtins.bool
+    """Without a cursor: everything from the beginning."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.BudgetRef:
+        """The budget whose entries are followed. Absent: the whole ledger."""
+
+    @_builtins.property
+    def filter(self) -> Global___EntryFilter:
+        """Only those that are selected; times are not."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.BudgetRef | None = ...,
+        reach: Global___Reach.ValueType = ...,
+        filter: Global___EntryFilter | None = ...,
+        cursor: _builtins.bytes = ...,
+        from_beginning: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "filter", b"filter"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "cursor", b"cursor", "filter", b"filter", "from_beginning", b"from_beginning", "reach", b"reach"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEntriesRequest: _TypeAlias = WatchEntriesRequest  # noqa: Y015
+
+@_typing.final
+class WatchEntriesResponse(_message.Message):
+    """Whole operations, as far as they are selected, and how to go on after them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.bytes
+    """To resume with, at any server of the same ledger."""
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
+        """By position within each lane. None in a heartbeat, which comes every few seconds and moves the cursor on."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___Entry] | None = ...,
+        cursor: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "entries", b"entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEntriesResponse: _TypeAlias = WatchEntriesResponse  # noqa: Y015
+
+@_typing.final
+class Checkpoint(_message.Message):
+    """A sealed checkpoint: what the ledger had recorded by then can be altered no more without contradicting it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    SEALED_AT_FIELD_NUMBER: _builtins.int
+    MERKLE_ROOT_FIELD_NUMBER: _builtins.int
+    LEAVES_FIELD_NUMBER: _builtins.int
+    PREVIOUS_HASH_FIELD_NUMBER: _builtins.int
+    HASH_FIELD_NUMBER: _builtins.int
+    KEY_ID_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    PUBLIC_KEY_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """1, 2, 3, ..."""
+    merkle_root: _builtins.bytes
+    """The Merkle root over the heads that moved since the checkpoint before."""
+    leaves: _builtins.int
+    """How many heads moved."""
+    previous_hash: _builtins.bytes
+    """SHA-256 of the checkpoint before, 32 zero bytes for the first one."""
+    hash: _builtins.bytes
+    """SHA-256 over everything above, in the canonical encoding."""
+    key_id: _builtins.bytes
+    """The id of the key: the first 8 bytes of SHA-256 of the public key."""
+    signature: _builtins.bytes
+    """Ed25519 over the hash, with a domain prefix."""
+    public_key: _builtins.bytes
+    """The public key, 32 bytes, as the ledger knows it. Whoever verifies compares it with what the operator gave."""
+    incarnation: _builtins.bytes
+    """The incarnation of the ledger."""
+    @_builtins.property
+    def sealed_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was sealed, by the database's clock."""
+
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Each lane's position up to which everything is sealed, by lane."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        sealed_at: _timestamp_pb2.Timestamp | None = ...,
+        merkle_root: _builtins.bytes = ...,
+        leaves: _builtins.int = ...,
+        previous_hash: _builtins.bytes = ...,
+        hash: _builtins.bytes = ...,
+        key_id: _builtins.bytes = ...,
+        signature: _builtins.bytes = ...,
+        public_key: _builtins.bytes = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+        incarnation: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sealed_at", b"sealed_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hash", b"hash", "incarnation", b"incarnation", "key_id", b"key_id", "leaves", b"leaves", "merkle_root", b"merkle_root", "number", b"number", "positions", b"positions", "previous_hash", b"previous_hash", "public_key", b"public_key", "sealed_at", b"sealed_at", "signature", b"signature"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Checkpoint: _TypeAlias = Checkpoint  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsRequest(_message.Message):
+    """Lists checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DESCENDING_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """1 to 1000; absent: 100."""
+    page_token: _builtins.str
+    """From the page before; absent: the first page."""
+    descending: _builtins.bool
+    """The latest first."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        descending: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descending", b"descending", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsRequest: _TypeAlias = ListCheckpointsRequest  # noqa: Y015
+
+@_typing.final
+class ListCheckpointsResponse(_message.Message):
+    """Some checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___Checkpoint]:
+        """By number."""
+
+    def __init__(
+        self,
+        *,
+        checkpoints: _abc.Iterable[Global___Checkpoint] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class ProveEntryRequest(_message.Message):
+    """Asks for a proof."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    seq: _builtins.int
+    """Its entry."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.BudgetRef:
+        """The budget."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.BudgetRef | None = ...,
+        seq: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProveEntryRequest: _TypeAlias = ProveEntryRequest  # noqa: Y015
+
+@_typing.final
+class ProveEntryResponse(_message.Message):
+    """The proof that an entry is under a checkpoint: hash the entry, follow the links to the sealed head, hash the head's
+    leaf, follow the path to the Merkle root, and check the signature.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRY_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    SEALED_SEQ_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    sealed_seq: _builtins.int
+    """The seq of the sealed head."""
+    @_builtins.property
+    def entry(self) -> Global___Entry:
+        """The entry, with everything that its hash covers."""
+
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChainLink]:
+        """The budget's entries after it up to the sealed head, as links of its chain."""
+
+    @_builtins.property
+    def path(self) -> _containers.RepeatedCompositeFieldContainer[Global___MerkleStep]:
+        """From the leaf upwards."""
+
+    @_builtins.property
+    def checkpoint(self) -> Global___Checkpoint:
+        """The checkpoint that seals it, the first one that does."""
+
+    def __init__(
+        self,
+        *,
+        entry: Global___Entry | None = ...,
+        links: _abc.Iterable[Global___ChainLink] | None = ...,
+        sealed_seq: _builtins.int = ...,
+        path: _abc.Iterable[Global___MerkleStep] | None = ...,
+        checkpoint: Global___Checkpoint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "entry", b"entry", "links", b"links", "path", b"path", "sealed_seq", b"sealed_seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProveEntryResponse: _TypeAlias = ProveEntryResponse  # noqa: Y015
+
+@_typing.final
+class ChainLink(_message.Message):
+    """One entry of a chain, as far as its hash is made of it: SHA-256(domain, previous hash, digest, part)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
+    """The operation's digest."""
+    part: _builtins.int
+    """Which part."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.bytes = ...,
+        part: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChainLink: _TypeAlias = ChainLink  # noqa: Y015
+
+@_typing.final
+class MerkleStep(_message.Message):
+    """One step in a Merkle tree."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIBLING_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    sibling: _builtins.bytes
+    """The sibling's hash."""
+    left: _builtins.bool
+    """The sibling is the left one."""
+    def __init__(
+        self,
+        *,
+        sibling: _builtins.bytes = ...,
+        left: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["left", b"left", "sibling", b"sibling"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MerkleStep: _TypeAlias = MerkleStep  # noqa: Y015
+
+@_typing.final
+class ExportRequest(_message.Message):
+    """Asks for an export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TREE_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
+    AFTER_CHECKPOINT_FIELD_NUMBER: _builtins.int
+    after_checkpoint: _builtins.int
+    """To go on where an export was cut: the number of the last checkpoint that it has."""
+    @_builtins.property
+    def tree(self) -> _types_pb2.BudgetRef:
+        """A root, or any budget of its tree. Absent: the whole ledger."""
+
+    @_builtins.property
+    def after(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """To go on where an export was cut: of each lane, the last position that it has whole. The rows of budgets and
+        holds always come anew, at the end.
+        """
+
+    def __init__(
+        self,
+        *,
+        tree: _types_pb2.BudgetRef | None = ...,
+        after: _abc.Iterable[_builtins.int] | None = ...,
+        after_checkpoint: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["tree", b"tree"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after", b"after", "after_checkpoint", b"after_checkpoint", "tree", b"tree"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportRequest: _TypeAlias = ExportRequest  # noqa: Y015
+
+@_typing.final
+class ExportResponse(_message.Message):
+    """A piece of an export. First the header, then entries by lane and position, budgets, holds, checkpoints, the trailer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADER_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    TRAILER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def header(self) -> Global___ExportHeader:
+        """What is exported."""
+
+    @_builtins.property
+    def entries(self) -> Global___ExportedEntries:
+        """Some entries; an operation's parts may be in two pieces."""
+
+    @_builtins.property
+    def budgets(self) -> Global___ExportedBudgets:
+        """Some budgets, as they are at the instant of the export."""
+
+    @_builtins.property
+    def holds(self) -> Global___ExportedHolds:
+        """Some holds, ended ones included."""
+
+    @_builtins.property
+    def checkpoints(self) -> Global___ExportedCheckpoints:
+        """Some checkpoints, each with its leaves."""
+
+    @_builtins.property
+    def trailer(self) -> Global___ExportTrailer:
+        """The end: what has no trailer is cut."""
+
+    def __init__(
+        self,
+        *,
+        header: Global___ExportHeader | None = ...,
+        entries: Global___ExportedEntries | None = ...,
+        budgets: Global___ExportedBudgets | None = ...,
+        holds: Global___ExportedHolds | None = ...,
+        checkpoints: Global___ExportedCheckpoints | None = ...,
+        trailer: Global___ExportTrailer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "checkpoints", b"checkpoints", "entries", b"entries", "header", b"header", "holds", b"holds", "piece", b"piece", "trailer", b"trailer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "checkpoints", b"checkpoints", "entries", b"entries", "header", b"header", "holds", b"holds", "piece", b"piece", "trailer", b"trailer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_piece: _TypeAlias = _typing.Literal["header", "entries", "budgets", "holds", "checkpoints", "trailer"]  # noqa: Y015
+    _WhichOneofArgType_piece: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_piece) -> _WhichOneofReturnType_piece | None: ...
+
+Global___ExportResponse: _TypeAlias = ExportResponse  # noqa: Y015
+
+@_typing.final
+class ExportHeader(_message.Message):
+    """What is exported."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENCODING_VERSION_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    ROOT_ID_FIELD_NUMBER: _builtins.int
+    encoding_version: _builtins.int
+    """Of the requests, effects and hashes."""
+    incarnation: _builtins.bytes
+    """The incarnation of the ledger."""
+    root_id: _builtins.bytes
+    """The root of the only tree that is exported; absent: the whole ledger."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When the snapshot was taken, by the database's clock."""
+
+    @_builtins.property
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Each lane's position at that instant, by lane."""
+
+    def __init__(
+        self,
+        *,
+        encoding_version: _builtins.int = ...,
+        incarnation: _builtins.bytes = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        positions: _abc.Iterable[_builtins.int] | None = ...,
+        root_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "encoding_version", b"encoding_version", "incarnation", b"incarnation", "positions", b"positions", "root_id", b"root_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportHeader: _TypeAlias = ExportHeader  # noqa: Y015
+
+@_typing.final
+class ExportedEntries(_message.Message):
+    """Some entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
+        """By lane, position and part. Their previous hashes are left out."""
+
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___Entry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedEntries: _TypeAlias = ExportedEntries  # noqa: Y015
+
+@_typing.final
+class ExportedBudgets(_message.Message):
+    """Some budgets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def budgets(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExportedBudget]:
+        """In no order."""
+
+    def __init__(
+        self,
+        *,
+        budgets: _abc.Iterable[Global___ExportedBudget] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedBudgets: _TypeAlias = ExportedBudgets  # noqa: Y015
+
+@_typing.final
+class ExportedBudget(_message.Message):
+    """A budget's row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    FROZEN_FIELD_NUMBER: _builtins.int
+    CLOSED_FIELD_NUMBER: _builtins.int
+    DISPUTES_FIELD_NUMBER: _builtins.int
+    ANCESTORS_FIELD_NUMBER: _builtins.int
+    LAST_AT_FIELD_NUMBER: _builtins.int
+    TOKEN_DIGEST_FIELD_NUMBER: _builtins.int
+    frozen: _builtins.bool
+    """The admin's flag."""
+    closed: _builtins.bool
+    """It was closed."""
+    disputes: _builtins.int
+    """How many of its holds are disputed."""
+    token_digest: _builtins.bytes
+    """SHA-256 of the live token's id; absent if there is none. A live token's id itself is not shown."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.Budget:
+        """The budget. Its state and path are left out: they are derived."""
+
+    @_builtins.property
+    def ancestors(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The ids of its ancestors, the parent first."""
+
+    @_builtins.property
+    def last_at(self) -> _timestamp_pb2.Timestamp:
+        """When its last entry was decided."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.Budget | None = ...,
+        frozen: _builtins.bool = ...,
+        closed: _builtins.bool = ...,
+        disputes: _builtins.int = ...,
+        ancestors: _abc.Iterable[_builtins.bytes] | None = ...,
+        last_at: _timestamp_pb2.Timestamp | None = ...,
+        token_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "last_at", b"last_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ancestors", b"ancestors", "budget", b"budget", "closed", b"closed", "disputes", b"disputes", "frozen", b"frozen", "last_at", b"last_at", "token_digest", b"token_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedBudget: _TypeAlias = ExportedBudget  # noqa: Y015
+
+@_typing.final
+class ExportedHolds(_message.Message):
+    """Some holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOLDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def holds(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExportedHold]:
+        """In no order."""
+
+    def __init__(
+        self,
+        *,
+        holds: _abc.Iterable[Global___ExportedHold] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holds", b"holds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedHolds: _TypeAlias = ExportedHolds  # noqa: Y015
+
+@_typing.final
+class ExportedHold(_message.Message):
+    """A hold's row."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_ID_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    TOKEN_DIGEST_FIELD_NUMBER: _builtins.int
+    root_id: _builtins.bytes
+    """Its tree."""
+    token_digest: _builtins.bytes
+    """SHA-256 of its token's id, live or ended."""
+    @_builtins.property
+    def hold(self) -> _types_pb2.Hold:
+        """The hold."""
+
+    def __init__(
+        self,
+        *,
+        root_id: _builtins.bytes = ...,
+        hold: _types_pb2.Hold | None = ...,
+        token_digest: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hold", b"hold", "root_id", b"root_id", "token_digest", b"token_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedHold: _TypeAlias = ExportedHold  # noqa: Y015
+
+@_typing.final
+class ExportedCheckpoints(_message.Message):
+    """Some checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoints(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExportedCheckpoint]:
+        """By number."""
+
+    def __init__(
+        self,
+        *,
+        checkpoints: _abc.Iterable[Global___ExportedCheckpoint] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedCheckpoints: _TypeAlias = ExportedCheckpoints  # noqa: Y015
+
+@_typing.final
+class ExportedCheckpoint(_message.Message):
+    """A checkpoint with its leaves."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    LEAVES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def checkpoint(self) -> Global___Checkpoint:
+        """The checkpoint."""
+
+    @_builtins.property
+    def leaves(self) -> _containers.RepeatedCompositeFieldContainer[Global___CheckpointLeaf]:
+        """Its leaves in order, or a part of them: more of the same checkpoint follow in the next message."""
+
+    def __init__(
+        self,
+        *,
+        checkpoint: Global___Checkpoint | None = ...,
+        leaves: _abc.Iterable[Global___CheckpointLeaf] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "leaves", b"leaves"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportedCheckpoint: _TypeAlias = ExportedCheckpoint  # noqa: Y015
+
+@_typing.final
+class CheckpointLeaf(_message.Message):
+    """A head that moved."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_ID_FIELD_NUMBER: _builtins.int
+    BUDGET_ID_FIELD_NUMBER: _builtins.int
+    SEQ_FIELD_NUMBER: _builtins.int
+    HEAD_FIELD_NUMBER: _builtins.int
+    root_id: _builtins.bytes
+    """The tree."""
+    budget_id: _builtins.bytes
+    """The budget."""
+    seq: _builtins.int
+    """The seq of its sealed head."""
+    head: _builtins.bytes
+    """The hash of that entry."""
+    def __init__(
+        self,
+        *,
+        root_id: _builtins.bytes = ...,
+        budget_id: _builtins.bytes = ...,
+        seq: _builtins.int = ...,
+        head: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_id", b"budget_id", "head", b"head", "root_id", b"root_id", "seq", b"seq"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointLeaf: _TypeAlias = CheckpointLeaf  # noqa: Y015
+
+@_typing.final
+class ExportTrailer(_message.Message):
+    """The end of an export."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    BUDGETS_FIELD_NUMBER: _builtins.int
+    HOLDS_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    entries: _builtins.int
+    """Entries in the stream."""
+    budgets: _builtins.int
+    """Budgets in the stream."""
+    holds: _builtins.int
+    """Holds in the stream."""
+    checkpoints: _builtins.int
+    """Checkpoints in the stream."""
+    def __init__(
+        self,
+        *,
+        entries: _builtins.int = ...,
+        budgets: _builtins.int = ...,
+        holds: _builtins.int = ...,
+        checkpoints: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budgets", b"budgets", "checkpoints", b"checkpoints", "entries", b"entries", "holds", b"holds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportTrailer: _TypeAlias = ExportTrailer  # noqa: Y015
+
+@_typing.final
 class VerifyRequest(_message.Message):
     """Verifies a tree, or all of them."""
 
@@ -410,9 +1864,9 @@ class Finding(_message.Message):
     budget_id: _builtins.bytes
     """The budget; absent if the finding is about the tree."""
     seq: _builtins.int
-    """The first broken entry of that budget; 0 if it is about the budget's row."""
+    """The first broken entry of that budget; 0 if it is about a row, a checkpoint or a key."""
     rule: _builtins.str
-    """The rule that it breaks, for example "chain", "fold", "digest"."""
+    """The rule that it breaks, for example "chain", "fold", "digest", "checkpoint"."""
     detail: _builtins.str
     """For people."""
     def __init__(

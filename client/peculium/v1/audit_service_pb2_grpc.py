@@ -50,10 +50,45 @@ class AuditServiceStub(object):
                 request_serializer=peculium_dot_v1_dot_audit__service__pb2.ListEntriesRequest.SerializeToString,
                 response_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListEntriesResponse.FromString,
                 _registered_method=True)
+        self.GetStatement = channel.unary_unary(
+                '/peculium.v1.AuditService/GetStatement',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.GetStatementRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.GetStatementResponse.FromString,
+                _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/peculium.v1.AuditService/GetUsage',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
+        self.GetLineage = channel.unary_unary(
+                '/peculium.v1.AuditService/GetLineage',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.GetLineageRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.GetLineageResponse.FromString,
+                _registered_method=True)
+        self.WatchEntries = channel.unary_stream(
+                '/peculium.v1.AuditService/WatchEntries',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.WatchEntriesRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.WatchEntriesResponse.FromString,
+                _registered_method=True)
         self.Verify = channel.unary_stream(
                 '/peculium.v1.AuditService/Verify',
                 request_serializer=peculium_dot_v1_dot_audit__service__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=peculium_dot_v1_dot_audit__service__pb2.VerifyResponse.FromString,
+                _registered_method=True)
+        self.ListCheckpoints = channel.unary_unary(
+                '/peculium.v1.AuditService/ListCheckpoints',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.ListCheckpointsRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListCheckpointsResponse.FromString,
+                _registered_method=True)
+        self.ProveEntry = channel.unary_unary(
+                '/peculium.v1.AuditService/ProveEntry',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.ProveEntryRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.ProveEntryResponse.FromString,
+                _registered_method=True)
+        self.Export = channel.unary_stream(
+                '/peculium.v1.AuditService/Export',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.ExportRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.ExportResponse.FromString,
                 _registered_method=True)
 
 
@@ -62,7 +97,7 @@ class AuditServiceServicer(object):
     """
 
     def GetBudget(self, request, context):
-        """Reads any budget.
+        """Reads any budget, as it is or as it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,7 +111,35 @@ class AuditServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListEntries(self, request, context):
-        """Lists the entries of a tree or budget.
+        """Lists the entries of a budget, a subtree or a tree.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStatement(self, request, context):
+        """Sums up what moved in a period: opening, movements by kind, closing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUsage(self, request, context):
+        """Attributes what was spent in a period.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetLineage(self, request, context):
+        """Tells by whose authority a budget exists, and how its token went from hand to hand.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEntries(self, request, context):
+        """Follows the entries as they are recorded, from any point on and without a gap.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +147,27 @@ class AuditServiceServicer(object):
 
     def Verify(self, request, context):
         """Re-runs every decision of a tree from its entries alone, and compares.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListCheckpoints(self, request, context):
+        """Lists the sealed checkpoints.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ProveEntry(self, request, context):
+        """Proves that an entry is under a sealed checkpoint.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Export(self, request, context):
+        """Streams a tree or the whole ledger as it is at one instant: all that an offline verification needs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -107,10 +191,45 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     request_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListEntriesRequest.FromString,
                     response_serializer=peculium_dot_v1_dot_audit__service__pb2.ListEntriesResponse.SerializeToString,
             ),
+            'GetStatement': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatement,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.GetStatementRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.GetStatementResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.GetUsageRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.GetUsageResponse.SerializeToString,
+            ),
+            'GetLineage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetLineage,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.GetLineageRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.GetLineageResponse.SerializeToString,
+            ),
+            'WatchEntries': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEntries,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.WatchEntriesRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.WatchEntriesResponse.SerializeToString,
+            ),
             'Verify': grpc.unary_stream_rpc_method_handler(
                     servicer.Verify,
                     request_deserializer=peculium_dot_v1_dot_audit__service__pb2.VerifyRequest.FromString,
                     response_serializer=peculium_dot_v1_dot_audit__service__pb2.VerifyResponse.SerializeToString,
+            ),
+            'ListCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCheckpoints,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListCheckpointsRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.ListCheckpointsResponse.SerializeToString,
+            ),
+            'ProveEntry': grpc.unary_unary_rpc_method_handler(
+                    servicer.ProveEntry,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.ProveEntryRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.ProveEntryResponse.SerializeToString,
+            ),
+            'Export': grpc.unary_stream_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.ExportRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.ExportResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -206,6 +325,114 @@ class AuditService(object):
             _registered_method=True)
 
     @staticmethod
+    def GetStatement(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AuditService/GetStatement',
+            peculium_dot_v1_dot_audit__service__pb2.GetStatementRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.GetStatementResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AuditService/GetUsage',
+            peculium_dot_v1_dot_audit__service__pb2.GetUsageRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.GetUsageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetLineage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AuditService/GetLineage',
+            peculium_dot_v1_dot_audit__service__pb2.GetLineageRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.GetLineageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/peculium.v1.AuditService/WatchEntries',
+            peculium_dot_v1_dot_audit__service__pb2.WatchEntriesRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.WatchEntriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Verify(request,
             target,
             options=(),
@@ -222,6 +449,87 @@ class AuditService(object):
             '/peculium.v1.AuditService/Verify',
             peculium_dot_v1_dot_audit__service__pb2.VerifyRequest.SerializeToString,
             peculium_dot_v1_dot_audit__service__pb2.VerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AuditService/ListCheckpoints',
+            peculium_dot_v1_dot_audit__service__pb2.ListCheckpointsRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.ListCheckpointsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ProveEntry(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AuditService/ProveEntry',
+            peculium_dot_v1_dot_audit__service__pb2.ProveEntryRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.ProveEntryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/peculium.v1.AuditService/Export',
+            peculium_dot_v1_dot_audit__service__pb2.ExportRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.ExportResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,13 +34,27 @@ class AuditServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
     GetBudget: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.GetBudgetRequest, _audit_service_pb2.GetBudgetResponse]
-    """Reads any budget."""
+    """Reads any budget, as it is or as it was."""
     ListBudgets: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.ListBudgetsRequest, _audit_service_pb2.ListBudgetsResponse]
     """Lists the budgets of a tree or subtree, or the roots."""
     ListEntries: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.ListEntriesRequest, _audit_service_pb2.ListEntriesResponse]
-    """Lists the entries of a tree or budget."""
+    """Lists the entries of a budget, a subtree or a tree."""
+    GetStatement: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.GetStatementRequest, _audit_service_pb2.GetStatementResponse]
+    """Sums up what moved in a period: opening, movements by kind, closing."""
+    GetUsage: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.GetUsageRequest, _audit_service_pb2.GetUsageResponse]
+    """Attributes what was spent in a period."""
+    GetLineage: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.GetLineageRequest, _audit_service_pb2.GetLineageResponse]
+    """Tells by whose authority a budget exists, and how its token went from hand to hand."""
+    WatchEntries: _grpc.UnaryStreamMultiCallable[_audit_service_pb2.WatchEntriesRequest, _audit_service_pb2.WatchEntriesResponse]
+    """Follows the entries as they are recorded, from any point on and without a gap."""
     Verify: _grpc.UnaryStreamMultiCallable[_audit_service_pb2.VerifyRequest, _audit_service_pb2.VerifyResponse]
     """Re-runs every decision of a tree from its entries alone, and compares."""
+    ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.ListCheckpointsRequest, _audit_service_pb2.ListCheckpointsResponse]
+    """Lists the sealed checkpoints."""
+    ProveEntry: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.ProveEntryRequest, _audit_service_pb2.ProveEntryResponse]
+    """Proves that an entry is under a sealed checkpoint."""
+    Export: _grpc.UnaryStreamMultiCallable[_audit_service_pb2.ExportRequest, _audit_service_pb2.ExportResponse]
+    """Streams a tree or the whole ledger as it is at one instant: all that an offline verification needs."""
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
@@ -48,13 +62,27 @@ class AuditServiceAsyncStub(AuditServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetBudget: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.GetBudgetRequest, _audit_service_pb2.GetBudgetResponse]  # type: ignore[assignment]
-    """Reads any budget."""
+    """Reads any budget, as it is or as it was."""
     ListBudgets: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListBudgetsRequest, _audit_service_pb2.ListBudgetsResponse]  # type: ignore[assignment]
     """Lists the budgets of a tree or subtree, or the roots."""
     ListEntries: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListEntriesRequest, _audit_service_pb2.ListEntriesResponse]  # type: ignore[assignment]
-    """Lists the entries of a tree or budget."""
+    """Lists the entries of a budget, a subtree or a tree."""
+    GetStatement: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.GetStatementRequest, _audit_service_pb2.GetStatementResponse]  # type: ignore[assignment]
+    """Sums up what moved in a period: opening, movements by kind, closing."""
+    GetUsage: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.GetUsageRequest, _audit_service_pb2.GetUsageResponse]  # type: ignore[assignment]
+    """Attributes what was spent in a period."""
+    GetLineage: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.GetLineageRequest, _audit_service_pb2.GetLineageResponse]  # type: ignore[assignment]
+    """Tells by whose authority a budget exists, and how its token went from hand to hand."""
+    WatchEntries: _aio.UnaryStreamMultiCallable[_audit_service_pb2.WatchEntriesRequest, _audit_service_pb2.WatchEntriesResponse]  # type: ignore[assignment]
+    """Follows the entries as they are recorded, from any point on and without a gap."""
     Verify: _aio.UnaryStreamMultiCallable[_audit_service_pb2.VerifyRequest, _audit_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Re-runs every decision of a tree from its entries alone, and compares."""
+    ListCheckpoints: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListCheckpointsRequest, _audit_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
+    """Lists the sealed checkpoints."""
+    ProveEntry: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ProveEntryRequest, _audit_service_pb2.ProveEntryResponse]  # type: ignore[assignment]
+    """Proves that an entry is under a sealed checkpoint."""
+    Export: _aio.UnaryStreamMultiCallable[_audit_service_pb2.ExportRequest, _audit_service_pb2.ExportResponse]  # type: ignore[assignment]
+    """Streams a tree or the whole ledger as it is at one instant: all that an offline verification needs."""
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     """What an auditor may ask."""
@@ -65,7 +93,7 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_service_pb2.GetBudgetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_service_pb2.GetBudgetResponse, _abc.Awaitable[_audit_service_pb2.GetBudgetResponse]]:
-        """Reads any budget."""
+        """Reads any budget, as it is or as it was."""
 
     @_abc_1.abstractmethod
     def ListBudgets(
@@ -81,7 +109,39 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_service_pb2.ListEntriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_service_pb2.ListEntriesResponse, _abc.Awaitable[_audit_service_pb2.ListEntriesResponse]]:
-        """Lists the entries of a tree or budget."""
+        """Lists the entries of a budget, a subtree or a tree."""
+
+    @_abc_1.abstractmethod
+    def GetStatement(
+        self,
+        request: _audit_service_pb2.GetStatementRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_service_pb2.GetStatementResponse, _abc.Awaitable[_audit_service_pb2.GetStatementResponse]]:
+        """Sums up what moved in a period: opening, movements by kind, closing."""
+
+    @_abc_1.abstractmethod
+    def GetUsage(
+        self,
+        request: _audit_service_pb2.GetUsageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_service_pb2.GetUsageResponse, _abc.Awaitable[_audit_service_pb2.GetUsageResponse]]:
+        """Attributes what was spent in a period."""
+
+    @_abc_1.abstractmethod
+    def GetLineage(
+        self,
+        request: _audit_service_pb2.GetLineageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_service_pb2.GetLineageResponse, _abc.Awaitable[_audit_service_pb2.GetLineageResponse]]:
+        """Tells by whose authority a budget exists, and how its token went from hand to hand."""
+
+    @_abc_1.abstractmethod
+    def WatchEntries(
+        self,
+        request: _audit_service_pb2.WatchEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_audit_service_pb2.WatchEntriesResponse], _abc.AsyncIterator[_audit_service_pb2.WatchEntriesResponse]]:
+        """Follows the entries as they are recorded, from any point on and without a gap."""
 
     @_abc_1.abstractmethod
     def Verify(
@@ -90,5 +150,29 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_audit_service_pb2.VerifyResponse], _abc.AsyncIterator[_audit_service_pb2.VerifyResponse]]:
         """Re-runs every decision of a tree from its entries alone, and compares."""
+
+    @_abc_1.abstractmethod
+    def ListCheckpoints(
+        self,
+        request: _audit_service_pb2.ListCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_service_pb2.ListCheckpointsResponse, _abc.Awaitable[_audit_service_pb2.ListCheckpointsResponse]]:
+        """Lists the sealed checkpoints."""
+
+    @_abc_1.abstractmethod
+    def ProveEntry(
+        self,
+        request: _audit_service_pb2.ProveEntryRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_service_pb2.ProveEntryResponse, _abc.Awaitable[_audit_service_pb2.ProveEntryResponse]]:
+        """Proves that an entry is under a sealed checkpoint."""
+
+    @_abc_1.abstractmethod
+    def Export(
+        self,
+        request: _audit_service_pb2.ExportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_audit_service_pb2.ExportResponse], _abc.AsyncIterator[_audit_service_pb2.ExportResponse]]:
+        """Streams a tree or the whole ledger as it is at one instant: all that an offline verification needs."""
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final
 
-from peculium.v1 import audit_service_pb2_grpc
+import grpc
+
+from peculium.v1 import audit_service_pb2, audit_service_pb2_grpc
 from peculium.v1.audit_service_pb2 import (
     GetBudgetRequest,
     GetBudgetResponse,
@@ -89,12 +91,13 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         """List the entries of a budget, or of the whole tree that it belongs to."""
         line, _ = await self._reader.for_auditor(request.budget)
         root_id, budget_id = line.budget.root_id, line.budget.budget_id
-        scope = b"entries" + bytes((request.tree, request.descending)) + root_id
-        if not request.tree:
+        tree = request.reach == audit_service_pb2.REACH_TREE
+        scope = b"entries" + bytes((tree, request.descending)) + root_id
+        if not tree:
             scope += budget_id
         asked = read_page(scope, request.page_size, request.page_token)
         after = None if asked.after is None else int.from_bytes(asked.after)
-        if request.tree:
+        if tree:
             page = await self._store.list_tree_entries(
                 root_id, limit=asked.size, after=after, descending=request.descending
             )
@@ -105,7 +108,7 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         rows = fitting(page.rows, _entry_bytes)
         last = page.next
         if len(rows) < len(page.rows):
-            rows, last = _cut(page.rows, len(rows), tree=request.tree)
+            rows, last = _cut(page.rows, len(rows), tree=tree)
         key = None if last is None else last.to_bytes(_KEY_BYTES)
         response = ListEntriesResponse(next_page_token=page_token(scope, key))
         lane = self._store.lane_of(root_id)
@@ -137,6 +140,36 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         for finding in findings:
             write_finding(finding, verdict.verdict.findings.add())
         yield verdict
+
+    async def GetStatement(self, request: Any, context: Any) -> Any:
+        """Refuse: not there yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+
+    async def GetUsage(self, request: Any, context: Any) -> Any:
+        """Refuse: not there yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+
+    async def GetLineage(self, request: Any, context: Any) -> Any:
+        """Refuse: not there yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+
+    async def ListCheckpoints(self, request: Any, context: Any) -> Any:
+        """Refuse: not there yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+
+    async def ProveEntry(self, request: Any, context: Any) -> Any:
+        """Refuse: not there yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+
+    async def WatchEntries(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Refuse: not there yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+        yield
+
+    async def Export(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Refuse: not there yet."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+        yield
 
 
 async def _checks(snapshot: Snapshot, verifier: Verifier, root_id: bytes) -> AsyncIterator[int]:

@@ -43,7 +43,14 @@ _BY_SERVICE: Final[dict[str, dict[str, tuple[Role, ...]]]] = {
         "GetBudget": _AUDIT,
         "ListBudgets": _AUDIT,
         "ListEntries": _AUDIT,
+        "GetStatement": _AUDIT,
+        "GetUsage": _AUDIT,
+        "GetLineage": _AUDIT,
+        "WatchEntries": _AUDIT,
         "Verify": _AUDIT,
+        "ListCheckpoints": _AUDIT,
+        "ProveEntry": _AUDIT,
+        "Export": _AUDIT,
     },
 }
 
