@@ -1,6 +1,6 @@
 """Generate the blocking client from the one for asyncio, or prove that it is current.
 
-The verbs, their arguments and their words are written once, in `aio.py`. What differs between the
+The verbs, their arguments and their words are written once, for asyncio. What differs between the
 two is in the senders, which have the same interface; here names are exchanged and `await` falls out.
 """
 
@@ -11,20 +11,37 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "client" / "peculium" / "aio.py"
-TARGET = ROOT / "client" / "peculium" / "client.py"
-HEADER = (
-    '"""The blocking client, for any number of threads. Generated from `aio.py`; do not edit.\n'
+PACKAGE = ROOT / "client" / "peculium"
+
+
+class Module(NamedTuple):
+    """A module for asyncio, and the blocking one that is generated from it."""
+
+    source: Path
+    target: Path
+    header: str
+    """What the blocking one is, for the first line of its docstring."""
+
+
+MODULES = (
+    Module(
+        PACKAGE / "aio.py",
+        PACKAGE / "client.py",
+        "The blocking client, for any number of threads.",
+    ),
+    Module(
+        PACKAGE / "_aio_audit.py",
+        PACKAGE / "_sync_audit.py",
+        "What auditors may ask, blocking.",
+    ),
 )
 
 EXCHANGES = (
-    (r'\A"""The client for asyncio\..*\n', HEADER),
-    (
-        r"from peculium\._aio_sender import Pending, Sender",
-        "from peculium._sync_sender import Sender",
-    ),
+    (r"\b_aio_(audit|sender)\b", r"_sync_\1"),
+    (r"\bimport Pending, Sender$", "import Sender"),
     (r"\bPending\[(\w+)\]", r"\1"),
     (r"\bPending\((.*)\)$", r"\1"),
     (r"\bfrom grpc\.aio import", "from grpc import"),
@@ -40,24 +57,30 @@ def main() -> int:
     """Run the mode that the command line names; 1 when the checked-in client is out of date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("mode", choices=("generate", "verify"))
-    made = generated(SOURCE.read_text())
-    if parser.parse_args().mode == "generate":
-        TARGET.write_text(made)
-        return 0
-    if TARGET.read_text() != made:
-        sys.stderr.write(f"{TARGET.relative_to(ROOT)}: out of date, run `make gen`\n")
-        return 1
-    return 0
+    generate = parser.parse_args().mode == "generate"
+    outdated = 0
+    for module in MODULES:
+        made = generated(module)
+        if generate:
+            module.target.write_text(made)
+        elif not module.target.exists() or module.target.read_text() != made:
+            sys.stderr.write(f"{module.target.relative_to(ROOT)}: out of date, run `make gen`\n")
+            outdated = 1
+    return outdated
 
 
-def generated(source: str) -> str:
-    """The blocking client's source, formatted."""
+def generated(module: Module) -> str:
+    """The source of a blocking module, formatted."""
+    first, _, rest = module.source.read_text().partition("\n")
+    end = '"""' if first.endswith('"""') else ""
+    header = f'"""{module.header} Generated from `{module.source.name}`; do not edit.{end}'
     for pattern, replacement in EXCHANGES:
-        source = re.sub(pattern, replacement, source, flags=re.MULTILINE)
+        rest = re.sub(pattern, replacement, rest, flags=re.MULTILINE)
+    source = f"{header}\n{rest}"
     for arguments in (["check", "--fix-only", "--select", "I", "--quiet"], ["format", "--quiet"]):
         ruff = [str(Path(sys.executable).with_name("ruff")), *arguments]
         finished = subprocess.run(
-            [*ruff, "--stdin-filename", str(TARGET), "-"],
+            [*ruff, "--stdin-filename", str(module.target), "-"],
             input=source,
             capture_output=True,
             check=True,

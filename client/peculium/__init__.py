@@ -14,8 +14,9 @@ from __future__ import annotations
 from peculium import aio, errors
 from peculium._config import Tls
 from peculium._context import current, use
+from peculium._sync_audit import Audit
 from peculium.capability import BudgetRef, Capability, Receiver
-from peculium.client import Admin, Audit, Budget, Client, Hold, Resumed, connect
+from peculium.client import Admin, Budget, Client, Hold, Resumed, connect
 from peculium.errors import (
     BudgetClosed,
     BudgetExhausted,

@@ -18,7 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from peculium import _limits as limits
 from peculium._ids import new_id, new_secret, token_id
-from peculium.capability import Receiver
+from peculium.capability import BudgetRef, Receiver
 from peculium.errors import Malformed, TooLarge
 from peculium.money import Usage
 from peculium.v1 import admin_service_pb2, ledger_service_pb2 as ledger, types_pb2
@@ -522,6 +522,13 @@ def admin_resolve(
 
 
 # --- the parts ---
+
+
+def budget_ref(budget: str | BudgetRef) -> types_pb2.BudgetRef:
+    """A budget as it is named: by its ids, or by its path."""
+    if isinstance(budget, BudgetRef):
+        return types_pb2.BudgetRef(root_id=budget.root_id, budget_id=budget.budget_id)
+    return types_pb2.BudgetRef(path=budget)
 
 
 def authority(secret: bytes | None) -> types_pb2.Authority:

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from peculium import _codec as codec, _requests as requests
+from peculium._aio_audit import Audit
 from peculium._aio_sender import Pending, Sender
 from peculium._coalescer import Line, Ticket
 from peculium._config import TIMEOUT_SECONDS_DEFAULT, Tls, configure
@@ -44,7 +45,7 @@ from peculium.errors import (
 )
 from peculium.journal import Attempt, Journal
 from peculium.money import Usage
-from peculium.v1 import audit_service_pb2, ledger_service_pb2, types_pb2
+from peculium.v1 import ledger_service_pb2, types_pb2
 from peculium.values import (
     Balances,
     BudgetInfo,
@@ -52,12 +53,10 @@ from peculium.values import (
     Child,
     Custody,
     Delegated,
-    EntryInfo,
     HoldInfo,
     IfHeld,
     Receipt,
     Seconds,
-    Verification,
 )
 
 if TYPE_CHECKING:
@@ -390,7 +389,7 @@ class Client:
         self, budget: str | BudgetRef, timeout: float | None
     ) -> ledger_service_pb2.LedgerServiceGetBudgetResponse:
         request = ledger_service_pb2.LedgerServiceGetBudgetRequest(
-            budget=_wire(budget), authority=requests.authority(None)
+            budget=requests.budget_ref(budget), authority=requests.authority(None)
         )
         sender = self._sender
         return await sender.unary(sender.ledger.GetBudget, request, timeout, budget=str(budget))
@@ -1310,109 +1309,6 @@ class Admin:
         return (await self._audit.budget(budget, timeout=timeout)).ref
 
 
-class Audit:
-    """What auditors may ask: everything is read, nothing is changed."""
-
-    def __init__(self, sender: Sender) -> None:
-        self._sender = sender
-
-    async def budget(self, budget: str | BudgetRef, *, timeout: float | None = None) -> BudgetInfo:
-        """Read any budget.
-
-        Args:
-            budget: Its path, or its reference.
-            timeout: In seconds.
-
-        Raises:
-            BudgetUnknown: There is none.
-            PermissionDenied: The caller is no auditor.
-        """
-        request = audit_service_pb2.GetBudgetRequest(budget=_wire(budget))
-        response = await self._sender.unary(
-            self._sender.audit.GetBudget, request, timeout, budget=str(budget)
-        )
-        return codec.budget_info(response.budget, response.ledger)
-
-    async def budgets(
-        self,
-        below: str | BudgetRef | None = None,
-        *,
-        page_size: int = PAGE_SIZE_MAX,
-        timeout: float | None = None,
-    ) -> AsyncIterator[BudgetInfo]:
-        """List a budget and everything below it, or all roots.
-
-        Args:
-            below: The top; absent: all roots.
-            page_size: How many are fetched at once, 1 to 1000.
-            timeout: For each page, in seconds.
-
-        Raises:
-            BudgetUnknown: There is no such top.
-        """
-        request = audit_service_pb2.ListBudgetsRequest(
-            below=None if below is None else _wire(below), page_size=page_size
-        )
-        while True:
-            page = await self._sender.unary(self._sender.audit.ListBudgets, request, timeout)
-            for budget in page.budgets:
-                yield codec.budget_info(budget)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
-
-    async def entries(
-        self,
-        budget: str | BudgetRef,
-        *,
-        tree: bool = False,
-        descending: bool = False,
-        page_size: int = PAGE_SIZE_MAX,
-        timeout: float | None = None,
-    ) -> AsyncIterator[EntryInfo]:
-        """List the entries of a budget, or of its whole tree.
-
-        Args:
-            budget: Its path, or its reference.
-            tree: All budgets of the tree that it belongs to.
-            descending: The latest first.
-            page_size: How many are fetched at once, 1 to 1000.
-            timeout: For each page, in seconds.
-
-        Raises:
-            BudgetUnknown: There is none.
-        """
-        request = audit_service_pb2.ListEntriesRequest(
-            budget=_wire(budget),
-            reach=audit_service_pb2.REACH_TREE if tree else audit_service_pb2.REACH_BUDGET,
-            page_size=page_size,
-            descending=descending,
-        )
-        while True:
-            page = await self._sender.unary(self._sender.audit.ListEntries, request, timeout)
-            for entry in page.entries:
-                yield codec.entry_info(entry)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
-
-    async def verify(
-        self, tree: str | BudgetRef | None = None, *, timeout: float | None = None
-    ) -> AsyncIterator[Verification]:
-        """Re-run every decision from the entries alone, and compare. The last item has the verdict.
-
-        Args:
-            tree: A root, or any budget in its tree; absent: the whole ledger.
-            timeout: For all of it, in seconds; absent: as long as it takes.
-
-        Raises:
-            BudgetUnknown: There is none.
-        """
-        request = audit_service_pb2.VerifyRequest(tree=None if tree is None else _wire(tree))
-        async for progress in self._sender.stream(self._sender.audit.Verify, request, timeout):
-            yield codec.verification(progress)
-
-
 def _asked(labels: Mapping[str, str] | None = None, *, dry_run: bool = False) -> Asked:
     return Asked(labels or {}, dry_run, traceparent())
 
@@ -1490,12 +1386,6 @@ def _delegated(ticket: Ticket, parent: BudgetRef, recorder: Recorder) -> list[De
 
 def _target(ref: BudgetRef) -> Target:
     return Target(ref.root_id, ref.budget_id, by_token=False)
-
-
-def _wire(budget: str | BudgetRef) -> types_pb2.BudgetRef:
-    if isinstance(budget, BudgetRef):
-        return types_pb2.BudgetRef(root_id=budget.root_id, budget_id=budget.budget_id)
-    return types_pb2.BudgetRef(path=budget)
 
 
 def _check_open(info: BudgetInfo) -> None:

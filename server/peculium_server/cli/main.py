@@ -6,7 +6,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from peculium_server.cli import ledger, serving
+from peculium_server.cli import audit, ledger, serving
 from peculium_server.cli.problems import explain
 from peculium_server.demo.command import demo
 
@@ -45,9 +45,11 @@ app.command()(ledger.topup)
 budget = typer.Typer(no_args_is_help=True, help="Look at one budget.")
 budget.command("show")(ledger.budget_show)
 app.add_typer(budget, name="budget")
-app.command()(ledger.tree)
-app.command()(ledger.entries)
-app.command()(ledger.verify)
+# What everybody asks has a short name, too.
+app.command()(audit.tree)
+app.command()(audit.entries)
+app.command()(audit.verify)
+app.add_typer(audit.app, name="audit")
 
 app.command()(demo)
 

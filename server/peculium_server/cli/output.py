@@ -45,15 +45,15 @@ def budget_json(budget: BudgetInfo) -> dict[str, Any]:
         "custody": budget.custody.name.lower(),
         "holder": budget.holder,
         "state": budget.state.name.lower(),
-        **_balances_json(budget.balances),
+        **balances_json(budget.balances),
         "disputed": budget.disputed,
         "holds_live": budget.holds_live,
         "overrun_factor": budget.overrun_factor,
-        "lease_expires_at": _time(budget.lease_expires_at),
-        "lease_latest_at": _time(budget.lease_latest_at),
+        "lease_expires_at": time_text(budget.lease_expires_at),
+        "lease_latest_at": time_text(budget.lease_latest_at),
         "labels": dict(budget.labels),
         "entries": budget.seq,
-        "created_at": _time(budget.created_at),
+        "created_at": time_text(budget.created_at),
     }
 
 
@@ -80,12 +80,12 @@ def _budget_facts(budget: BudgetInfo) -> Iterator[tuple[str, str]]:
     if budget.overrun_factor is not None:
         yield "overrun factor", str(budget.overrun_factor)
     if budget.lease_expires_at is not None:
-        yield "lease until", str(_time(budget.lease_expires_at))
-        yield "renewable until", str(_time(budget.lease_latest_at))
+        yield "lease until", str(time_text(budget.lease_expires_at))
+        yield "renewable until", str(time_text(budget.lease_latest_at))
     if budget.labels:
         yield "labels", ", ".join(f"{key}={value}" for key, value in budget.labels.items())
     yield "entries", str(budget.seq)
-    yield "made", str(_time(budget.created_at))
+    yield "made", str(time_text(budget.created_at))
 
 
 def print_tree(budgets: Sequence[BudgetInfo]) -> None:
@@ -114,7 +114,7 @@ def print_tree(budgets: Sequence[BudgetInfo]) -> None:
             Text(_held_by(budget)),
             style=style,
         )
-    _wide_console().print(table)
+    wide_console().print(table)
 
 
 def _in_depth(budgets: Sequence[BudgetInfo]) -> Iterator[tuple[int, BudgetInfo]]:
@@ -149,11 +149,11 @@ def entry_json(entry: EntryInfo) -> dict[str, Any]:
         "parts": entry.parts,
         "operation_id": entry.operation_id,
         "kind": entry.kind,
-        "at": _time(entry.at),
+        "at": time_text(entry.at),
         "actor": entry.actor,
         "amount": entry.amount,
-        "balances": _balances_json(entry.balances),
-        "changes": _balances_json(entry.changes),
+        "balances": balances_json(entry.balances),
+        "changes": balances_json(entry.changes),
         "trace_id": entry.trace_id,
         "consumed": None if entry.consumed is None else entry.consumed.hex(),
         "request": entry.request.hex(),
@@ -174,7 +174,7 @@ def print_entries(entries: Iterable[EntryInfo], unit: str, paths: Mapping[bytes,
     table.add_column("operation", no_wrap=True)
     for entry in entries:
         table.add_row(
-            _time(entry.at),
+            time_text(entry.at),
             Text(paths.get(entry.budget_id, id_text(entry.budget_id))),
             str(entry.seq),
             entry.kind.lower(),
@@ -185,7 +185,7 @@ def print_entries(entries: Iterable[EntryInfo], unit: str, paths: Mapping[bytes,
             show_amount(entry.balances.spent, unit),
             entry.operation_id,
         )
-    _wide_console().print(table)
+    wide_console().print(table)
 
 
 def receipt_json(receipt: Receipt) -> dict[str, Any]:
@@ -193,10 +193,10 @@ def receipt_json(receipt: Receipt) -> dict[str, Any]:
     return {
         "operation_id": receipt.operation_id,
         "budget_id": id_text(receipt.budget_id),
-        "at": _time(receipt.at),
+        "at": time_text(receipt.at),
         "replayed": receipt.replayed,
         "state": receipt.state.name.lower(),
-        **_balances_json(receipt.balances),
+        **balances_json(receipt.balances),
     }
 
 
@@ -244,15 +244,17 @@ def _held_by(budget: BudgetInfo) -> str:
     return f"{custody} {budget.holder}" if budget.holder else custody
 
 
-def _balances_json(balances: Balances) -> dict[str, int]:
+def balances_json(balances: Balances) -> dict[str, int]:
+    """Balances, or changes of them, for machines."""
     return {name: getattr(balances, name) for name in _BALANCE_NAMES}
 
 
-def _time(at: datetime | None) -> str | None:
+def time_text(at: datetime | None) -> str | None:
+    """A time of the ledger, in UTC."""
     return None if at is None else at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _wide_console() -> Console:
+def wide_console() -> Console:
     """A terminal's own width; a pipe's reader has room for whole lines."""
     console = Console()
     return console if console.is_terminal else Console(width=_PIPE_COLUMNS)
