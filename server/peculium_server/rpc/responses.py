@@ -45,14 +45,14 @@ def write_outcome(outcome: Outcome, position: Position | None, message: types_pb
     message.budget_id = outcome.budget_id
     message.state = outcome.state  # type: ignore[assignment]
     message.seq = outcome.seq
-    _write_time(outcome.at, message.at)
+    write_time(outcome.at, message.at)
     write_balances(outcome.money, message.balances)
     if outcome.replayed:
         message.replayed = True
     if outcome.dry_run:
         message.dry_run = True
     if outcome.lease_until is not None:
-        _write_time(outcome.lease_until, message.lease_expires_at)
+        write_time(outcome.lease_until, message.lease_expires_at)
     if outcome.hold is not None:
         write_hold(outcome.hold, message.hold)
     if outcome.kind not in _PLAIN_KINDS:
@@ -68,7 +68,7 @@ def _write_wider_effects(outcome: Outcome, message: types_pb2.Outcome) -> None:
         made.budget_id = child.budget_id
         made.granted = child.granted
         if child.lease_until is not None:
-            _write_time(child.lease_until, made.lease_expires_at)
+            write_time(child.lease_until, made.lease_expires_at)
     message.returned = outcome.returned
     message.pending = outcome.pending
     for hold in outcome.holds:
@@ -103,9 +103,9 @@ def write_use(
     used_at: int | None, at: int, message: ledger_service_pb2.LedgerServiceGetBudgetResponse
 ) -> None:
     """Write when a token-held budget was last used, and when that was asked."""
-    _write_time(at, message.at)
+    write_time(at, message.at)
     if used_at is not None:
-        _write_time(used_at, message.token_used_at)
+        write_time(used_at, message.token_used_at)
 
 
 def write_balances(money: Balances, message: types_pb2.Balances) -> None:
@@ -143,8 +143,8 @@ def write_hold(hold: Hold, message: types_pb2.Hold) -> None:
         message.booked = hold.booked
     if hold.disputed:
         message.disputed = hold.disputed
-    _write_time(hold.created_at, message.created_at)
-    _write_time(hold.expires_at, message.expires_at)
+    write_time(hold.created_at, message.created_at)
+    write_time(hold.expires_at, message.expires_at)
 
 
 def write_budget(
@@ -174,13 +174,13 @@ def write_budget(
     if budget.overrun_factor is not None:
         message.overrun_factor = budget.overrun_factor
     if budget.lease_until is not None:
-        _write_time(budget.lease_until, message.lease_expires_at)
+        write_time(budget.lease_until, message.lease_expires_at)
     if budget.lease_latest is not None:
-        _write_time(budget.lease_latest, message.lease_latest_at)
+        write_time(budget.lease_latest, message.lease_latest_at)
     message.labels.update(budget.labels)
     message.seq = budget.seq
     message.version = budget.version
-    _write_time(budget.created_at, message.created_at)
+    write_time(budget.created_at, message.created_at)
     message.head = budget.head
 
 
@@ -195,7 +195,7 @@ def write_entry(entry: Entry, lane: int, message: audit_service_pb2.Entry) -> No
     message.parts = entry.parts
     message.operation_id = entry.operation_id
     message.kind = entry.kind  # type: ignore[assignment]
-    _write_time(entry.at, message.at)
+    write_time(entry.at, message.at)
     message.actor = entry.principal
     message.trace_id = entry.trace_id or b""
     message.consumed = entry.consumed or b""
@@ -218,7 +218,8 @@ def write_finding(finding: Finding, message: audit_service_pb2.Finding) -> None:
     message.detail = finding.detail
 
 
-def _write_time(microseconds: int, message: Timestamp) -> None:
+def write_time(microseconds: int, message: Timestamp) -> None:
+    """Write a time of the ledger."""
     seconds, rest = divmod(microseconds, SECOND_US)
     message.seconds = seconds
     message.nanos = rest * _NANOS_PER_US

@@ -61,6 +61,7 @@ _ID = Uuid(as_uuid=False)
 _SCALARS: dict[type[TypeEngine[Any]], wire.Encoder] = {
     BigInteger: wire.encode_int8,
     SmallInteger: wire.encode_int2,
+    TIMESTAMP: wire.encode_time,
     Text: wire.encode_text,
     Uuid: wire.encode_uuid,
 }

@@ -18,6 +18,7 @@ from psycopg import AsyncRawCursor
 
 from peculium_server.core.limits import BALANCE_MAX, DEPTH_MAX
 from peculium_server.core.state import GENESIS, Budget, Entry, Hold
+from peculium_server.store.accounts import Accounts
 from peculium_server.store.connect import Readers, connect_reader, is_postgres
 from peculium_server.store.errors import (
     LedgerCorrupt,
@@ -383,6 +384,21 @@ class Store:
             await connection.execute("SET LOCAL statement_timeout = 0")
             ((now, _),) = await connection.fetch(Step(STATEMENTS["standing"], {"lane": 0}))
             yield Snapshot(connection, now, self.lanes)
+            await connection.execute("COMMIT")
+
+    @contextlib.asynccontextmanager
+    async def accounts(self, root_id: bytes, *, seconds_max: float) -> AsyncIterator[Accounts]:
+        """All accounts of a tree at one instant, for so long at most."""
+        async with self._reading() as connection:
+            await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            # What is summed up may be much; its caller waits no longer than this.
+            milliseconds = max(1, round(seconds_max * 1000))
+            await connection.execute(f"SET LOCAL statement_timeout = {milliseconds:d}")
+            lane = self.lane_of(root_id)
+            ((now, position),) = await connection.fetch(
+                Step(STATEMENTS["standing"], {"lane": lane})
+            )
+            yield Accounts(connection, now, position, self.lanes)
             await connection.execute("COMMIT")
 
     def _key(self, root_id: bytes, budget_id: bytes) -> dict[str, Any]:

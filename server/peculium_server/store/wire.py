@@ -67,6 +67,11 @@ def encode_text(value: str) -> bytes:
     return value.encode()
 
 
+def encode_time(value: int) -> bytes:
+    """A timestamptz, of microseconds since the Unix epoch."""
+    return _pack_int8(value - _POSTGRES_EPOCH_US)
+
+
 def _array(oid: int, size: int, items: bytes) -> bytes:
     if not size:
         return struct.pack("!iii", 0, 0, oid)
@@ -100,10 +105,6 @@ def _sized(oid: int, pack: Callable[[Any], bytes]) -> Encoder:
     return encode
 
 
-def _pack_time(at: int) -> bytes:
-    return _pack_int8(at - _POSTGRES_EPOCH_US)
-
-
 def _pack_bool(value: bool) -> bytes:
     return b"\x01" if value else b"\x00"
 
@@ -111,7 +112,7 @@ def _pack_bool(value: bool) -> bytes:
 encode_bools = _fixed(_BOOL_OID, 1, _pack_bool)
 encode_int2s = _fixed(_INT2_OID, 2, _pack_int2)
 encode_int8s = _fixed(_INT8_OID, 8, _pack_int8)
-encode_times = _fixed(_TIMESTAMPTZ_OID, 8, _pack_time)
+encode_times = _fixed(_TIMESTAMPTZ_OID, 8, encode_time)
 encode_uuids = _fixed(_UUID_OID, 16, encode_uuid)
 encode_byteas = _sized(_BYTEA_OID, encode_uuid)
 encode_texts = _sized(_TEXT_OID, encode_text)
