@@ -25,7 +25,7 @@ _DOMAIN = "peculium"
 _DETAILS_KEY = "grpc-status-details-bin"
 _REASON_PREFIX = "REFUSAL_REASON_"
 
-_NOT_DONE = frozenset({"QUEUE_FULL", "DRAINING", "CONTENDED"})
+_NOT_DONE = frozenset({"QUEUE_FULL", "DRAINING", "CONTENDED", "TOO_MANY_WATCHES"})
 """Reasons of having no answer that say that nothing was done."""
 
 _NEVER_SENT = ("failed to connect to all addresses", "DNS resolution failed")

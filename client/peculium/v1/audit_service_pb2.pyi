@@ -1048,7 +1048,9 @@ Global___TokenStep: _TypeAlias = TokenStep  # noqa: Y015
 
 @_typing.final
 class WatchEntriesRequest(_message.Message):
-    """Follows entries."""
+    """Follows entries. The stream ends only with the call, or when the server stops (UNAVAILABLE): go on with the last cursor,
+    at any server of the ledger.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1058,9 +1060,12 @@ class WatchEntriesRequest(_message.Message):
     CURSOR_FIELD_NUMBER: _builtins.int
     FROM_BEGINNING_FIELD_NUMBER: _builtins.int
     reach: Global___Reach.ValueType
-    """How far around the budget."""
+    """How far around the budget. Budgets that are made below it are followed too."""
     cursor: _builtins.bytes
-    """From a message before: what comes after it. Absent: what is recorded from now on."""
+    """From a message before: what comes after it. Absent: what is recorded from now on. One that was given to a watch of
+    something else is as good: it tells up to where the ledger was seen. One of another ledger, or from a future that
+    this ledger does not have because it was restored to its past, is refused.
+    """
     from_beginning: _builtins.bool
     """Without a cursor: everything from the beginning."""
     @_builtins.property
@@ -1069,7 +1074,7 @@ class WatchEntriesRequest(_message.Message):
 
     @_builtins.property
     def filter(self) -> Global___EntryFilter:
-        """Only those that are selected; times are not."""
+        """Only those that are selected; times must not be said."""
 
     def __init__(
         self,
@@ -1100,7 +1105,9 @@ class WatchEntriesResponse(_message.Message):
     """To resume with, at any server of the same ledger."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
-        """By position within each lane. None in a heartbeat, which comes every few seconds and moves the cursor on."""
+        """By position within each lane; a tree has one lane, and so has its own order. None in a heartbeat: the first message
+        is one, and then one comes every few seconds in which there is nothing else to tell.
+        """
 
     def __init__(
         self,

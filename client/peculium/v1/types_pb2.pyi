@@ -513,6 +513,10 @@ class _UnavailableReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Una
     """Conflicts with other servers did not end within the bounded number of retries; nothing was done.
     {"attempts": "10"}
     """
+    UNAVAILABLE_REASON_TOO_MANY_WATCHES: _UnavailableReason.ValueType  # 5
+    """As many follow the ledger at this server as it allows.
+    {"limit": "32"}
+    """
 
 class UnavailableReason(_UnavailableReason, metaclass=_UnavailableReasonEnumTypeWrapper):
     """Why a call got no answer from the ledger: no permission to spend, and nothing known about the outcome unless it
@@ -536,6 +540,10 @@ UNAVAILABLE_REASON_DATABASE_UNAVAILABLE: UnavailableReason.ValueType  # 3
 UNAVAILABLE_REASON_CONTENDED: UnavailableReason.ValueType  # 4
 """Conflicts with other servers did not end within the bounded number of retries; nothing was done.
 {"attempts": "10"}
+"""
+UNAVAILABLE_REASON_TOO_MANY_WATCHES: UnavailableReason.ValueType  # 5
+"""As many follow the ledger at this server as it allows.
+{"limit": "32"}
 """
 Global___UnavailableReason: _TypeAlias = UnavailableReason  # noqa: Y015
 

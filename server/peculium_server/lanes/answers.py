@@ -21,6 +21,7 @@ class Unavailability(IntEnum):
     DRAINING = 2
     DATABASE_UNAVAILABLE = 3
     CONTENDED = 4
+    TOO_MANY_WATCHES = 5
 
 
 SENTENCES: dict[Unavailability, str] = {
@@ -30,6 +31,7 @@ SENTENCES: dict[Unavailability, str] = {
         "The database did not answer; send the same operation again to learn what became of it."
     ),
     Unavailability.CONTENDED: "Conflicts with other servers did not end; nothing was done.",
+    Unavailability.TOO_MANY_WATCHES: "As many follow the ledger at this server as it allows.",
 }
 """What happened and what to do, for people."""
 

@@ -18,7 +18,8 @@ from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows, rows_of
 DRAINING_RETRY_MS: Final = 1_000
 """By then a load balancer or a restart has brought another server."""
 
-_DRAINING: Final = Unanswered(Unavailability.DRAINING, {}, DRAINING_RETRY_MS)
+DRAINING: Final = Unanswered(Unavailability.DRAINING, {}, DRAINING_RETRY_MS)
+"""What is said to all by a server that is about to stop."""
 
 
 class Lanes(Protocol):
@@ -72,7 +73,7 @@ class Ledger:
             DeadlinePassed: The deadline passed before some were decided.
         """
         if self._draining:
-            return [Answer(_DRAINING, None)] * len(requests)
+            return [Answer(DRAINING, None)] * len(requests)
         admitted, refused = _admit(requests)
         by_lane = self._split(admitted)
         execute = [self._execute_in(lane, group, deadline) for lane, group in by_lane.items()]
@@ -102,7 +103,7 @@ class Ledger:
             DeadlinePassed: The deadline passed before the batch was decided.
         """
         if self._draining:
-            return [Answer(_DRAINING, None)] * len(batch)
+            return [Answer(DRAINING, None)] * len(batch)
         refused = check_atomic(batch) or _check_weight(batch)
         if refused is not None:
             return [Answer(refusal, None) for refusal in refused]

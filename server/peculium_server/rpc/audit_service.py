@@ -22,13 +22,22 @@ from peculium.v1.audit_service_pb2 import (
     ListEntriesResponse,
     VerifyRequest,
     VerifyResponse,
+    WatchEntriesRequest,
+    WatchEntriesResponse,
 )
 from peculium_server.core.state import Budget, Entry
 from peculium_server.core.verify import Finding, Verifier
 from peculium_server.rpc.accounting import Accounting
 from peculium_server.rpc.pages import fitting, page_token, read_page
 from peculium_server.rpc.reading import Reader
-from peculium_server.rpc.responses import write_budget, write_entry, write_finding, write_position
+from peculium_server.rpc.responses import (
+    entry_bytes,
+    write_budget,
+    write_entry,
+    write_finding,
+    write_position,
+)
+from peculium_server.rpc.watching import Watching
 from peculium_server.store.store import Snapshot, Store
 
 _KEY_BYTES: Final = 8
@@ -48,7 +57,12 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         self._reader = reader
         self._store = store
         self._accounting = Accounting(reader, store)
+        self._watching = Watching(reader, store)
         self._verifying = asyncio.Semaphore(VERIFICATIONS_MAX)
+
+    def close(self) -> None:
+        """Tell those who follow the ledger to go on at another server."""
+        self._watching.close()
 
     async def GetBudget(self, request: GetBudgetRequest, context: Any) -> GetBudgetResponse:
         """Read any budget."""
@@ -111,7 +125,7 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
             page = await self._store.list_entries(
                 root_id, budget_id, limit=asked.size, after=after, descending=request.descending
             )
-        rows = fitting(page.rows, _entry_bytes)
+        rows = fitting(page.rows, entry_bytes)
         last = page.next
         if len(rows) < len(page.rows):
             rows, last = _cut(page.rows, len(rows), tree=tree)
@@ -169,10 +183,11 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         """Refuse: not there yet."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
 
-    async def WatchEntries(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Refuse: not there yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
-        yield
+    def WatchEntries(
+        self, request: WatchEntriesRequest, context: Any
+    ) -> AsyncIterator[WatchEntriesResponse]:
+        """Follow the entries as they are recorded."""
+        return self._watching.watch(request)
 
     async def Export(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Refuse: not there yet."""
@@ -210,7 +225,3 @@ def _cut(rows: Sequence[Entry], fit: int, *, tree: bool) -> tuple[Sequence[Entry
 
 def _budget_bytes(budget: Budget) -> int:
     return _ROW_BYTES + sum(len(key) + len(value) for key, value in budget.labels)
-
-
-def _entry_bytes(entry: Entry) -> int:
-    return _ROW_BYTES + len(entry.request or b"") + len(entry.effect_bytes)

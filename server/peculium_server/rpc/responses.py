@@ -21,6 +21,8 @@ from peculium_server.core.verify import Finding
 from peculium_server.lanes.answers import Answer, Position, Unanswered
 
 _NANOS_PER_US: Final = 1000
+_ENTRY_BYTES: Final = 512
+"""What an entry takes beside its request and effect."""
 _PLAIN_KINDS: Final = frozenset({Kind.RESERVE, Kind.SETTLE, Kind.RELEASE, Kind.EXTEND, Kind.SPEND})
 """These have an effect on one budget and one hold; most operations are of these kinds."""
 
@@ -207,6 +209,11 @@ def write_entry(entry: Entry, lane: int, message: audit_service_pb2.Entry) -> No
     message.previous_hash = entry.previous_hash
     message.hash = entry.hash
     message.amount = entry.amount
+
+
+def entry_bytes(entry: Entry) -> int:
+    """About how much an entry takes in a message."""
+    return _ENTRY_BYTES + len(entry.request or b"") + len(entry.effect_bytes)
 
 
 def write_finding(finding: Finding, message: audit_service_pb2.Finding) -> None:

@@ -90,9 +90,8 @@ class Server:
         admin_service_pb2_grpc.add_AdminServiceServicer_to_server(
             AdminService(operator), surrounded
         )
-        audit_service_pb2_grpc.add_AuditServiceServicer_to_server(
-            AuditService(reader, store), surrounded
-        )
+        self._audit = AuditService(reader, store)
+        audit_service_pb2_grpc.add_AuditServiceServicer_to_server(self._audit, surrounded)
         # These tell nothing of the ledger, and anybody may ask them.
         bare: Any = Registry(self._server, [])
         self._health = health.aio.HealthServicer()
@@ -133,4 +132,6 @@ class Server:
     async def stop(self, grace_seconds: float) -> None:
         """Take no new calls, and end when those in progress have, or when the grace is over."""
         await self._health.enter_graceful_shutdown()
+        # These would never end by themselves.
+        self._audit.close()
         await self._server.stop(grace_seconds)

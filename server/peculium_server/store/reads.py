@@ -176,11 +176,11 @@ def _last_use() -> Executable:
     )
 
 
-def _tree_entries() -> Executable:
-    """A tree's entries between two positions of its lane, each with the hash before it of its budget."""
+def previous_hash() -> ColumnElement[Any]:
+    """Of an entry, the hash before it of its budget; NULL for the first one."""
     before = entries.alias("before")
     seq_before = entries.c.seq - literal_column("1")
-    previous = (
+    return (
         select(before.c.hash)
         .where(
             before.c.lane == entries.c.lane,
@@ -191,8 +191,12 @@ def _tree_entries() -> Executable:
         )
         .scalar_subquery()
     )
+
+
+def _tree_entries() -> Executable:
+    """A tree's entries between two positions of its lane, each with the hash before it of its budget."""
     return (
-        select(*_columns(entries, rows.ENTRY_COLUMNS), previous)
+        select(*_columns(entries, rows.ENTRY_COLUMNS), previous_hash())
         .where(*_in_tree(entries), entries.c.position > _AFTER, entries.c.position <= _UNTIL)
         .order_by(entries.c.position, entries.c.part)
     )

@@ -18,6 +18,7 @@ from psycopg import AsyncRawCursor
 
 from peculium_server.core.limits import BALANCE_MAX, DEPTH_MAX
 from peculium_server.core.state import GENESIS, Budget, Entry, Hold
+from peculium_server.store import tail
 from peculium_server.store.accounts import Accounts
 from peculium_server.store.connect import Readers, connect_reader, is_postgres
 from peculium_server.store.errors import (
@@ -32,6 +33,7 @@ from peculium_server.store.migrate import current, head
 from peculium_server.store.reads import STATEMENTS
 from peculium_server.store.schema import lane_of
 from peculium_server.store.statements import LEDGER
+from peculium_server.store.tail import Tail, Within
 from peculium_server.store.wire import Connection, Step
 
 Row = TypeVar("Row")
@@ -341,6 +343,31 @@ class Store:
             tuple(entry for parts in page for entry in parts),
             page[-1][0].position if more else None,
         )
+
+    # -- What was recorded last ------------------------------------------------------------------
+
+    async def positions(self) -> tuple[int, ...]:
+        """Where all lanes stand at one instant: so many operations are committed in each, by lane."""
+        async with self._reading() as connection:
+            found = await connection.fetch(Step(tail.STATEMENTS["positions"]))
+        if [lane for lane, _ in found] != list(range(self.lanes)):
+            raise LedgerCorrupt("a lane has no position")
+        return tuple(position for _, position in found)
+
+    async def tail(self, lane: int, within: Within | None, *, after: int, until: int) -> Tail:
+        """The operations of a lane between two positions, the first ones if those are too many.
+
+        Args:
+            lane: Which lane.
+            within: Whose entries are wanted; None: all.
+            after: Behind this position.
+            until: Up to this one, which is committed.
+        """
+        statement, values = tail.tail_of(within)
+        values |= {"lane": lane, "after": after, "until": until}
+        async with self._reading() as connection:
+            found = await connection.fetch(Step(statement, values))
+        return await tail.to_tail(found, until)
 
     # -- What the ledger itself has to do ---------------------------------------------------------
 
