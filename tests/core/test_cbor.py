@@ -147,16 +147,15 @@ def test_what_is_no_such_encoding_is_refused(what: str, encoded: str) -> None:
         cbor.decode(bytes.fromhex(encoded))
 
 
-@pytest.mark.parametrize("depth", [300, 450, 480, 900, 2_000, 100_000])
+@pytest.mark.parametrize("depth", [16, 17, 300, 900, 2_000, 100_000])
 @pytest.mark.parametrize("level", [b"\x81", b"\xa1\x00"], ids=["arrays", "maps"])
 def test_what_is_nested_too_deeply_is_refused(level: bytes, depth: int) -> None:
     encoded = level * depth + b"\x00"
-    try:
+    if depth <= 16:
         assert cbor.encode(cbor.decode(encoded)) == encoded
-    except ValueError as refused:
-        assert "nested too deeply" in str(refused)  # noqa: PT017 - either is right, by depth
-    else:
-        assert depth < 1_000
+        return
+    with pytest.raises(ValueError, match="nested too deeply"):
+        cbor.decode(encoded)
 
 
 @pytest.mark.parametrize("value", [2**64, -(2**64) - 1])
