@@ -26,7 +26,7 @@ from peculium_server.core.operations import (
     Rotation,
     Usage,
 )
-from peculium_server.core.state import Balances, Effect, Hold, HoldState
+from peculium_server.core.state import Balances, Effect, Hold, HoldState, new
 
 OPERATION_DOMAIN = b"peculium.operation.v1\x00"
 ENTRY_DOMAIN = b"peculium.entry.v1\x00"
@@ -91,7 +91,7 @@ def _write_usage(usage: Usage) -> bytes:
 
 
 def _unpack_usage(packed: Any) -> Usage:
-    return Usage(**_unpack(_USAGE, packed))
+    return Usage(**_unpack(_USAGE_READERS, packed))
 
 
 def _write_children(children: tuple[Child, ...]) -> bytes:
@@ -99,7 +99,7 @@ def _write_children(children: tuple[Child, ...]) -> bytes:
 
 
 def _unpack_children(packed: Any) -> tuple[Child, ...]:
-    return tuple(Child(**_unpack(_CHILD, child)) for child in _list(packed))
+    return tuple(Child(**_unpack(_CHILD_READERS, child)) for child in _list(packed))
 
 
 def _write_rotations(rotations: tuple[Rotation, ...]) -> bytes:
@@ -225,18 +225,33 @@ _LAYOUTS = {kind: _Layout(fields) for kind, fields in FIELDS.items()}
 _USAGE_LAYOUT, _CHILD_LAYOUT = _Layout(_USAGE), _Layout(_CHILD)
 
 _AUTHORITY_KEY = 1
-_BY_TOKEN, _BY_HOLDER, _BY_ROLE = 1, 2, 3
+BY_TOKEN, BY_HOLDER, BY_ROLE = 1, 2, 3
 _AUTHORITIES: dict[type[Authority], bytes] = {
     type_: cbor.integer(_AUTHORITY_KEY) + cbor.integer(number)
-    for type_, number in ((ByToken, _BY_TOKEN), (ByHolder, _BY_HOLDER), (ByRole, _BY_ROLE))
+    for type_, number in ((ByToken, BY_TOKEN), (ByHolder, BY_HOLDER), (ByRole, BY_ROLE))
 }
 
 
-def _unpack(fields: Sequence[_Field], packed: Any) -> dict[str, Any]:
-    unknown = _dict(packed).keys() - {field.key for field in fields}
-    if unknown:
-        raise TypeError(f"there is no field {min(map(str, unknown))}")
-    return {name: unpack(packed[key]) for key, name, _, unpack in fields if key in packed}
+_Readers = dict[Any, tuple[str, Callable[[Any], Any]]]
+
+
+def _readers(fields: Sequence[_Field]) -> _Readers:
+    return {field.key: (field.name, field.unpack) for field in fields}
+
+
+_READERS = {kind: _readers(fields) for kind, fields in FIELDS.items()}
+_USAGE_READERS, _CHILD_READERS = _readers(_USAGE), _readers(_CHILD)
+
+
+def _unpack(readers: _Readers, packed: Any) -> dict[str, Any]:
+    unpacked = {}
+    for key, value in _dict(packed).items():
+        reader = readers.get(key)
+        if reader is None:
+            raise TypeError(f"there is no field {key}")
+        name, unpack = reader
+        unpacked[name] = unpack(value)
+    return unpacked
 
 
 def encode_request(operation: Operation) -> bytes:
@@ -261,19 +276,17 @@ def decode_request(
     Raises:
         ValueError: The bytes are not an encoded request of that kind.
     """
-    packed = cbor.decode(request)
-    if not isinstance(packed, dict):
-        raise ValueError("a request is a map")  # noqa: TRY004 - of bytes, not of an argument
-    by = packed.pop(_AUTHORITY_KEY, None)
+    fields = request_fields(kind, request)
+    by = fields.pop("authority")
     authority: Authority
-    if by == _BY_TOKEN and consumed is not None:
-        authority = ByToken(consumed)
-    elif by == _BY_HOLDER:
+    if by == BY_HOLDER:
         authority = ByHolder()
-    elif by == _BY_ROLE:
+    elif by == BY_ROLE:
         authority = ByRole()
+    elif consumed is not None:
+        authority = ByToken(consumed)
     else:
-        raise ValueError("a request names its authority")
+        raise ValueError("a request by token has consumed one")
     try:
         return OPERATIONS[kind](
             operation_id=operation_id,
@@ -281,10 +294,30 @@ def decode_request(
             budget_id=budget_id,
             authority=authority,
             trace_id=trace_id,
-            **_unpack(FIELDS[kind], packed),
+            **fields,
         )
     except TypeError as error:
         raise ValueError(f"not a {kind.name}: {error}") from error
+
+
+def request_fields(kind: Kind, request: bytes) -> dict[str, Any]:
+    """What a request says, by the names of the operation's fields; `authority` is a number.
+
+    Raises:
+        ValueError: The bytes are not an encoded request of that kind.
+    """
+    packed = cbor.decode(request)
+    if not isinstance(packed, dict):
+        raise ValueError("a request is a map")  # noqa: TRY004 - of bytes, not of an argument
+    by = packed.pop(_AUTHORITY_KEY, None)
+    if type(by) is not int or by not in (BY_TOKEN, BY_HOLDER, BY_ROLE):
+        raise ValueError("a request names its authority")
+    try:
+        fields = _unpack(_READERS[kind], packed)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"not a {kind.name}: {error}") from error
+    fields["authority"] = by
+    return fields
 
 
 def encode_effect(effect: Effect) -> bytes:
@@ -339,41 +372,81 @@ def decode_effect(data: bytes, budget_id: bytes) -> Effect:
     """
     packed: Any = cbor.decode(data)
     try:
-        changes = packed.get(1, {})
-        hold = packed.get(11)
-        return Effect(
-            changes=Balances(*(changes.get(index, 0) for index in range(1, 9))),
-            disputed=packed.get(2, 0),
-            disputes=packed.get(3, 0),
-            holds_live=packed.get(4, 0),
-            closed=packed.get(5, False),
-            frozen=packed.get(6, False),
-            lease_until=packed.get(7),
-            lease_latest=packed.get(8),
-            version=packed.get(9, 0),
-            versions=tuple(packed.get(10, ())),
-            hold=None if hold is None else _unpack_hold(hold, budget_id),
-            returned=packed.get(12, 0),
-            pending=packed.get(13, 0),
-            holds=tuple(_unpack_hold(one, budget_id) for one in packed.get(14, ())),
-            holds_truncated=packed.get(15, False),
+        _check_types(packed, _EFFECT_TYPES)
+        get = packed.get
+        changes, hold, holds = get(1), get(11), get(14)
+        return new(
+            Effect,
+            (
+                _NO_CHANGES if changes is None else _unpack_changes(changes),
+                get(2, 0),
+                get(3, 0),
+                get(4, 0),
+                get(5, False),
+                get(6, False),
+                get(7),
+                get(8),
+                get(9, 0),
+                tuple(map(_int, get(10, ()))),
+                None if hold is None else _unpack_hold(hold, budget_id),
+                get(12, 0),
+                get(13, 0),
+                () if holds is None else tuple([_unpack_hold(one, budget_id) for one in holds]),
+                get(15, False),
+            ),
         )
     except (AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"not an effect: {error}") from error
 
 
-def _unpack_hold(packed: dict[int, Any], budget_id: bytes) -> Hold:
-    return Hold(
-        budget_id=budget_id,
-        hold_id=packed[1],
-        token=b"",
-        state=HoldState(packed[2]),
-        amount=packed.get(3, 0),
-        remaining=packed.get(4, 0),
-        booked=packed.get(5, 0),
-        disputed=packed.get(6, 0),
-        created_at=packed.get(7, 0),
-        expires_at=packed.get(8, 0),
+def _check_types(packed: Any, types: dict[Any, type]) -> None:
+    """What is absent is zero, false or null: a value that is there is none of these, and of its type."""
+    for key, value in packed.items():
+        if type(value) is not types[key] or not value:
+            raise TypeError(f"the value of {key} is none")
+
+
+_NO_CHANGES = Balances()
+_CHANGE_TYPES: dict[Any, type] = dict.fromkeys(range(1, 9), int)
+_EFFECT_TYPES: dict[Any, type] = {
+    1: dict,
+    5: bool,
+    6: bool,
+    10: list,
+    11: dict,
+    14: list,
+    15: bool,
+} | dict.fromkeys((2, 3, 4, 7, 8, 9, 12, 13), int)
+_HOLD_TYPES: dict[Any, type] = {1: bytes} | dict.fromkeys(range(2, 9), int)
+_HOLD_STATES = {int(state): state for state in HoldState}
+
+
+def _unpack_changes(packed: Any) -> Balances:
+    _check_types(packed, _CHANGE_TYPES)
+    get = packed.get
+    return new(
+        Balances,
+        (get(1, 0), get(2, 0), get(3, 0), get(4, 0), get(5, 0), get(6, 0), get(7, 0), get(8, 0)),
+    )
+
+
+def _unpack_hold(packed: Any, budget_id: bytes) -> Hold:
+    _check_types(packed, _HOLD_TYPES)
+    get = packed.get
+    return new(
+        Hold,
+        (
+            budget_id,
+            packed[1],
+            b"",
+            _HOLD_STATES[packed[2]],
+            get(3, 0),
+            get(4, 0),
+            get(5, 0),
+            get(6, 0),
+            get(7, 0),
+            get(8, 0),
+        ),
     )
 
 
