@@ -20,9 +20,9 @@ from peculium import BudgetRef, Child, aio
 from peculium._limits import CHILDREN_MAX
 from peculium.aio import Client
 from peculium_server import embedded
+from peculium_server.core.lanes import lane_of
 from peculium_server.embedded import EmbeddedPostgres
 from peculium_server.store import migrate
-from peculium_server.store.schema import lane_of
 from tests.bench.jobs import TIMEOUT_SECONDS, Place
 from tests.server import RunningServer, StartServer, starting
 

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from peculium.v1 import types_pb2
 from peculium_server.core.admission import SYSTEM_KINDS
 from peculium_server.core.encoding import decode_request
+from peculium_server.core.lanes import lane_of
 from peculium_server.core.operations import (
     SYSTEM,
     Actor,
@@ -43,7 +44,7 @@ from peculium_server.core.shape import check_shape
 from peculium_server.core.state import Accepted, Budget, Entry, Hold, HoldState
 from peculium_server.core.verify import _WholeTree
 from peculium_server.rpc.responses import write_outcome
-from peculium_server.store.schema import LANES, lane_of
+from peculium_server.store.schema import LANES
 from peculium_server.store.wire import Connection
 from tests.faults.tally import Tally
 

@@ -19,11 +19,11 @@ from google.protobuf.message import Message
 
 from peculium._ids import new_id, token_id
 from peculium.v1 import ledger_service_pb2 as ledger, types_pb2
+from peculium_server.core.lanes import lane_of
 from peculium_server.core.operations import After, AtomicBatch, Extend, Operation, Release, Settle
 from peculium_server.core.refusals import Refused
 from peculium_server.core.state import Hold
 from peculium_server.rpc.requests import decode
-from peculium_server.store.schema import lane_of
 from tests.faults.checks import (
     Asked,
     Attempt,

@@ -24,8 +24,9 @@ from peculium.v1 import (
     ledger_service_pb2_grpc,
     types_pb2,
 )
+from peculium_server.core.lanes import lane_of
 from peculium_server.core.operations import Actor, Role
-from peculium_server.store.schema import LANES, lane_of
+from peculium_server.store.schema import LANES
 from tests.faults.checks import Refusal
 from tests.system.wire import reason_of, told
 

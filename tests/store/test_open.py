@@ -7,9 +7,10 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from peculium_server.core.lanes import lane_of
 from peculium_server.store import migrate
 from peculium_server.store.errors import SchemaOutdated, SettingsUnsafe, StoreUnavailable
-from peculium_server.store.schema import LANES, lane_of
+from peculium_server.store.schema import LANES
 from peculium_server.store.store import Store
 
 

@@ -18,8 +18,9 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from peculium.v1 import audit_service_pb2 as audit
+from peculium_server.core.lanes import lane_of
 from peculium_server.store import migrate
-from peculium_server.store.schema import LANES, lane_of
+from peculium_server.store.schema import LANES
 from tests.faults.cluster import Cluster
 from tests.postgres import Server as PostgresServer
 from tests.server import RunningServer, StartServer

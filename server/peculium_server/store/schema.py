@@ -9,7 +9,6 @@ because millions of entries would otherwise carry padding.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 
 from sqlalchemy import (
@@ -48,14 +47,6 @@ SEQ_GROUP_BITS = 6
 
 All entries of a group have the same key, which a B-tree stores once: a tenth of the bytes.
 """
-
-_LANE_DOMAIN = b"peculium.lane.v1\x00"
-
-
-def lane_of(root_id: bytes, lanes: int) -> int:
-    """The lane of a root: SHA-256 over a domain and the id, its first 8 bytes modulo the lanes."""
-    return int.from_bytes(hashlib.sha256(_LANE_DOMAIN + root_id).digest()[:8]) % lanes
-
 
 metadata = MetaData(
     naming_convention={

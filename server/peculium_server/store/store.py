@@ -16,6 +16,7 @@ from uuid import UUID
 import psycopg
 from psycopg import AsyncRawCursor
 
+from peculium_server.core.lanes import lane_of
 from peculium_server.core.limits import BALANCE_MAX, DEPTH_MAX
 from peculium_server.core.state import GENESIS, Budget, Entry, Hold
 from peculium_server.store import tail
@@ -31,7 +32,6 @@ from peculium_server.store.errors import (
 from peculium_server.store.lane import LanesWriter, LaneWriter
 from peculium_server.store.migrate import current, head
 from peculium_server.store.reads import STATEMENTS
-from peculium_server.store.schema import lane_of
 from peculium_server.store.statements import LEDGER
 from peculium_server.store.tail import Tail, Within
 from peculium_server.store.wire import Connection, Step

@@ -1,0 +1,234 @@
+"""A whole export: its lanes, their trees, and that nothing of them is missing.
+
+Beside the rules of `tree` it has these:
+
+- "lane", "position", "parts": a tree is in its lane; in a lane positions ascend, in a whole ledger's
+  export without a gap, and an operation's entries stand together
+- "batch": of an atomic batch all operations were recorded
+- "decision": decided again, an operation leaves the same entries (with `decide`)
+- "header", "trailer": the export says of itself what is true
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from peculium_server.core.lanes import lane_of
+from peculium_server.core.offline.rules import Broken
+from peculium_server.core.offline.tree import TreeAudit
+from peculium_server.core.operations import AtomicBatch
+from peculium_server.core.refusals import id_text
+from peculium_server.core.state import Budget, Entry, Hold
+from peculium_server.core.verify import Finding, Verifier
+
+ENCODING_VERSION: Final = 1
+
+
+class Header(NamedTuple):
+    """What is exported."""
+
+    encoding_version: int
+    incarnation: bytes
+    at: int
+    """When it was read, by the database's clock. Microseconds since the Unix epoch."""
+    positions: tuple[int, ...]
+    """Each lane's position at that instant."""
+    root_id: bytes | None
+    """The only tree; None: the whole ledger."""
+
+
+class Counts(NamedTuple):
+    """How much there is of everything."""
+
+    entries: int = 0
+    budgets: int = 0
+    holds: int = 0
+    checkpoints: int = 0
+
+
+class _Batch(NamedTuple):
+    """An atomic batch of which something is still to come."""
+
+    first: Entry
+    missing: int
+
+
+class ExportAudit:
+    """Checks an export. Feed its records in their order, then ask `finish`.
+
+    Memory grows with the budgets, holds and tokens, and by a hash for each entry.
+    """
+
+    def __init__(self, *, decide: bool = False) -> None:
+        self.counts = Counts()
+        self.trees: dict[bytes, TreeAudit] = {}
+        self._decide = decide
+        self._verifiers: dict[bytes, Verifier] = {}
+        self._header: Header | None = None
+        self._positions: list[int] = []
+        self._parts: list[list[Entry]] = []
+        """By lane: the operation that is being read."""
+        self._batches: dict[bytes, _Batch] = {}
+        self._general: list[Finding] = []
+
+    @property
+    def _whole(self) -> bool:
+        """Say whether the whole ledger is exported."""
+        return self._header is not None and self._header.root_id is None
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What is wrong so far: the first finding of each tree, and what concerns no tree."""
+        in_trees = [tree.finding for tree in self.trees.values() if tree.finding is not None]
+        decided = [one.finding for one in self._verifiers.values() if one.finding is not None]
+        found = {finding.root_id for finding in in_trees}
+        return in_trees + [one for one in decided if one.root_id not in found] + self._general
+
+    def header(self, header: Header) -> None:
+        """Begin, or go on with what was exported later."""
+        before = self._header
+        if before is None:
+            self._positions = [0] * len(header.positions)
+            self._parts = [[] for _ in header.positions]
+        elif (
+            header.incarnation != before.incarnation
+            or header.root_id != before.root_id
+            or len(header.positions) != len(before.positions)
+            or any(now < then for now, then in zip(header.positions, before.positions, strict=True))
+        ):
+            self._say("header", "it goes on with the export of something else")
+            return
+        if header.encoding_version != ENCODING_VERSION:
+            self._say("header", f"encoding {header.encoding_version} is not known")
+        self._header = header
+
+    def entry(self, entry: Entry, lane: int) -> None:
+        """Check the next entry; of an operation of several parts, with the last of them."""
+        self.counts = self.counts._replace(entries=self.counts.entries + 1)
+        tree = self.trees.get(entry.root_id)
+        if tree is None:
+            tree = self._begin(entry, lane)
+        if lane >= len(self._parts):
+            return
+        parts = self._parts[lane]
+        if parts and (entry.operation_id != parts[0].operation_id or entry.part != len(parts)):
+            self._incomplete(lane)
+            parts = self._parts[lane]
+        if not parts:
+            if entry.part:
+                tree.broken(Broken("parts", "the parts before it are missing"), entry)
+                return
+            self._next_position(tree, entry, lane)
+        parts.append(entry)
+        if len(parts) >= entry.parts:
+            self._parts[lane] = []
+            self._operation(tree, parts)
+
+    def budget(self, row: Budget, token_digest: bytes | None) -> None:
+        """Compare the row of a budget, whose token is left out, with the fold of its entries."""
+        self.counts = self.counts._replace(budgets=self.counts.budgets + 1)
+        tree = self._row_of(row.root_id)
+        fold = tree.budgets.get(row.budget_id)
+        tree.budget(row, token_digest)
+        verifier = self._verifiers.get(row.root_id)
+        if verifier is not None and fold is not None:
+            verifier.budget(row._replace(token=fold.token))
+
+    def hold(self, root_id: bytes, row: Hold, token_digest: bytes | None) -> None:
+        """Compare the row of a hold, whose token is left out, with the fold of its entries."""
+        self.counts = self.counts._replace(holds=self.counts.holds + 1)
+        tree = self._row_of(root_id)
+        fold = tree.holds.get(row.hold_id)
+        tree.hold(row, token_digest)
+        verifier = self._verifiers.get(root_id)
+        if verifier is not None and fold is not None:
+            verifier.hold(row._replace(token=fold.token))
+
+    def trailer(self, counts: Counts) -> None:
+        """Compare what the export says that it has with what was there."""
+        if counts != self.counts:
+            differing = [
+                name
+                for name, a, b in zip(counts._fields, counts, self.counts, strict=True)
+                if a != b
+            ]
+            self._say("trailer", f"it counts other {' and '.join(differing)} than there are")
+
+    def finish(self) -> list[Finding]:
+        """All findings, the first one of each tree; none: the export is verified."""
+        for lane in range(len(self._parts)):
+            self._incomplete(lane)
+        header = self._header
+        if header is None:
+            self._say("header", "there is none")
+        elif header.root_id is None:
+            for lane, (told, was) in enumerate(zip(header.positions, self._positions, strict=True)):
+                if told != was:
+                    self._say("position", f"lane {lane} ends at {was}, not at {told}")
+        for batch_id, batch in self._batches.items():
+            detail = f"{batch.missing} operations of batch {id_text(batch_id)} are missing"
+            self._tree_of(batch.first).broken(Broken("batch", detail), batch.first)
+        for tree in self.trees.values():
+            tree.finish()
+        for verifier in self._verifiers.values():
+            verifier.finish()
+        return self.findings
+
+    def _row_of(self, root_id: bytes) -> TreeAudit:
+        """The tree of a row; one without entries has none to compare it with."""
+        if root_id not in self.trees:
+            self.trees[root_id] = TreeAudit(root_id)
+        return self.trees[root_id]
+
+    def _tree_of(self, entry: Entry) -> TreeAudit:
+        return self.trees[entry.root_id]
+
+    def _begin(self, entry: Entry, lane: int) -> TreeAudit:
+        tree = self.trees[entry.root_id] = TreeAudit(entry.root_id)
+        if lane != lane_of(entry.root_id, max(1, len(self._parts))):
+            tree.broken(Broken("lane", f"the tree is not of lane {lane}"), entry)
+        elif self._header is None or self._header.root_id not in (None, entry.root_id):
+            tree.broken(Broken("lane", "it is not the tree that is exported"), entry)
+        return tree
+
+    def _incomplete(self, lane: int) -> None:
+        """The operation that was being read lacks a part."""
+        parts, self._parts[lane] = self._parts[lane], []
+        if parts:
+            missing = parts[0].parts - len(parts)
+            self._tree_of(parts[0]).broken(Broken("parts", f"{missing} are missing"), parts[-1])
+
+    def _next_position(self, tree: TreeAudit, entry: Entry, lane: int) -> None:
+        before = self._positions[lane]
+        whole = self._whole
+        if entry.position <= before or (whole and entry.position != before + 1):
+            expected = f"{before + 1} was expected" if whole else f"{before} was before"
+            tree.broken(Broken("position", f"position {entry.position}: {expected}"), entry)
+        self._positions[lane] = max(before, entry.position)
+
+    def _operation(self, tree: TreeAudit, parts: list[Entry]) -> None:
+        first = parts[0]
+        if first.parts != len(parts):
+            tree.broken(Broken("parts", f"{first.parts} were said, not {len(parts)}"), first)
+        batch = tree.operation(parts)
+        if tree.finding is not None:
+            return
+        if batch is not None and self._whole:
+            self._in_batch(batch, first)
+        if self._decide:
+            verifier = self._verifiers.get(tree.root_id)
+            if verifier is None:
+                verifier = self._verifiers[tree.root_id] = Verifier(tree.root_id)
+            for part in parts:
+                verifier.entry(part)
+
+    def _in_batch(self, batch: AtomicBatch, first: Entry) -> None:
+        begun = self._batches.pop(batch.batch_id, None)
+        if begun is None:
+            begun = _Batch(first, batch.size)
+        if begun.missing > 1:
+            self._batches[batch.batch_id] = begun._replace(missing=begun.missing - 1)
+
+    def _say(self, rule: str, detail: str) -> None:
+        """Note what is wrong with no tree."""
+        self._general.append(Finding(b"", b"", 0, rule, detail))

@@ -1,0 +1,137 @@
+"""What the entries of a budget add up to, while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from peculium_server.core.operations import Labels
+from peculium_server.core.state import (
+    GENESIS,
+    Balances,
+    Budget,
+    Custody,
+    Effect,
+    Entry,
+    new,
+)
+
+HASH_BYTES = 32
+
+NOTHING = Balances()
+
+
+class Folded:
+    """A budget as its entries so far have left it. Changed in place: there are millions of entries."""
+
+    __slots__ = (
+        "budget_id",
+        "created_at",
+        "custody",
+        "effect",
+        "hashes",
+        "head",
+        "holder",
+        "labels",
+        "last_at",
+        "line",
+        "money",
+        "name",
+        "overrun_factor",
+        "seen",
+        "seq",
+        "token",
+        "unit",
+    )
+
+    def __init__(
+        self,
+        budget_id: bytes,
+        parent: Folded | None,
+        *,
+        name: str,
+        unit: str,
+        holder: str | None,
+        token: bytes | None,
+        overrun_factor: int | None,
+        labels: Labels,
+        created_at: int,
+    ) -> None:
+        self.budget_id = budget_id
+        self.line: tuple[Folded, ...] = () if parent is None else (parent, *parent.line)
+        """Its ancestors, the parent first."""
+        self.name = name
+        self.unit = unit
+        self.holder = holder
+        self.token = token
+        self.custody = Custody.PRINCIPAL if token is None else Custody.TOKEN
+        self.overrun_factor = overrun_factor
+        self.labels = labels
+        self.created_at = created_at
+        self.money = NOTHING
+        self.effect: Effect | None = None
+        """Of its last entry; None before the first one."""
+        self.seq = 0
+        self.last_at = 0
+        self.head = GENESIS
+        self.hashes = bytearray()
+        """Of all its entries, one after the other: a checkpoint seals any of them."""
+        self.seen: set[bytes] = set() if token is None else {token}
+        """Every token id that it or one of its holds ever had."""
+
+    def take(self, entry: Entry, effect: Effect) -> None:
+        """Go on to the state after an entry."""
+        self.money = entry.money
+        self.effect = effect
+        self.seq = entry.seq
+        self.last_at = entry.at
+        self.head = entry.hash
+        self.hashes += entry.hash
+
+    def hash_at(self, seq: int) -> bytes | None:
+        """The hash of an entry; None if there is no such entry."""
+        if not 1 <= seq <= self.seq:
+            return None
+        return bytes(self.hashes[(seq - 1) * HASH_BYTES : seq * HASH_BYTES])
+
+    def versions(self) -> tuple[int, ...]:
+        """The versions of its ancestors, the parent's first."""
+        return tuple([0 if above.effect is None else above.effect.version for above in self.line])
+
+    def row(self, root_id: bytes) -> Budget:
+        """The row that the ledger has to have of it."""
+        effect = self.effect
+        assert effect is not None, "it was made by an entry of its own"
+        return new(
+            Budget,
+            (
+                root_id,
+                self.budget_id,
+                tuple([above.budget_id for above in self.line]),
+                self.name,
+                self.unit,
+                self.custody,
+                self.holder,
+                self.token,
+                self.overrun_factor,
+                self.labels,
+                self.created_at,
+                self.money,
+                *effect[1:9],
+                self.seq,
+                self.last_at,
+                self.head,
+            ),
+        )
+
+
+def gate(effect: Effect, money: Sequence[int]) -> tuple[bool, bool, int | None, bool]:
+    """Everything of a budget that a decision below may read; its version counts the changes."""
+    return (
+        effect.closed,
+        effect.frozen or effect.disputes > 0,
+        effect.lease_until,
+        money[_OVERRUN] > 0,
+    )
+
+
+_OVERRUN = Balances._fields.index("overrun")

@@ -1,0 +1,109 @@
+"""By what right: whose authority an operation names, and that every token is used linearly.
+
+A budget that is held by token has one live token, a hold one until it ends. An operation consumes the
+ones that it needs, each of which has to be the live one, and produces the next, which its budget has
+never seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from peculium_server.core.encoding import BY_HOLDER, BY_ROLE, BY_TOKEN
+from peculium_server.core.offline.fold import Folded
+from peculium_server.core.offline.rules import Broken, Step
+from peculium_server.core.operations import SYSTEM, Kind
+from peculium_server.core.state import Custody, Entry, Hold
+
+SYSTEM_KINDS: Final = frozenset({Kind.LAPSE, Kind.EXPIRE, Kind.COLLECT})
+ADMIN_KINDS: Final = frozenset({Kind.GRANT, Kind.TOP_UP, Kind.WITHDRAW, Kind.FREEZE, Kind.UNFREEZE})
+BY_HOLD: Final = frozenset({Kind.SETTLE, Kind.RELEASE, Kind.EXTEND})
+"""Their token is the hold's."""
+_EITHER: Final = frozenset({Kind.RECOVER, Kind.RESOLVE})
+"""By an admin too."""
+
+
+def check_rights(steps: list[Step], asked: dict[str, Any], holds: dict[bytes, Hold]) -> None:
+    """Check authority and tokens of an operation, and go on to its budget's next token."""
+    entry, budget = steps[0].entry, steps[0].budget
+    by = asked["authority"]
+    _check_authority(entry, budget, by)
+    needed = _needed(entry, budget, asked, holds)
+    own = [step.entry.consumed for step in steps if step.budget is budget]
+    told = [token for token in own if token is not None]
+    if told != needed:
+        index = next(
+            (at for at, pair in enumerate(zip(told, needed, strict=False)) if pair[0] != pair[1]),
+            min(len(told), len(needed), len(own) - 1),
+        )
+        raise Broken("token", "the token that it consumed is not the live one", index)
+    for index, step in enumerate(steps):
+        if step.budget is not budget and step.entry.consumed is not None:
+            raise Broken("token", "only the budget concerned is operated on by token", index)
+    if entry.kind is Kind.RECOVER or (by == BY_TOKEN and entry.kind not in BY_HOLD):
+        _rotate(entry, budget, asked, by)
+    elif asked.get("next_token_id") is not None:
+        raise Broken("token", "it may not produce a token")
+
+
+def _rotate(entry: Entry, budget: Folded, asked: dict[str, Any], by: int) -> None:
+    """Go on to the budget's next token."""
+    following = asked.get("next_token_id")
+    if following is not None:
+        produce(budget, following)
+    elif by == BY_TOKEN and not (entry.kind is Kind.RETURN and asked.get("amount") is None):
+        raise Broken("token", "it has to produce the next token")
+    budget.token = following
+    if entry.kind is Kind.ACCEPT:
+        budget.holder = entry.principal
+    elif by == BY_ROLE:
+        budget.holder = asked.get("holder")
+        budget.custody = Custody.PRINCIPAL if following is None else Custody.TOKEN
+
+
+def produce(budget: Folded, token: bytes, part: int = 0) -> None:
+    """Give a budget or one of its holds a token, which it has never seen."""
+    if token in budget.seen:
+        raise Broken("token", "the token that it produces was the budget's before", part)
+    budget.seen.add(token)
+
+
+def _check_authority(entry: Entry, budget: Folded, by: int) -> None:
+    kind = entry.kind
+    if by == BY_ROLE:
+        allowed = kind in ADMIN_KINDS or kind in SYSTEM_KINDS or kind in _EITHER
+    elif by == BY_HOLDER:
+        allowed = budget.holder == entry.principal and kind not in BY_HOLD
+    else:
+        allowed = kind in BY_HOLD or budget.holder in (None, entry.principal)
+    if by != BY_ROLE and (kind in ADMIN_KINDS or kind in SYSTEM_KINDS):
+        allowed = False
+    if kind in SYSTEM_KINDS and entry.principal != SYSTEM.principal:
+        allowed = False
+    if not allowed:
+        raise Broken("authority", f"{entry.principal} has no authority for it")
+
+
+def _needed(
+    entry: Entry, budget: Folded, asked: dict[str, Any], holds: dict[bytes, Hold]
+) -> list[bytes]:
+    """The tokens that the operation has to consume, in the order of its entries."""
+    kind, by = entry.kind, asked["authority"]
+    needed: list[bytes] = []
+    if kind is Kind.RECOVER or (by == BY_TOKEN and kind not in BY_HOLD):
+        if budget.token is not None:
+            needed.append(budget.token)
+        elif by == BY_TOKEN:
+            raise Broken("token", "the budget has no live token")
+    if kind in BY_HOLD or kind is Kind.RESOLVE:
+        hold = holds.get(asked.get("hold_id", b""))
+        if hold is not None and hold.settleable:
+            needed.append(hold.token)
+        elif kind in BY_HOLD:
+            raise Broken("token", "the hold has no live token")
+    for rotation in asked.get("holds", ()):
+        hold = holds.get(rotation.hold_id)
+        if hold is None or not hold.settleable:
+            raise Broken("token", "a hold that it rotates has no live token")
+        needed.append(hold.token)
+    return needed
