@@ -59,9 +59,7 @@ def _other(value: Any, column: str, at: int) -> Any:
 def tampered(ledger: Ledger, root_id: bytes, seed: int) -> Finding | None:
     """What an auditor finds after one column of one entry, both chosen by a seed, was altered."""
     entries = [entry for entry in ledger.journal if entry.root_id == root_id]
-    where = _chosen(seed, len(entries))
-    column = ENTRY_COLUMNS[_chosen(seed + 1, len(ENTRY_COLUMNS))]
-    entries[where] = altered(entries[where], column, at=_chosen(seed + 2, 64))
+    alter_one(entries, ENTRY_COLUMNS, seed)
     tree = ledger.trees[root_id]
     return verify(entries, tree.known_budgets(), tree.known_holds(), root_id)
 
@@ -71,16 +69,16 @@ def tampered_rows(ledger: Ledger, root_id: bytes, seed: int) -> Finding | None:
     tree = ledger.trees[root_id]
     budgets, holds = tree.known_budgets(), tree.known_holds()
     if holds and seed % 2:
-        _alter_one(holds, seed)
+        alter_one(holds, Hold._fields, seed)
     else:
-        _alter_one(budgets, seed)
+        alter_one(budgets, Budget._fields, seed)
     entries = [entry for entry in ledger.journal if entry.root_id == root_id]
     return verify(entries, budgets, holds, root_id)
 
 
-def _alter_one(rows: list[_T], seed: int) -> None:
+def alter_one(rows: list[_T], columns: Sequence[str], seed: int) -> None:
+    """Alter one column of one row, both chosen by a seed."""
     where = _chosen(seed, len(rows))
-    columns: Sequence[str] = rows[where]._fields
     column = columns[_chosen(seed + 1, len(columns))]
     rows[where] = altered(rows[where], column, at=_chosen(seed + 2, 64))
 

@@ -37,6 +37,7 @@ from peculium_server.core.refusals import Refusal, Refused
 from peculium_server.core.state import Custody, HoldState
 from tests.core.ledger import DAY, HOUR, MINUTE, SYSTEM_KINDS, HoldRef, Ledger, Node
 from tests.core.model import Model, ModelBudget, ModelHold
+from tests.core.offline.exported import Exported
 from tests.core.tampering import tampered, tampered_rows
 
 R = Refusal
@@ -565,9 +566,12 @@ class Machine(RuleBasedStateMachine):
         if not self.nodes:
             return
         assert self.ledger.verify(self.root.id) is None
+        exported = Exported.of(self.ledger)
+        assert exported.findings() == []
         for seed in range(3):
             assert tampered(self.ledger, self.root.id, seed) is not None
             assert tampered_rows(self.ledger, self.root.id, seed) is not None
+            assert exported.tampered(seed).findings() != []
 
 
 WRONG: list[Refusal | None] = [

@@ -1,0 +1,54 @@
+"""A ledger of the core's tests as it is exported, and what an offline verification finds in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from peculium_server.core.offline.export import Counts, ExportAudit, Header
+from peculium_server.core.offline.tree import digest_of
+from peculium_server.core.state import Budget, Entry, Hold
+from peculium_server.core.verify import Finding
+from tests.core.ledger import Ledger
+from tests.core.tampering import ENTRY_COLUMNS, alter_one
+
+
+class Exported(NamedTuple):
+    """What an export has. Its ledger has one lane."""
+
+    header: Header
+    entries: Sequence[Entry]
+    budgets: Sequence[Budget]
+    holds: Sequence[tuple[bytes, Hold]]
+    """Each with its root."""
+
+    @classmethod
+    def of(cls, ledger: Ledger) -> Exported:
+        """Export all of a ledger."""
+        return cls(
+            Header(1, bytes(16), ledger.now, (ledger.position,), None),
+            tuple(ledger.journal),
+            tuple(budget for tree in ledger.trees.values() for budget in tree.known_budgets()),
+            tuple(
+                (root, hold) for root, tree in ledger.trees.items() for hold in tree.known_holds()
+            ),
+        )
+
+    def tampered(self, seed: int) -> Exported:
+        """The same with one column of one entry altered, both chosen by a seed."""
+        entries = list(self.entries)
+        alter_one(entries, ENTRY_COLUMNS, seed)
+        return self._replace(entries=entries)
+
+    def findings(self, *, decide: bool = False) -> list[Finding]:
+        """What an offline verification finds."""
+        audit = ExportAudit(decide=decide)
+        audit.header(self.header)
+        for entry in self.entries:
+            audit.entry(entry, 0)
+        for budget in self.budgets:
+            audit.budget(budget._replace(token=None), digest_of(budget.token))
+        for root_id, hold in self.holds:
+            audit.hold(root_id, hold._replace(token=b""), digest_of(hold.token))
+        audit.trailer(Counts(len(self.entries), len(self.budgets), len(self.holds), 0))
+        return audit.finish()
