@@ -14,10 +14,11 @@ from psycopg import sql
 from sqlalchemy import Table, Uuid
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 
+from peculium_server.core.lanes import lane_of
 from peculium_server.core.operations import Operation, Usage
 from peculium_server.core.outcome import Outcome
 from peculium_server.store import rows, schema
-from peculium_server.store.schema import LANES, lane_of
+from peculium_server.store.schema import LANES
 from tests.core.ledger import DAY, HOUR, MINUTE, START, HoldRef, Ledger, Node
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -38,11 +38,12 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from peculium_server.core.encoding import decode_effect
+from peculium_server.core.lanes import lane_of
 from peculium_server.core.operations import Kind
 from peculium_server.core.state import Balances
 from peculium_server.core.usage import Booking, Level
 from peculium_server.store.errors import LedgerCorrupt, translate
-from peculium_server.store.schema import SPARSE, budgets, entries, lane_of
+from peculium_server.store.schema import SPARSE, budgets, entries
 from peculium_server.store.statements import compiled
 from peculium_server.store.wire import Connection, Statement, Step
 
