@@ -23,6 +23,7 @@ import pytest
 from psycopg import sql
 
 from peculium_server.embedded import EmbeddedPostgres
+from peculium_server.store import roles
 
 MIGRATE = "peculium_server.store.migrate"
 TEMPLATE_LOCK = 0x7065637C  # Advisory: one worker makes the template, the others wait for it.
@@ -99,6 +100,13 @@ class Server:
         return psycopg.connect(self.dsn, autocommit=True)
 
 
+def as_role(dsn: str, role: str) -> str:
+    """The URI of the same database for sessions that have the role's rights and no others."""
+    url = urlsplit(dsn)
+    query = "&".join(filter(None, [url.query, f"options=-c%20role%3D{role}"]))
+    return url._replace(query=query).geturl()
+
+
 @pytest.fixture(scope="session")
 def postgres(pytestconfig: pytest.Config) -> Iterator[Server]:
     """The server of this run."""
@@ -124,6 +132,12 @@ def database(postgres: Server) -> Iterator[str]:
     """The URL of a database at the newest schema, without any budget."""
     with postgres.fresh_database(postgres.migrated_template()) as url:
         yield url
+
+
+@pytest.fixture
+def served_database(database: str) -> str:
+    """The URL of the same for a server: with the rights that a server has to have, and no others."""
+    return as_role(database, roles.SERVER)
 
 
 @pytest.fixture

@@ -100,9 +100,9 @@ def starting(directory: Path) -> Iterator[StartServer]:
 
 
 @pytest.fixture
-def running_server(start_server: StartServer, database: str) -> RunningServer:
+def running_server(start_server: StartServer, served_database: str) -> RunningServer:
     """A server in dev mode on a database of its own: whoever calls is `dev`, and may do everything."""
-    return start_server("--database-url", database)
+    return start_server("--database-url", served_database)
 
 
 def _wait_until_ready(server: RunningServer) -> None:

@@ -122,7 +122,7 @@ def _field(kind: Kind, name: str) -> st.SearchStrategy[Any]:
     return BY_NAME.get(name, AMOUNT)
 
 
-def _operations(kind: Kind) -> st.SearchStrategy[Operation]:
+def operations(kind: Kind) -> st.SearchStrategy[Operation]:
     type_ = OPERATIONS[kind]
     names = [field.name for field in fields(type_) if field.name != "dry_run"]
     return st.builds(type_, **{name: _field(kind, name) for name in names})
@@ -144,7 +144,7 @@ def _decoded(operation: Operation, request: bytes) -> Operation:
 @pytest.mark.parametrize("kind", Kind)
 @given(data=st.data())
 def test_a_request_is_decoded_to_what_was_encoded(kind: Kind, data: st.DataObject) -> None:
-    operation = data.draw(_operations(kind))
+    operation = data.draw(operations(kind))
     request = encode_request(operation)
     assert _decoded(operation, request) == operation
     assert cbor2.dumps(cbor2.loads(request), canonical=True) == request
@@ -312,7 +312,7 @@ OWN_KEYS = {name: key for name, key in KEYS.items() if name not in ("authority",
 @pytest.mark.parametrize("kind", Kind)
 @given(data=st.data())
 def test_a_request_is_the_encoding_of_its_map(kind: Kind, data: st.DataObject) -> None:
-    operation = data.draw(_operations(kind))
+    operation = data.draw(operations(kind))
     said: dict[cbor.Key, cbor.Value] = {1: AUTHORITIES[type(operation.authority)]}
     assert encode_request(operation) == cbor.encode(said | _said(operation, OWN_KEYS))
 

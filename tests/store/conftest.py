@@ -13,16 +13,16 @@ from tests.store.stored import StoredLedger
 
 
 @pytest.fixture
-async def store(database: str) -> AsyncIterator[Store]:
-    opened = await Store.open(database)
+async def store(served_database: str) -> AsyncIterator[Store]:
+    opened = await Store.open(served_database)
     yield opened
     await opened.close()
 
 
 @pytest.fixture
-async def other_store(database: str) -> AsyncIterator[Store]:
+async def other_store(served_database: str) -> AsyncIterator[Store]:
     """Another server's."""
-    opened = await Store.open(database)
+    opened = await Store.open(served_database)
     yield opened
     await opened.close()
 

@@ -330,6 +330,7 @@ async def test_statements_that_a_change_of_the_schema_has_spoilt_are_made_anew(
     await spender.spend(writer, root)
     await store.budget(root.root_id, root.root_id)
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        await admin.execute("DROP SCHEMA audit CASCADE")
         await admin.execute("ALTER TABLE budgets ALTER COLUMN name TYPE varchar(200)")
     with pytest.raises(StoreUnavailable):
         await spender.spend(writer, root)

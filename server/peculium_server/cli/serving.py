@@ -92,11 +92,16 @@ def migrate(
 
     config = Config.load({"database_url": database_url, "data_dir": data_dir})
     if config.database_url is not None:
-        migrations.upgrade(config.database_url)
+        missing = migrations.upgrade(config.database_url)
     else:
         with EmbeddedPostgres.start(config.data_dir, progress=_tell) as postgres:
-            migrations.upgrade(postgres.dsn)
+            missing = migrations.upgrade(postgres.dsn)
     _tell(f"at the newest schema: {config.told_database}")
+    if missing:
+        _tell("WARNING: roles are missing, which this user may not make. Have somebody who may run")
+        for role in missing:
+            _tell(f"  CREATE ROLE {role} NOLOGIN;")
+        _tell("and then migrate again, which grants them their rights.")
 
 
 def _tell(line: str) -> None:

@@ -15,12 +15,16 @@ from sqlalchemy import Connection, create_engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
+from peculium_server.store import roles
 from peculium_server.store.connect import conninfo
 from peculium_server.store.errors import translate
 
 
-def upgrade(dsn: str) -> None:
-    """Run all revisions that the database lacks, as one transaction.
+def upgrade(dsn: str) -> tuple[str, ...]:
+    """Run all revisions that the database lacks, as one transaction, then grant the roles their rights.
+
+    Returns:
+        The roles that are missing, because whoever migrates may not make any (`store.roles`).
 
     Raises:
         StoreError: The database cannot be used or migrated; it is as it was.
@@ -29,6 +33,7 @@ def upgrade(dsn: str) -> None:
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        return roles.provide(connection)
 
 
 def current(dsn: str) -> str | None:

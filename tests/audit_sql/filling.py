@@ -1,0 +1,102 @@
+"""Puts a ledger that a test keeps in memory into a database, row for row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from psycopg import sql
+from sqlalchemy import Table
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
+from sqlalchemy.types import Uuid
+
+from peculium_server.core.lanes import lane_of
+from peculium_server.store import rows, schema
+from tests.core.ledger import Ledger
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def instant(microseconds: int) -> datetime:
+    """The time that an int of the ledger means."""
+    return EPOCH + timedelta(microseconds=microseconds)
+
+
+def fill(dsn: str, ledger: Ledger) -> None:
+    """Save everything of the ledger."""
+    budgets = [
+        (tree.root_id, budget) for tree in ledger.trees.values() for budget in tree.known_budgets()
+    ]
+    holds = [(tree.root_id, hold) for tree in ledger.trees.values() for hold in tree.known_holds()]
+    with psycopg.connect(dsn) as connection:
+        _insert(
+            connection,
+            schema.roots,
+            ("root_id", "name"),
+            ((root_id, budget.name) for root_id, budget in budgets if budget.is_root),
+        )
+        _insert(
+            connection,
+            schema.budgets,
+            (*rows.BUDGET_COLUMNS, "parent_id"),
+            (rows.from_budget(budget) for _, budget in budgets),
+        )
+        _insert(
+            connection,
+            schema.holds,
+            rows.HOLD_COLUMNS,
+            (rows.from_hold(root_id, hold) for root_id, hold in holds),
+        )
+        _insert(
+            connection,
+            schema.entries,
+            rows.ENTRY_COLUMNS,
+            (rows.from_entry(entry) for entry in ledger.journal),
+        )
+        connection.execute("UPDATE lanes SET position = %s", [ledger.position])
+
+
+def _insert(
+    connection: psycopg.Connection,
+    table: Table,
+    names: Sequence[str],
+    values: Iterable[Sequence[Any]],
+) -> None:
+    """Insert rows that begin with the root's id, which tells the lane."""
+    statement = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
+        sql.Identifier(table.name),
+        sql.SQL(", ").join(map(sql.Identifier, ("lane", *names))),
+        sql.SQL(", ").join(
+            [sql.Placeholder()]
+            + [
+                sql.SQL("%s::uuid[]")
+                if isinstance(table.c[name].type, ARRAY)
+                else sql.SQL("%s::jsonb")
+                if isinstance(table.c[name].type, JSONB)
+                else sql.Placeholder()
+                for name in names
+            ]
+        ),
+    )
+    connection.cursor().executemany(
+        statement,
+        [
+            (
+                lane_of(row[0], schema.LANES),
+                *(_value(table, name, value) for name, value in zip(names, row, strict=True)),
+            )
+            for row in values
+        ],
+    )
+
+
+def _value(table: Table, name: str, value: Any) -> Any:
+    kind = table.c[name].type
+    if value is None:
+        return None
+    if isinstance(kind, TIMESTAMP):
+        return instant(value)
+    return UUID(bytes=value) if isinstance(kind, Uuid) else value
