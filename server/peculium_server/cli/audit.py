@@ -29,8 +29,12 @@ from peculium_server.cli.output import (
     verification_json,
 )
 from peculium_server.cli.problems import REFUSED
+from peculium_server.cli.reconcile import reconcile
 
 app = typer.Typer(no_args_is_help=True, help="Read, sum up and verify what was recorded.")
+
+
+app.command()(reconcile)
 
 
 @app.command()
