@@ -9,10 +9,12 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +30,9 @@ from peculium.errors import BudgetExhausted, PermissionDenied, Unauthenticated
 from peculium.v1.admin_service_pb2_grpc import AdminServiceStub
 from peculium.v1.ledger_service_pb2_grpc import LedgerServiceStub
 from peculium_server import app
+from peculium_server.config import Config
 from peculium_server.core.operations import ByHolder, Grant, Spend
+from peculium_server.signing import SigningKey
 from tests.rpc.messages import message_of
 from tests.rpc.test_reads import HOLDER, granted, new_id
 from tests.server import RunningServer, ServerFailed, StartServer
@@ -72,6 +76,53 @@ def test_a_server_without_keys_says_loudly_that_everybody_may_do_everything(
     [warning] = [line for line in running_server.said if "WARNING" in line]
     assert "'dev'" in warning
     assert running_server.address in warning
+
+
+def test_a_server_seals_with_the_key_that_it_is_given(
+    start_server: StartServer, database: str, tmp_path: Path
+) -> None:
+    key = SigningKey.make(tmp_path / "key.pem")
+    arguments = ("--signing-key-file", str(tmp_path / "key.pem"), "--seal-seconds", "1")
+    server = start_server("--database-url", database, *arguments)
+    assert f"checkpoints are signed with the key {key.key_id.hex()}" in said(server)
+    with peculium.connect(server.address) as client:
+        client.admin.grant("acme", unit="calls", amount=100, holder="dev")
+    with psycopg.connect(database, autocommit=True) as connection:
+        deadline = time.monotonic() + 50
+        while not (found := connection.execute("SELECT key_id FROM checkpoints").fetchall()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert found == [(key.key_id,)]
+
+
+def test_a_server_without_a_key_for_checkpoints_says_that_it_does_not_seal(
+    running_server: RunningServer,
+) -> None:
+    assert "without a signing_key_file this server does not seal" in said(running_server)
+
+
+def test_a_server_that_is_told_not_to_seal_warns(start_server: StartServer, database: str) -> None:
+    server = start_server("--database-url", database, "--seal-seconds", "0")
+    assert "WARNING: this server does not seal" in said(server)
+
+
+def test_a_key_for_checkpoints_that_others_may_read_is_refused(
+    start_server: StartServer, database: str, tmp_path: Path
+) -> None:
+    SigningKey.make(tmp_path / "key.pem")
+    (tmp_path / "key.pem").chmod(0o644)
+    with pytest.raises(ServerFailed, match="others may use it") as caught:
+        start_server("--database-url", database, "--signing-key-file", str(tmp_path / "key.pem"))
+    assert "exit code 2" in str(caught.value)
+
+
+def test_a_server_on_its_own_postgresql_makes_a_key_once(tmp_path: Path) -> None:
+    config = Config.load({"data_dir": str(tmp_path)}, {})
+    first, second = app._signing_key(config), app._signing_key(config)
+    assert first is not None
+    assert second is not None
+    assert first.key_id == second.key_id
+    assert stat.S_IMODE((tmp_path / app.OWN_KEY).stat().st_mode) == 0o600
 
 
 def test_a_server_without_keys_refuses_to_be_reached_from_elsewhere(

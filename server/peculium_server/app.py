@@ -19,6 +19,8 @@ from peculium_server.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from peculium_server.identity import DEV_PRINCIPAL, Identities
 from peculium_server.lanes.ledger import Ledger
 from peculium_server.rpc.server import Server
+from peculium_server.sealer import Sealer
+from peculium_server.signing import SigningKey, SigningKeyInvalid
 from peculium_server.store import migrate
 from peculium_server.store.store import Store
 from peculium_server.sweeper import Sweeper
@@ -30,6 +32,9 @@ PROBE_SECONDS_MAX: Final = 5.0
 
 COMMIT_SECONDS_MAX: Final = 2.0
 """How long what is being committed may go on after the last call has ended."""
+
+OWN_KEY: Final = "checkpoint-key.pem"
+"""In the data directory: what signs the checkpoints of a server with a PostgreSQL of its own."""
 
 FILES_MAX: Final = 65_536
 """Open files, so connections, that the server asks to be allowed."""
@@ -50,6 +55,7 @@ def run(config: Config, tell: Tell) -> None:
 
     Raises:
         KeysInvalid: The key file cannot be used.
+        SigningKeyInvalid: The file of the key for checkpoints cannot be used.
         EmbeddedPostgresError: The server's own PostgreSQL cannot be started.
         StoreError: The database cannot be reached, or not be relied upon.
         CannotListen: The address is taken.
@@ -77,6 +83,7 @@ async def _serve(config: Config, tell: Tell) -> None:
     stop = _stop_signal()
     identities = Identities.dev() if config.keys_file is None else Identities.load(config.keys_file)
     async with _database(config, tell, stop) as dsn, _store(config, dsn, tell) as store:
+        sealer = _sealer(config, store, tell)
         ledger = Ledger(store, queue_rows_max=config.queue_max)
         server = Server(
             ledger,
@@ -97,7 +104,9 @@ async def _serve(config: Config, tell: Tell) -> None:
             )
         _collect_seldom()
         probe = asyncio.create_task(_tell_health(server, store))
-        sweeping = asyncio.create_task(_sweep(config, ledger, store, tell))
+        working = [asyncio.create_task(_sweep(config, ledger, store, tell))]
+        if sealer is not None:
+            working.append(asyncio.create_task(sealer.run()))
         _announce(config, str(address))
         tell(f"listening on {address}")
         await stop.wait()
@@ -106,8 +115,9 @@ async def _serve(config: Config, tell: Tell) -> None:
             config.ready_file.unlink(missing_ok=True)
         tell(f"stopping; what was accepted is finished, for at most {config.drain_seconds} s")
         probe.cancel()
-        sweeping.cancel()
-        await asyncio.wait([sweeping])
+        for task in working:
+            task.cancel()
+        await asyncio.wait(working)
         await _drain(server, ledger, config.drain_seconds, stop)
         # A database that is silent would keep the rest waiting.
         ledger.abandon()
@@ -202,6 +212,35 @@ async def _sweep(config: Config, ledger: Ledger, store: Store, tell: Tell) -> No
         tell("WARNING: this server does not sweep: holds lapse and leases end if another one does")
         return
     await Sweeper(ledger, store).run(config.sweep_seconds)
+
+
+def _sealer(config: Config, store: Store, tell: Tell) -> Sealer | None:
+    """What seals what is recorded, unless that is left to other servers."""
+    if not config.seal_seconds:
+        tell("WARNING: this server does not seal: checkpoints are made if another one does")
+        return None
+    key = _signing_key(config)
+    if key is None:
+        tell(
+            "without a signing_key_file this server does not seal: checkpoints are made if another one"
+            " does"
+        )
+        return None
+    tell(f"checkpoints are signed with the key {key.key_id.hex()}")
+    return Sealer(store, key, config.seal_seconds)
+
+
+def _signing_key(config: Config) -> SigningKey | None:
+    """What checkpoints are signed with: the configured key, or one of the server's own."""
+    if config.signing_key_file is not None:
+        return SigningKey.load(config.signing_key_file)
+    if config.database_url is not None:
+        return None
+    own = config.data_dir / OWN_KEY
+    with contextlib.suppress(SigningKeyInvalid):
+        return SigningKey.make(own)
+    # It is there, maybe since a moment ago: several servers may use one directory.
+    return SigningKey.load(own)
 
 
 def _announce(config: Config, address: str) -> None:

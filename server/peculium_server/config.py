@@ -219,6 +219,21 @@ SERVER_SETTINGS: Final = (
         _between(0, 60),
     ),
     Setting(
+        "signing_key_file",
+        "The file of the private key that checkpoints are signed with: Ed25519, PEM, for its owner only."
+        " `peculium audit new-key` makes one. Without it a server with a PostgreSQL of its own makes"
+        " one in `data_dir`, and one with a configured database does not seal.",
+        "",
+        _path,
+    ),
+    Setting(
+        "seal_seconds",
+        "How often what was recorded is sealed by a checkpoint, in seconds, whichever servers do it. 0:"
+        " never; then another server of the same ledger has to.",
+        "60",
+        _between(0, 86_400),
+    ),
+    Setting(
         "drain_seconds",
         "How long the server finishes what it has accepted after it was told to stop, in seconds. Told a"
         " second time, it ends at once.",
@@ -269,6 +284,8 @@ class Config:
     message_bytes_max: int
     call_seconds_max: int
     sweep_seconds: int
+    signing_key_file: Path | None
+    seal_seconds: int
     drain_seconds: int
     ready_file: Path | None
 

@@ -49,6 +49,9 @@ SERVED = {
     },
     "entries": {"SELECT", "INSERT"},
     "collections": {"SELECT", "INSERT", "DELETE"},
+    "checkpoints": {"SELECT", "INSERT"},
+    "checkpoint_leaves": {"SELECT", "INSERT"},
+    "checkpoint_keys": {"SELECT", "INSERT"},
     "alembic_version": {"SELECT"},
 }
 """What a server may do to each table; nothing else to these, and nothing to others."""

@@ -18,7 +18,7 @@ from peculium_server.store import migrate, schema
 from peculium_server.store.errors import StoreError, StoreUnavailable
 
 ROOT = Path(__file__).parents[2]
-PARTITIONED = ("lanes", "budgets", "holds", "entries", "collections")
+PARTITIONED = ("lanes", "budgets", "holds", "entries", "collections", "checkpoint_leaves")
 
 CATALOG = """
     SELECT 'column', c.relname, a.attname,

@@ -5,7 +5,7 @@ them nor be given them. The views say everything in words and numbers, without t
 (docs/reference/schema.md). `peculium migrate` grants them to the role peculium_auditor afterwards.
 Locks: none that anyone could wait for; views and functions are new, and no table is touched.
 Duration: well under a second.
-Undo: DROP SCHEMA audit CASCADE, and set alembic_version to 0002. Nothing is lost. `downgrade` refuses
+Undo: DROP SCHEMA audit CASCADE, and set alembic_version to 0003. Nothing is lost. `downgrade` refuses
 all the same: there is one way.
 
 The user who migrates needs the right to make a schema: whoever owns the database has it.
@@ -19,7 +19,7 @@ import importlib.resources
 from alembic import op
 
 revision = "0004"
-down_revision = "0002"
+down_revision = "0003"
 branch_labels = None
 depends_on = None
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from peculium import BudgetRef, Client, LedgerUnavailable
+from peculium_server.cli import checkpoints
 from peculium_server.cli.options import (
     ApiKey,
     Budget,
@@ -29,12 +30,9 @@ from peculium_server.cli.output import (
     verification_json,
 )
 from peculium_server.cli.problems import REFUSED
-from peculium_server.cli.reconcile import reconcile
 
 app = typer.Typer(no_args_is_help=True, help="Read, sum up and verify what was recorded.")
-
-
-app.command()(reconcile)
+app.command()(checkpoints.new_key)
 
 
 @app.command()

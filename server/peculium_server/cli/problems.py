@@ -6,7 +6,6 @@ from typing import Final, NamedTuple
 
 from peculium.errors import Invalid, PeculiumError, Refused, Unavailable
 from peculium_server.config import ConfigInvalid
-from peculium_server.reconcile.problems import BillInvalid
 
 REFUSED: Final = 1
 """The ledger said no, or does not verify."""
@@ -27,8 +26,6 @@ def explain(error: Exception) -> Problem | None:
     match error:
         case ConfigInvalid():
             return Problem(USAGE, tuple(error.problems))
-        case BillInvalid():
-            return Problem(USAGE, (str(error),))
         case Refused():
             return Problem(REFUSED, _told(error))
         case Invalid():
@@ -44,11 +41,14 @@ def _of_server(error: Exception) -> Problem | None:
     from peculium_server.embedded import EmbeddedPostgresError  # noqa: PLC0415 - see above
     from peculium_server.identity import KeysInvalid  # noqa: PLC0415
     from peculium_server.rpc.server import CannotListen  # noqa: PLC0415
+    from peculium_server.signing import SigningKeyInvalid  # noqa: PLC0415
     from peculium_server.store.errors import StoreError  # noqa: PLC0415
 
     match error:
         case KeysInvalid():
             return Problem(USAGE, tuple(f"{error.path}: {problem}" for problem in error.problems))
+        case SigningKeyInvalid():
+            return Problem(USAGE, (str(error),))
         case EmbeddedPostgresError() | CannotListen() | StoreError():
             return Problem(NO_ANSWER, (str(error),))
         case _:
@@ -58,7 +58,6 @@ def _of_server(error: Exception) -> Problem | None:
 def _told(error: PeculiumError) -> tuple[str, ...]:
     """What happened, to which budget, and what to do."""
     lines = [str(error)]
-    lines += getattr(error, "__notes__", [])
     if error.remedy:
         lines.append(f"what helps: {error.remedy.replace('_', ' ')}")
     return tuple(lines)

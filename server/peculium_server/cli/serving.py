@@ -35,6 +35,8 @@ def serve(
     message_bytes_max: Annotated[str | None, _option("message_bytes_max")] = None,
     call_seconds_max: Annotated[str | None, _option("call_seconds_max")] = None,
     sweep_seconds: Annotated[str | None, _option("sweep_seconds")] = None,
+    signing_key_file: Annotated[str | None, _option("signing_key_file")] = None,
+    seal_seconds: Annotated[str | None, _option("seal_seconds")] = None,
     drain_seconds: Annotated[str | None, _option("drain_seconds")] = None,
     ready_file: Annotated[str | None, _option("ready_file")] = None,
 ) -> None:
@@ -63,6 +65,8 @@ def serve(
             "message_bytes_max": message_bytes_max,
             "call_seconds_max": call_seconds_max,
             "sweep_seconds": sweep_seconds,
+            "signing_key_file": signing_key_file,
+            "seal_seconds": seal_seconds,
             "drain_seconds": drain_seconds,
             "ready_file": ready_file,
         }

@@ -39,7 +39,8 @@ class Finding(NamedTuple):
     seq: int
     """The entry; 0 if it is about the row of a budget or hold."""
     rule: str
-    """What it breaks: "parts", "position", "operation", "seq", "digest", "chain", "request", "decision", "fold"."""
+    """What it breaks: "parts", "position", "operation", "seq", "digest", "chain", "request", "decision", "fold",
+    "checkpoint"."""
     detail: str
 
 
@@ -74,7 +75,7 @@ class Verifier:
     def __init__(self, root_id: bytes) -> None:
         self.finding: Finding | None = None
         self.entries = 0
-        self._root_id = root_id
+        self.root_id = root_id
         self._tree = _WholeTree(root_id)
         self._position = 0
         self._parts: list[Entry] = []
@@ -132,13 +133,11 @@ class Verifier:
             self._found(_Broken("parts", f"{last.parts - len(self._parts)} are missing"), last)
 
     def _found(self, broken: _Broken, entry: Entry) -> None:
-        self.finding = Finding(
-            self._root_id, entry.budget_id, entry.seq, broken.rule, broken.detail
-        )
+        self.finding = Finding(self.root_id, entry.budget_id, entry.seq, broken.rule, broken.detail)
 
     def _wrong_row(self, budget_id: bytes, detail: str) -> None:
         if self.finding is None:
-            self.finding = Finding(self._root_id, budget_id, 0, "fold", detail)
+            self.finding = Finding(self.root_id, budget_id, 0, "fold", detail)
 
     def _next_part(self, entry: Entry) -> None:
         expected = len(self._parts)

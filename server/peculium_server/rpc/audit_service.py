@@ -26,7 +26,6 @@ from peculium.v1.audit_service_pb2 import (
     WatchEntriesResponse,
 )
 from peculium_server.core.state import Budget, Entry
-from peculium_server.core.verify import Finding, Verifier
 from peculium_server.rpc.accounting import Accounting
 from peculium_server.rpc.pages import fitting, page_token, read_page
 from peculium_server.rpc.reading import Reader
@@ -37,15 +36,13 @@ from peculium_server.rpc.responses import (
     write_finding,
     write_position,
 )
+from peculium_server.rpc.verifying import Verification
 from peculium_server.rpc.watching import Watching
-from peculium_server.store.store import Snapshot, Store
+from peculium_server.store.store import Store
 
 _KEY_BYTES: Final = 8
 _ROW_BYTES: Final = 512
 """What a row takes beside its texts."""
-_VERIFY_AT_A_TIME: Final = 32
-"""Entries that are verified before other calls get their turn: some milliseconds."""
-_PROGRESS_ENTRIES: Final = 1_000
 VERIFICATIONS_MAX: Final = 2
 """At a time; each has a connection to the database for as long as it lasts. Others wait."""
 
@@ -142,22 +139,13 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         if request.HasField("tree"):
             line, _ = await self._reader.for_auditor(request.tree)
             tree = line.budget.root_id
-        entries = trees = 0
-        findings: list[Finding] = []
         async with self._verifying, self._store.snapshot() as snapshot:
-            roots = [root_id async for root_id in snapshot.roots()] if tree is None else [tree]
-            for root_id in roots:
-                verifier = Verifier(root_id)
-                async for checked in _checks(snapshot, verifier, root_id):
-                    yield VerifyResponse(entries=entries + checked, trees=trees)
-                entries += verifier.entries
-                trees += 1
-                finding = verifier.finish()
-                if finding is not None:
-                    findings.append(finding)
-        verdict = VerifyResponse(entries=entries, trees=trees)
-        verdict.verdict.verified = not findings
-        for finding in findings:
+            verification = Verification(snapshot, self._store.incarnation, self._store.lanes)
+            async for entries in verification.run(tree):
+                yield VerifyResponse(entries=entries, trees=verification.trees)
+        verdict = VerifyResponse(entries=verification.entries, trees=verification.trees)
+        verdict.verdict.verified = not verification.findings
+        for finding in verification.findings:
             write_finding(finding, verdict.verdict.findings.add())
         yield verdict
 
@@ -193,20 +181,6 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         """Refuse: not there yet."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
         yield
-
-
-async def _checks(snapshot: Snapshot, verifier: Verifier, root_id: bytes) -> AsyncIterator[int]:
-    """Feed a tree to its verifier; tells how many entries were checked, now and then."""
-    async for entry in snapshot.entries_in_order(root_id):
-        verifier.entry(entry)
-        if verifier.entries % _VERIFY_AT_A_TIME == 0:
-            await asyncio.sleep(0)
-        if verifier.entries % _PROGRESS_ENTRIES == 0:
-            yield verifier.entries
-    async for budget in snapshot.budgets_of(root_id):
-        verifier.budget(budget)
-    async for hold in snapshot.holds_of(root_id):
-        verifier.hold(hold)
 
 
 def _cut(rows: Sequence[Entry], fit: int, *, tree: bool) -> tuple[Sequence[Entry], int]:

@@ -88,7 +88,9 @@ _RESULT_AMBIGUOUS = "40003"
 _ENDS_THE_SESSION = frozenset({"FATAL", "PANIC"})
 
 _UNIQUE_VIOLATION = "23505"
-_OUR_TABLES = re.compile(r"(ledger|lanes|roots|budgets|holds|entries|collections)(_\d+)?")
+_OUR_TABLES = re.compile(
+    r"(ledger|lanes|roots|budgets|holds|entries|collections|checkpoints|checkpoint_\w+?)(_\d+)?"
+)
 """The tables and their partitions: a violation is reported of the partition."""
 
 _OUT_OF_RESOURCES = "53"

@@ -17,6 +17,9 @@ from sqlalchemy.exc import DBAPIError
 from peculium_server.store import rows
 from peculium_server.store.schema import (
     budgets,
+    checkpoint_keys,
+    checkpoint_leaves,
+    checkpoints,
     collections,
     entries,
     holds,
@@ -46,6 +49,9 @@ SERVER_MAY: dict[Table, tuple[str, ...]] = {
     holds: ("SELECT", "INSERT", _update(rows.HOLD_CHANGES)),
     entries: ("SELECT", "INSERT"),
     collections: ("SELECT", "INSERT", "DELETE"),
+    checkpoints: ("SELECT", "INSERT"),
+    checkpoint_leaves: ("SELECT", "INSERT"),
+    checkpoint_keys: ("SELECT", "INSERT"),
 }
 """What the statements of the store do, table by table. Of a partitioned table this covers its partitions,
 as long as they are reached through it."""

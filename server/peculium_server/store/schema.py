@@ -334,3 +334,55 @@ entries = Table(
     ).ddl_if(dialect="postgresql"),
     Index("ix_entries_position", "lane", "position").ddl_if(dialect="cockroachdb"),
 )
+
+checkpoint_keys = Table(
+    "checkpoint_keys",
+    metadata,
+    Column("added_at", _TIME, nullable=False, server_default=text("clock_timestamp()")),
+    Column("key_id", LargeBinary, nullable=False),
+    Column("public_key", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("key_id"),
+    CheckConstraint(
+        text("octet_length(key_id) = 8 AND octet_length(public_key) = 32"), name="lengths"
+    ),
+)
+
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("number", BigInteger, autoincrement=False, nullable=False),
+    Column("leaves", BigInteger, nullable=False),
+    Column("sealed_at", _TIME, nullable=False),
+    Column("merkle_root", LargeBinary, nullable=False),
+    Column("previous_hash", LargeBinary, nullable=False),
+    Column("hash", LargeBinary, nullable=False),
+    Column("key_id", LargeBinary, nullable=False),
+    Column("signature", LargeBinary, nullable=False),
+    Column("positions", ARRAY(BigInteger), nullable=False),
+    PrimaryKeyConstraint("number"),
+    CheckConstraint(text("number >= 1 AND leaves >= 1"), name="counters"),
+    CheckConstraint(
+        text(
+            "octet_length(merkle_root) = 32 AND octet_length(previous_hash) = 32"
+            " AND octet_length(hash) = 32 AND octet_length(key_id) = 8"
+            " AND octet_length(signature) = 64"
+        ),
+        name="lengths",
+    ),
+)
+
+checkpoint_leaves = Table(
+    "checkpoint_leaves",
+    metadata,
+    Column("number", BigInteger, nullable=False),
+    Column("seq", BigInteger, nullable=False),
+    Column("lane", SmallInteger, nullable=False),
+    Column("root_id", _ID, nullable=False),
+    Column("budget_id", _ID, nullable=False),
+    Column("head", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("lane", "root_id", "budget_id", "seq"),
+    CheckConstraint(text("number >= 1 AND seq >= 1"), name="counters"),
+    CheckConstraint(_digest("head"), name="head"),
+    Index("ix_checkpoint_leaves_number", "lane", "number"),
+)
+"""Rows of checkpoints are added, and never changed."""

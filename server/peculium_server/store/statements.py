@@ -60,6 +60,7 @@ _ID = Uuid(as_uuid=False)
 
 _SCALARS: dict[type[TypeEngine[Any]], wire.Encoder] = {
     BigInteger: wire.encode_int8,
+    LargeBinary: wire.encode_bytea,
     SmallInteger: wire.encode_int2,
     TIMESTAMP: wire.encode_time,
     Text: wire.encode_text,
@@ -119,7 +120,8 @@ def _matching(table: FromClause, lane: ColumnElement[int], keys: FromClause) -> 
     return and_(table.c.lane == lane, *same)
 
 
-def _inserted(table: Table, names: Sequence[str], lane: ColumnElement[int]) -> Executable:
+def inserted(table: Table, names: Sequence[str], lane: ColumnElement[int]) -> Executable:
+    """Insert rows into a lane's partition: one array of values for each column."""
     keys = _unnested(**_types(table, names))
     values = [
         cast(keys.c[name], table.c[name].type)
@@ -332,23 +334,23 @@ def _load_roots(_: ColumnElement[int]) -> Executable:
 
 
 def _add_roots(lane: ColumnElement[int]) -> Executable:
-    return _inserted(roots, ("root_id", "name"), lane)
+    return inserted(roots, ("root_id", "name"), lane)
 
 
 def _add_budgets(lane: ColumnElement[int]) -> Executable:
-    return _inserted(budgets, (*rows.BUDGET_COLUMNS, "parent_id"), lane)
+    return inserted(budgets, (*rows.BUDGET_COLUMNS, "parent_id"), lane)
 
 
 def _add_holds(lane: ColumnElement[int]) -> Executable:
-    return _inserted(holds, rows.HOLD_COLUMNS, lane)
+    return inserted(holds, rows.HOLD_COLUMNS, lane)
 
 
 def _add_entries(lane: ColumnElement[int]) -> Executable:
-    return _inserted(entries, rows.ENTRY_COLUMNS, lane)
+    return inserted(entries, rows.ENTRY_COLUMNS, lane)
 
 
 def _add_collections(lane: ColumnElement[int]) -> Executable:
-    return _inserted(collections, rows.COLLECTION_COLUMNS, lane)
+    return inserted(collections, rows.COLLECTION_COLUMNS, lane)
 
 
 class _Recipe(NamedTuple):

@@ -32,6 +32,7 @@ from peculium_server.store.errors import (
 from peculium_server.store.lane import LanesWriter, LaneWriter
 from peculium_server.store.migrate import current, head
 from peculium_server.store.reads import STATEMENTS
+from peculium_server.store.seals import Seals, SnapshotSeals
 from peculium_server.store.statements import LEDGER
 from peculium_server.store.tail import Tail, Within
 from peculium_server.store.wire import Connection, Step
@@ -101,6 +102,8 @@ class Snapshot:
     def __init__(self, connection: Connection, now: int, lanes: int) -> None:
         self.now = now
         """The database's clock when the snapshot was taken. Microseconds since the Unix epoch."""
+        self.seals = SnapshotSeals(connection, lanes)
+        """Its checkpoints."""
         self._connection = connection
         self._lanes = lanes
 
@@ -142,6 +145,8 @@ class Store:
         self.incarnation = incarnation
         """16 bytes, made with the ledger: a restored copy keeps them, another ledger has others."""
         self.lanes = lanes
+        self.seals = Seals(readers, lanes)
+        """Its checkpoints."""
         self._readers = readers
         self._writers = [LaneWriter(dsn, incarnation, lane) for lane in range(lanes)]
         self._lanes_writer = LanesWriter(dsn, incarnation)

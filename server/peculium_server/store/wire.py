@@ -62,6 +62,11 @@ def encode_uuid(value: bytes) -> bytes:
     return value
 
 
+def encode_bytea(value: bytes) -> bytes:
+    """Bytes as they are."""
+    return value
+
+
 def encode_text(value: str) -> bytes:
     """A text in UTF-8."""
     return value.encode()
@@ -114,7 +119,7 @@ encode_int2s = _fixed(_INT2_OID, 2, _pack_int2)
 encode_int8s = _fixed(_INT8_OID, 8, _pack_int8)
 encode_times = _fixed(_TIMESTAMPTZ_OID, 8, encode_time)
 encode_uuids = _fixed(_UUID_OID, 16, encode_uuid)
-encode_byteas = _sized(_BYTEA_OID, encode_uuid)
+encode_byteas = _sized(_BYTEA_OID, encode_bytea)
 encode_texts = _sized(_TEXT_OID, encode_text)
 
 
