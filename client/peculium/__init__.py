@@ -15,6 +15,15 @@ from peculium import aio, errors
 from peculium._config import Tls
 from peculium._context import current, use
 from peculium._sync_audit import Audit
+from peculium.audit import (
+    EntryFilter,
+    Movement,
+    Reach,
+    Statement,
+    UsageGroup,
+    UsageReport,
+    Watched,
+)
 from peculium.capability import BudgetRef, Capability, Receiver
 from peculium.client import Admin, Budget, Client, Hold, Resumed, connect
 from peculium.errors import (
@@ -83,6 +92,7 @@ __all__ = [
     "Client",
     "Custody",
     "Delegated",
+    "EntryFilter",
     "EntryInfo",
     "Finding",
     "Hold",
@@ -96,22 +106,28 @@ __all__ = [
     "LedgerPosition",
     "LedgerUnavailable",
     "LedgerWentBack",
+    "Movement",
     "NotCopyable",
     "OutcomeUnknown",
     "PeculiumError",
     "Price",
     "PriceList",
     "PriceUnknown",
+    "Reach",
     "Receipt",
     "Receiver",
     "Refused",
     "Resumed",
+    "Statement",
     "Tls",
     "TokenConsumed",
     "TreeOverrun",
     "Unavailable",
     "Usage",
+    "UsageGroup",
+    "UsageReport",
     "Verification",
+    "Watched",
     "aio",
     "connect",
     "current",

@@ -8,6 +8,7 @@ import math
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Generator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -20,7 +21,7 @@ from peculium._handles import Process
 from peculium._history import History
 from peculium._recorder import Recorder
 from peculium._requests import Operation
-from peculium._retry import Attempts, Failure, Policy
+from peculium._retry import Attempts, Failure, Policy, Resumable, Resuming, delay_before
 from peculium._translation import failure
 from peculium.errors import Invalid, LedgerUnavailable
 from peculium.v1 import (
@@ -42,6 +43,8 @@ _JITTER_STEPS = 1 << 20
 
 _Q = TypeVar("_Q")
 _R = TypeVar("_R")
+_F = TypeVar("_F", bound=Resuming)
+_T = TypeVar("_T", bound=Resumable)
 _T_co = TypeVar("_T_co", covariant=True)
 
 _log = logging.getLogger("peculium")
@@ -249,15 +252,18 @@ class Sender:
         *,
         budget: str | None = None,
         operation_id: str | None = None,
+        patient: bool = False,
     ) -> _R:
         """Call a method, again if need be, until the time is over.
+
+        `patient`: it may take long; an answer that does not come is not taken for a lost one.
 
         Raises:
             PeculiumError: It was refused, or there was no answer in time.
         """
         loop = self._begin()
         attempts = Attempts(
-            self._policy,
+            replace(self._policy, attempt_seconds=math.inf) if patient else self._policy,
             _jitter,
             deadline=loop.time() + self._seconds(timeout),
             budget=budget,
@@ -290,6 +296,38 @@ class Sender:
         except grpc.aio.AioRpcError as error:
             failed = _failure(error)
             raise failed.refused or LedgerUnavailable(failed.message) from None
+
+    async def follow(
+        self, method: grpc.aio.UnaryStreamMultiCallable[_F, _T], request: _F, timeout: float | None
+    ) -> AsyncIterator[_T]:
+        """Take the answers of a call that never ends; where it is cut, go on with the last cursor.
+
+        `timeout`: how many seconds it may be away at a time; None: it is waited for.
+
+        Raises:
+            PeculiumError: It was refused, or was away for too long.
+        """
+        loop = self._begin()
+        failures, deadline = 0, math.inf
+        while True:
+            call = method(request, metadata=self._config.metadata)
+            try:
+                async for answer in call:
+                    request.cursor, request.from_beginning = answer.cursor, False
+                    failures = 0
+                    yield answer
+                failed = Failure("the ledger has ended a stream that has no end")
+            except grpc.aio.AioRpcError as error:
+                failed = _failure(error)
+            finally:
+                call.cancel()
+            failures += 1
+            if failures == 1 and timeout is not None:
+                deadline = loop.time() + timeout
+            delay = delay_before(failures, failed, self._policy, _jitter())
+            if delay is None or loop.time() + delay > deadline:
+                raise failed.refused or LedgerUnavailable(failed.message)
+            await asyncio.sleep(delay)
 
     # --- its own life ---
 

@@ -132,7 +132,7 @@ def entry_info(message: audit_service_pb2.Entry) -> EntryInfo:
         part=message.part,
         parts=message.parts,
         operation_id=id_text(message.operation_id),
-        kind=_kind(message.kind),
+        kind=kind(message.kind),
         at=at(message.at),
         actor=message.actor,
         amount=message.amount,
@@ -168,8 +168,9 @@ def at(stamp: Timestamp) -> datetime:
     return _EPOCH + timedelta(seconds=stamp.seconds, microseconds=stamp.nanos // 1000)
 
 
-def _kind(kind: types_pb2.OperationKind.ValueType) -> str:
+def kind(number: types_pb2.OperationKind.ValueType) -> str:
+    """A kind of operation by its name, or by its number if this client does not know it."""
     try:
-        return types_pb2.OperationKind.Name(kind).removeprefix("OPERATION_KIND_")
+        return types_pb2.OperationKind.Name(number).removeprefix("OPERATION_KIND_")
     except ValueError:
-        return str(int(kind))
+        return str(int(number))

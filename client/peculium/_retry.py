@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from peculium.errors import (
     DeadlineExceeded,
@@ -72,6 +73,20 @@ def delay_before(attempt: int, failure: Failure, policy: Policy, jitter: float) 
             longest = policy.longest_seconds
             break
     return longest * jitter
+
+
+class Resumable(Protocol):
+    """An answer of a stream that never ends."""
+
+    cursor: bytes
+    """To go on behind."""
+
+
+class Resuming(Resumable, Protocol):
+    """A request for such a stream."""
+
+    from_beginning: bool
+    """Without a cursor: everything."""
 
 
 class Attempts:

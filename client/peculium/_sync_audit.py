@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 
-from peculium import _codec as codec, _requests as requests
+from peculium import (
+    _audit_codec as told,
+    _audit_requests as asking,
+    _codec as codec,
+    _requests as requests,
+)
 from peculium._limits import PAGE_SIZE_MAX
 from peculium._sync_sender import Sender
+from peculium.audit import EntryFilter, Reach, Statement, UsageReport, Watched
 from peculium.capability import BudgetRef
 from peculium.v1 import audit_service_pb2
 from peculium.values import BudgetInfo, EntryInfo, Verification
@@ -115,3 +122,95 @@ class Audit:
         )
         for progress in self._sender.stream(self._sender.audit.Verify, request, timeout):
             yield codec.verification(progress)
+
+    def statement(
+        self,
+        budget: str | BudgetRef,
+        *,
+        reach: Reach = Reach.SUBTREE,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        timeout: float | None = None,
+    ) -> Statement:
+        """Sum up what moved in a period: opening, movements by kind of operation, closing.
+
+        Args:
+            budget: Its path, or its reference.
+            reach: With all below it, as one account, unless said otherwise.
+            since: From this time on; absent: from the beginning.
+            until: Before this time; absent: until now.
+            timeout: In seconds. A large tree takes its time.
+
+        Raises:
+            BudgetUnknown: There is none.
+            Malformed: A time has no time zone, or the period ends before it begins.
+            AmountOverflow: A sum is beyond what can be told: ask for less.
+        """
+        request = asking.statement(budget, reach, since, until)
+        response = self._sender.unary(
+            self._sender.audit.GetStatement, request, timeout, budget=str(budget), patient=True
+        )
+        return told.statement(response)
+
+    def usage(
+        self,
+        budget: str | BudgetRef,
+        by: Sequence[str] = (),
+        *,
+        reach: Reach = Reach.SUBTREE,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        timeout: float | None = None,
+    ) -> UsageReport:
+        """Attribute what was spent in a period.
+
+        Args:
+            budget: Its path, or its reference.
+            by: What to group by, in this order: "day", "model", "principal", "budget", "provider",
+                "label:NAME". A label is the operation's, or else the budget's or its nearest ancestor's.
+            reach: With all below it unless said otherwise.
+            since: From this time on; absent: from the beginning.
+            until: Before this time; absent: until now.
+            timeout: In seconds. A large tree takes its time.
+
+        Raises:
+            BudgetUnknown: There is none.
+            Malformed: It cannot be grouped so, a time has no time zone, or the period is reversed.
+            TooLarge: There would be more than 10,000 groups.
+        """
+        request = asking.usage(budget, by, reach, since, until)
+        response = self._sender.unary(
+            self._sender.audit.GetUsage, request, timeout, budget=str(budget), patient=True
+        )
+        return told.usage(response)
+
+    def watch(
+        self,
+        budget: str | BudgetRef | None = None,
+        *,
+        reach: Reach = Reach.SUBTREE,
+        selected: EntryFilter | None = None,
+        cursor: bytes | None = None,
+        from_beginning: bool = False,
+        timeout: float | None = None,
+    ) -> Iterator[Watched]:
+        """Follow what is recorded, for ever, each entry once; go on by itself when a server is lost.
+
+        What comes first is a heartbeat, without entries: from its cursor on nothing is missed.
+
+        Args:
+            budget: Whose entries; absent: those of the whole ledger.
+            reach: With all below it unless said otherwise.
+            selected: Only those that are selected, but not by time; absent: all.
+            cursor: Go on behind what came with it; absent: from now on.
+            from_beginning: Without a cursor: everything that was recorded.
+            timeout: How many seconds the ledger may be away at a time; absent: it is waited for.
+
+        Raises:
+            BudgetUnknown: There is none.
+            Malformed: A filter cannot be, or a cursor is another ledger's, or from its future.
+            LedgerUnavailable: It was away for longer than `timeout`.
+        """
+        request = asking.watch(budget, reach, selected, cursor, from_beginning=from_beginning)
+        for message in self._sender.follow(self._sender.audit.WatchEntries, request, timeout):
+            yield told.watched(message)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,7 +27,7 @@ from peculium._handles import Process
 from peculium._history import History
 from peculium._recorder import Recorder
 from peculium._requests import Operation
-from peculium._retry import Attempts, Failure, Policy
+from peculium._retry import Attempts, Failure, Policy, Resumable, Resuming, delay_before
 from peculium._translation import failure
 from peculium.errors import Invalid, LedgerUnavailable, OutcomeUnknown
 from peculium.v1 import (
@@ -50,6 +52,8 @@ _Task = Callable[[float], None]
 
 _Q = TypeVar("_Q")
 _R = TypeVar("_R")
+_F = TypeVar("_F", bound=Resuming)
+_T = TypeVar("_T", bound=Resumable)
 
 _log = logging.getLogger("peculium")
 
@@ -192,15 +196,18 @@ class Sender:
         *,
         budget: str | None = None,
         operation_id: str | None = None,
+        patient: bool = False,
     ) -> _R:
         """Call a method, again if need be, until the time is over.
+
+        `patient`: it may take long; an answer that does not come is not taken for a lost one.
 
         Raises:
             PeculiumError: It was refused, or there was no answer in time.
         """
         self._begin()
         attempts = Attempts(
-            self._policy,
+            replace(self._policy, attempt_seconds=math.inf) if patient else self._policy,
             _jitter,
             deadline=time.monotonic() + self._seconds(timeout),
             budget=budget,
@@ -232,6 +239,38 @@ class Sender:
         except grpc.RpcError as error:
             failed = _failure(error)
             raise failed.refused or LedgerUnavailable(failed.message) from None
+
+    def follow(
+        self, method: grpc.UnaryStreamMultiCallable[_F, _T], request: _F, timeout: float | None
+    ) -> Iterator[_T]:
+        """Take the answers of a call that never ends; where it is cut, go on with the last cursor.
+
+        `timeout`: how many seconds it may be away at a time; None: it is waited for.
+
+        Raises:
+            PeculiumError: It was refused, or was away for too long.
+        """
+        self._begin()
+        failures, deadline = 0, math.inf
+        while True:
+            call = method(request, metadata=self._config.metadata)
+            try:
+                for answer in call:
+                    request.cursor, request.from_beginning = answer.cursor, False
+                    failures = 0
+                    yield answer
+                failed = Failure("the ledger has ended a stream that has no end")
+            except grpc.RpcError as error:
+                failed = _failure(error)
+            finally:
+                call.cancel()
+            failures += 1
+            if failures == 1 and timeout is not None:
+                deadline = time.monotonic() + timeout
+            delay = delay_before(failures, failed, self._policy, _jitter())
+            if delay is None or time.monotonic() + delay > deadline:
+                raise failed.refused or LedgerUnavailable(failed.message)
+            time.sleep(delay)
 
     # --- its own life ---
 

@@ -480,7 +480,7 @@ class Budget(Handle):
             amount: The most that the call can cost, at least 1, in the tree's unit.
             ttl: Until the hold becomes due to lapse, 1 second to 7 days; absent: 10 minutes. A hold
                 that lapses is not refunded.
-            labels: For attribution.
+            labels: For attribution. The hold says them again when it is settled.
             unbilled: Exceptions that mean that the provider did not bill the call.
             wait: How many seconds to wait while holds of this very process could free enough.
             dry_run: Decide, but set nothing aside.
@@ -495,11 +495,12 @@ class Budget(Handle):
         self._check()
         asked = _asked(labels, dry_run=dry_run)
         operation = requests.reserve(self._target, asked, amount=amount, ttl=ttl)
-        return Pending(self._reserve(operation, tuple(unbilled), timeout, wait))
+        return Pending(self._reserve(operation, dict(asked.labels), tuple(unbilled), timeout, wait))
 
     async def _reserve(
         self,
         operation: Operation,
+        labels: Mapping[str, str],
         unbilled: tuple[type[BaseException], ...],
         timeout: float | None,
         wait: float | None,
@@ -510,7 +511,9 @@ class Budget(Handle):
         line = Line(self._line.name, linear=True, secret=made.hold_secret)
         target = HoldTarget(made.root_id, made.budget_id, made.hold_id)
         receipt = codec.receipt(outcome)
-        return Hold(self._sender, target, line, receipt, unbilled, dry_run=outcome.dry_run)
+        return Hold(
+            self._sender, target, line, receipt, unbilled, labels=labels, dry_run=outcome.dry_run
+        )
 
     async def spend(
         self,
@@ -918,6 +921,7 @@ class Hold(Handle):
         receipt: Receipt,
         unbilled: tuple[type[BaseException], ...],
         *,
+        labels: Mapping[str, str] | None = None,
         info: HoldInfo | None = None,
         dry_run: bool = False,
     ) -> None:
@@ -926,6 +930,8 @@ class Hold(Handle):
         self._target = target
         self._line = line
         self._unbilled = unbilled
+        self._labels = labels
+        """Those of its reservation. What a call has cost is attributed by what its settle says."""
         self._end: Ticket | None = None
         """The settle or release whose outcome is not known here yet."""
         self._info = info
@@ -999,6 +1005,7 @@ class Hold(Handle):
         usage: Usage | None = None,
         estimated: bool = False,
         keep_open: bool = False,
+        labels: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> Receipt:
         """Book what the call has cost. What is left flows back; more than was held is booked too.
@@ -1011,6 +1018,7 @@ class Hold(Handle):
             estimated: The provider reported nothing; `actual` is this program's own estimate.
             keep_open: The call goes on (streaming). An increment beyond what the hold has left is
                 booked and ends the hold.
+            labels: For attribution; absent: those that it was reserved with, in this process.
             timeout: In seconds.
 
         Raises:
@@ -1018,7 +1026,7 @@ class Hold(Handle):
             TokenConsumed: An admin, or the budget's owner, resolved it.
         """
         operation = self._settling(
-            actual, reference, usage, keep_open=keep_open, estimated=estimated
+            actual, reference, usage, keep_open=keep_open, estimated=estimated, labels=labels
         )
         if keep_open:
             return await self._go_on(operation, timeout)
@@ -1056,10 +1064,11 @@ class Hold(Handle):
         *,
         keep_open: bool = False,
         estimated: bool,
+        labels: Mapping[str, str] | None = None,
     ) -> Operation:
         return requests.settle(
             self._target,
-            _asked(),
+            _asked(self._labels if labels is None else labels),
             actual=actual,
             keep_open=keep_open,
             reference=reference,

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import os
 import threading
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from opentelemetry import trace
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 
 import peculium
-from peculium import BudgetExhausted, BudgetState, Child, HoldState, Usage
+from peculium import Balances, BudgetExhausted, BudgetState, Child, HoldState, Reach, Usage
 from peculium.aio import Hold
 from peculium.errors import PermissionDenied, Unauthenticated
 from tests.server import RunningServer, StartServer
@@ -218,3 +219,56 @@ def test_the_environment_says_where_the_ledger_is(
     with peculium.connect() as client:
         client.admin.grant("acme", unit="calls", amount=100, holder="dev")
         assert client.open("acme").balances().available == 100
+
+
+async def test_what_was_spent_is_summed_up_attributed_and_followed(
+    running_server: RunningServer,
+) -> None:
+    async with peculium.aio.connect(running_server.address) as client:
+        watching = client.audit.watch("acme", from_beginning=True, timeout=30)
+        await client.admin.grant("acme", unit="calls", amount=100, holder="dev")
+        acme = await client.open("acme")
+        [made] = await acme.delegate([Child("run", 50, labels={"team": "x"})])
+        run = await client.accept(made.capability)
+        async with run.reserve(10, labels={"run": "7"}) as hold:
+            await hold.settle(4, usage=Usage(model="m", provider="p", input_tokens=3))
+        await acme.spend(1)
+        statement = await client.audit.statement("acme")
+        assert statement.closing == Balances(100, 95, 0, 0, 5, 0, 0, 0)
+        assert statement.unit == "calls"
+        assert statement.until > statement.since
+        assert [movement.kind for movement in statement.movements] == [
+            "GRANT",
+            "RESERVE",
+            "SETTLE",
+            "SPEND",
+            "DELEGATE",
+            "ACCEPT",
+        ]
+        later = await client.audit.statement("acme", since=statement.until)
+        assert (later.opening, later.movements) == (statement.closing, ())
+        alone = await client.audit.statement("acme", reach=Reach.BUDGET)
+        assert alone.closing == Balances(100, 49, 0, 50, 1, 0, 0, 0)
+        usage = await client.audit.usage("acme", ["label:team", "label:run", "model", "budget"])
+        assert [(group.keys, group.spent) for group in usage.groups] == [
+            (("", "", "", "acme"), 1),
+            (("x", "7", "m", "acme/run"), 4),
+        ]
+        assert (usage.total.spent, usage.total.input_tokens) == (5, 3)
+        followed: list[str] = []
+        async for watched in watching:
+            followed += [entry.kind for entry in watched.entries if entry.part == 0]
+            if followed[-1:] == ["SPEND"]:
+                break
+        assert followed == ["GRANT", "DELEGATE", "ACCEPT", "RESERVE", "SETTLE", "SPEND"]
+
+
+def test_both_clients_ask_alike(running_server: RunningServer) -> None:
+    with peculium.connect(running_server.address) as client:
+        client.admin.grant("acme", unit="calls", amount=100, holder="dev")
+        client.open("acme").spend(3)
+        assert client.audit.statement("acme").used_closing == 3
+        assert client.audit.usage("acme", ["principal"]).groups[0].keys == ("dev",)
+        watching = client.audit.watch(from_beginning=True, timeout=30)
+        kinds = [entry.kind for watched in islice(watching, 2) for entry in watched.entries]
+        assert kinds == ["GRANT", "SPEND"]

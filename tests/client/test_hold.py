@@ -35,6 +35,26 @@ def last_settle(ledger: Ledger) -> Settle:
     return [operation for operation in recorded if isinstance(operation, Settle)][-1]
 
 
+async def test_a_settle_says_the_labels_of_its_reservation_unless_it_has_its_own(
+    ledger: Ledger, root: Budget
+) -> None:
+    labels = {"run": "7"}
+    async with root.reserve(10, labels=labels) as hold:
+        labels["run"] = "8"
+        await hold.settle(1, keep_open=True)
+        assert last_settle(ledger).labels == (("run", "7"),)
+        await hold.settle(1, keep_open=True, labels={"team": "x"})
+        assert last_settle(ledger).labels == (("team", "x"),)
+        await hold.settle(1, labels={})
+        assert last_settle(ledger).labels == ()
+    async with root.reserve(10, labels={"run": "9"}):
+        pass
+    assert last_settle(ledger).labels == (("run", "9"),)
+    async with root.reserve(10) as hold:
+        await hold.settle(1)
+    assert last_settle(ledger).labels == ()
+
+
 async def test_a_settle_books_what_it_says_and_the_rest_flows_back(
     ledger: Ledger, root: Budget
 ) -> None:

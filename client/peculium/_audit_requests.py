@@ -1,0 +1,154 @@
+"""What auditors ask, as messages. Checked first, so that a mistake costs no call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from peculium._requests import budget_ref
+from peculium.audit import EntryFilter, Reach
+from peculium.capability import BudgetRef
+from peculium.errors import Malformed
+from peculium.v1 import audit_service_pb2 as audit, types_pb2
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_REACHES = {
+    Reach.BUDGET: audit.REACH_BUDGET,
+    Reach.SUBTREE: audit.REACH_SUBTREE,
+    Reach.TREE: audit.REACH_TREE,
+}
+_KIND_PREFIX = "OPERATION_KIND_"
+_LABEL_PREFIX = "label:"
+_BY = {
+    "day": audit.UsageGrouping.BY_DAY,
+    "model": audit.UsageGrouping.BY_MODEL,
+    "principal": audit.UsageGrouping.BY_PRINCIPAL,
+    "budget": audit.UsageGrouping.BY_BUDGET,
+    "provider": audit.UsageGrouping.BY_PROVIDER,
+}
+
+
+def statement(
+    budget: str | BudgetRef, reach: Reach, since: datetime | None, until: datetime | None
+) -> audit.GetStatementRequest:
+    """Ask what moved in a period."""
+    request = audit.GetStatementRequest(
+        budget=budget_ref(budget), reach=_reach(reach), until=_time("until", until)
+    )
+    _since(request, since)
+    return request
+
+
+def usage(
+    budget: str | BudgetRef,
+    by: Sequence[str],
+    reach: Reach,
+    since: datetime | None,
+    until: datetime | None,
+) -> audit.GetUsageRequest:
+    """Ask what was spent in a period, by group."""
+    if isinstance(by, str):
+        raise _malformed("by", "is a sequence of things to group by")
+    request = audit.GetUsageRequest(
+        budget=budget_ref(budget),
+        reach=_reach(reach),
+        until=_time("until", until),
+        group_by=[_grouping(each) for each in by],
+    )
+    _since(request, since)
+    return request
+
+
+def watch(
+    budget: str | BudgetRef | None,
+    reach: Reach,
+    selected: EntryFilter | None,
+    cursor: bytes | None,
+    *,
+    from_beginning: bool,
+) -> audit.WatchEntriesRequest:
+    """Ask for what is recorded."""
+    return audit.WatchEntriesRequest(
+        budget=None if budget is None else budget_ref(budget),
+        reach=audit.REACH_UNSPECIFIED if budget is None else _reach(reach),
+        filter=None if selected is None else entry_filter(selected),
+        cursor=cursor or b"",
+        from_beginning=from_beginning,
+    )
+
+
+def entry_filter(selected: EntryFilter) -> audit.EntryFilter:
+    """Which entries are wanted."""
+    message = audit.EntryFilter(
+        kinds=[_kind(kind) for kind in selected.kinds],
+        principals=selected.principals,
+        operation_id=_operation_id(selected.operation_id),
+        trace_id=_hexadecimal("trace_id", selected.trace_id),
+        labels=selected.labels,
+        until=_time("until", selected.until),
+        hold_id=selected.hold_id or b"",
+        reference=selected.reference,
+    )
+    _since(message, selected.since)
+    return message
+
+
+def _reach(reach: Reach) -> audit.Reach.ValueType:
+    return _REACHES[reach]
+
+
+def _grouping(by: str) -> audit.UsageGrouping:
+    if by.startswith(_LABEL_PREFIX):
+        label = by.removeprefix(_LABEL_PREFIX)
+        return audit.UsageGrouping(by=audit.UsageGrouping.BY_LABEL, label=label)
+    if by not in _BY:
+        known = ", ".join(_BY)
+        raise _malformed("by", f"{by!r} is none of {known}, {_LABEL_PREFIX}NAME")
+    return audit.UsageGrouping(by=_BY[by])
+
+
+def _kind(name: str) -> types_pb2.OperationKind.ValueType:
+    try:
+        return types_pb2.OperationKind.Value(_KIND_PREFIX + name)
+    except ValueError:
+        raise _malformed("kinds", f"{name!r} is no kind of operation") from None
+
+
+def _operation_id(text: str | None) -> bytes:
+    try:
+        return b"" if text is None else UUID(text).bytes
+    except ValueError:
+        raise _malformed("operation_id", "must be a UUID") from None
+
+
+def _hexadecimal(field: str, text: str | None) -> bytes:
+    try:
+        return b"" if text is None else bytes.fromhex(text)
+    except ValueError:
+        raise _malformed(field, "must be hexadecimal digits") from None
+
+
+def _since(
+    message: audit.GetStatementRequest | audit.GetUsageRequest | audit.EntryFilter,
+    since: datetime | None,
+) -> None:
+    """Set what is a word of Python's own."""
+    stamp = _time("since", since)
+    if stamp is not None:
+        getattr(message, "from").CopyFrom(stamp)
+
+
+def _time(field: str, moment: datetime | None) -> Timestamp | None:
+    if moment is None:
+        return None
+    if moment.tzinfo is None:
+        raise _malformed(field, "must say its time zone")
+    seconds, rest = divmod(moment - _EPOCH, timedelta(seconds=1))
+    return Timestamp(seconds=seconds, nanos=rest.microseconds * 1000)
+
+
+def _malformed(field: str, problem: str) -> Malformed:
+    return Malformed(f"{field}: {problem}", facts={"field": field, "problem": problem})

@@ -1,0 +1,153 @@
+"""What auditors ask and are told, as frozen values. Amounts are in the tree's unit, times the ledger's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import Enum
+
+from peculium.values import Balances, EntryInfo, LedgerPosition
+
+
+class Reach(Enum):
+    """How far around a budget a question reaches."""
+
+    BUDGET = 1
+    """The budget alone."""
+    SUBTREE = 2
+    """The budget and everything below it."""
+    TREE = 3
+    """The whole tree that the budget belongs to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntryFilter:
+    """Which entries are wanted: those for which everything holds that is said.
+
+    Attributes:
+        kinds: Of any of these kinds, for example "SETTLE".
+        principals: By any of these; "system" is the ledger itself.
+        operation_id: Of this operation: a UUID, as an `EntryInfo` has it.
+        trace_id: Of this trace: 32 hexadecimal digits.
+        labels: Whose operation has all of these.
+        since: Decided at this time or later.
+        until: Decided before this time.
+        hold_id: That tell of this hold.
+        reference: Whose operation has this reference, as a provider's bill names the call.
+    """
+
+    kinds: Sequence[str] = ()
+    principals: Sequence[str] = ()
+    operation_id: str | None = None
+    trace_id: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    since: datetime | None = None
+    until: datetime | None = None
+    hold_id: bytes | None = None
+    reference: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Movement:
+    """What the operations of one kind have moved in a period.
+
+    Attributes:
+        kind: For example "SETTLE".
+        operations: How many operations touched the budgets concerned.
+        entries: How many entries they have there.
+        changes: The sum of their changes, which may be negative.
+    """
+
+    kind: str
+    operations: int
+    entries: int
+    changes: Balances
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """What moved in a period: opening and all movements add up to closing, balance by balance.
+
+    A subtree is stated as one account: what its budgets have delegated to each other is inside.
+
+    Attributes:
+        unit: Of all amounts.
+        since: When the period begins.
+        until: When it ends; not later than the answer.
+        opening: Directly before the period.
+        movements: By kind of operation.
+        closing: Directly after the period.
+        used_opening: Spent and forfeited, before.
+        used_closing: Spent and forfeited, after.
+        disputed_closing: Beside what was used: reported, and booked to nobody.
+        budgets: How many there were at the end, closed ones included.
+        ledger: Where in the ledger's history the answer stands.
+    """
+
+    unit: str
+    since: datetime
+    until: datetime
+    opening: Balances
+    movements: tuple[Movement, ...]
+    closing: Balances
+    used_opening: int
+    used_closing: int
+    disputed_closing: int
+    budgets: int
+    ledger: LedgerPosition
+
+
+@dataclass(frozen=True, slots=True)
+class UsageGroup:
+    """What one group has spent.
+
+    Attributes:
+        keys: Of each thing grouped by the group's text; empty where there is none.
+        operations: Settles, spends and resolves.
+        spent: Booked as spent, less what was taken back.
+        forfeited: By lapses, less what was settled or released afterwards.
+        estimated: Operations whose amount was an estimate, as they said.
+        input_tokens: Tokens read, as reported.
+        output_tokens: Tokens written, as reported.
+        cached_tokens: Of the tokens read, those from a cache.
+    """
+
+    keys: tuple[str, ...]
+    operations: int
+    spent: int
+    forfeited: int
+    estimated: int
+    input_tokens: int
+    output_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReport:
+    """What was spent in a period, by group.
+
+    Attributes:
+        unit: Of all amounts.
+        groups: In the order of their texts.
+        total: The sum over all groups, without keys.
+        ledger: Where in the ledger's history the answer stands.
+    """
+
+    unit: str
+    groups: tuple[UsageGroup, ...]
+    total: UsageGroup
+    ledger: LedgerPosition
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What was recorded, as far as it is followed.
+
+    Attributes:
+        entries: Whole operations, by position within each lane. None in a heartbeat.
+        cursor: To go on behind them, later or elsewhere. Keep it once they are dealt with.
+    """
+
+    entries: tuple[EntryInfo, ...]
+    cursor: bytes
