@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from peculium import BudgetRef, Client, LedgerUnavailable
-from peculium_server.cli import checkpoints
+from peculium_server.cli import checkpoints, sums
 from peculium_server.cli.options import (
     ApiKey,
     Budget,
@@ -32,6 +32,9 @@ from peculium_server.cli.output import (
 from peculium_server.cli.problems import REFUSED
 
 app = typer.Typer(no_args_is_help=True, help="Read, sum up and verify what was recorded.")
+app.command()(sums.statement)
+app.command()(sums.usage)
+app.command()(sums.watch)
 app.command()(checkpoints.new_key)
 
 

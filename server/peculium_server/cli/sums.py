@@ -1,0 +1,363 @@
+"""The verbs for auditors that sum up what was recorded, and follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from peculium import (
+    BudgetInfo,
+    BudgetRef,
+    Client,
+    EntryFilter,
+    EntryInfo,
+    Reach,
+    Statement,
+    UsageGroup,
+    UsageReport,
+    Watched,
+)
+from peculium.values import Balances
+from peculium_server.cli.amounts import show_amount
+from peculium_server.cli.options import (
+    ApiKey,
+    Budget,
+    Insecure,
+    Json,
+    Target,
+    Timeout,
+    connect,
+    parse_labels,
+    reference,
+)
+from peculium_server.cli.output import (
+    balances_json,
+    entry_json,
+    id_text,
+    print_json,
+    print_line,
+    time_text,
+    wide_console,
+)
+
+_BUDGETS_MAX = 10_000
+"""Budgets whose paths are remembered while they are followed."""
+
+Since = Annotated[
+    str | None,
+    typer.Option(
+        help="From this time on, such as 2026-11-01 or 2026-11-01T12:00+01:00; UTC unless it says so.",
+        show_default="the beginning",
+    ),
+]
+Until = Annotated[str | None, typer.Option(help="Before this time.", show_default="now")]
+Alone = Annotated[bool, typer.Option("--alone", help="Without what is below the budget.")]
+
+
+def statement(
+    *,
+    budget: Budget,
+    since: Since = None,
+    until: Until = None,
+    alone: Alone = False,
+    target: Target = None,
+    api_key: ApiKey = None,
+    allow_insecure: Insecure = False,
+    timeout: Timeout = 60,
+    json: Json = False,
+) -> None:
+    """Sum up what moved in a period: opening, movements by kind of operation, closing.
+
+    A budget with all below it is stated as one account: what they delegate to each other is inside.
+
+    peculium audit statement acme
+
+    peculium audit statement acme/research --since 2026-11-01 --until 2026-12-01
+    """
+    with connect(target, api_key, allow_insecure, timeout) as client:
+        told = client.audit.statement(
+            reference(budget),
+            reach=_reach(alone=alone),
+            since=_moment("--since", since),
+            until=_moment("--until", until),
+        )
+    if json:
+        print_json(_statement_json(told))
+    else:
+        _print_statement(told)
+
+
+def usage(
+    *,
+    budget: Budget,
+    by: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to group by: day, model, principal, budget, provider, label:NAME; may be repeated."
+        ),
+    ] = None,
+    since: Since = None,
+    until: Until = None,
+    alone: Alone = False,
+    target: Target = None,
+    api_key: ApiKey = None,
+    allow_insecure: Insecure = False,
+    timeout: Timeout = 60,
+    json: Json = False,
+) -> None:
+    """Attribute what was spent in a period.
+
+    peculium audit usage acme --by day --by model
+
+    peculium audit usage acme --by label:team --since 2026-11-01
+    """
+    groupings = by or []
+    with connect(target, api_key, allow_insecure, timeout) as client:
+        told = client.audit.usage(
+            reference(budget),
+            groupings,
+            reach=_reach(alone=alone),
+            since=_moment("--since", since),
+            until=_moment("--until", until),
+        )
+    if json:
+        for group in told.groups:
+            print_json(_group_json(group, groupings, told.unit))
+    else:
+        _print_usage(told, groupings)
+
+
+def watch(
+    *,
+    budget: Annotated[
+        str | None,
+        typer.Argument(
+            help="Its path or ids; with all below it. Absent: the whole ledger.", show_default=False
+        ),
+    ] = None,
+    alone: Alone = False,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only of this kind, such as settle; may be repeated.")
+    ] = None,
+    principal: Annotated[
+        list[str] | None, typer.Option(help="Only by this principal; may be repeated.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="key=value: only with this label; may be repeated.")
+    ] = None,
+    from_beginning: Annotated[
+        bool, typer.Option("--from-beginning", help="Everything that was recorded, first.")
+    ] = False,
+    cursor: Annotated[
+        str | None,
+        typer.Option(help="Go on behind this one, as --json tells it.", show_default=False),
+    ] = None,
+    limit: Annotated[int, typer.Option(min=0, help="End after so many entries; 0: never.")] = 0,
+    target: Target = None,
+    api_key: ApiKey = None,
+    allow_insecure: Insecure = False,
+    timeout: Timeout = 10,
+    json: Json = False,
+) -> None:
+    """Follow what is recorded, as it is recorded; goes on by itself when a server is lost.
+
+    With --json, the last entry of each message has the cursor to go on with.
+
+    peculium audit watch
+
+    peculium audit watch acme --kind settle --kind spend
+    """
+    selected = EntryFilter(
+        kinds=[each.upper() for each in kind or ()],
+        principals=principal or (),
+        labels=parse_labels(label),
+    )
+    with connect(target, api_key, allow_insecure, timeout) as client:
+        watching = client.audit.watch(
+            None if budget is None else reference(budget),
+            reach=_reach(alone=alone),
+            selected=selected,
+            cursor=_cursor(cursor),
+            from_beginning=from_beginning,
+        )
+        names = _Names(client)
+        try:
+            for number, (entry, behind) in enumerate(_entries(watching), start=1):
+                if json:
+                    print_json({**entry_json(entry), "cursor": behind})
+                else:
+                    print_line(_line(entry, names.of(entry)))
+                if number == limit:
+                    return
+        except KeyboardInterrupt:
+            # How everybody ends it.
+            return
+
+
+def _entries(watching: Iterator[Watched]) -> Iterator[tuple[EntryInfo, str | None]]:
+    """Each entry, the last one of a message with the cursor to go on with."""
+    for watched in watching:
+        for left, entry in zip(
+            range(len(watched.entries) - 1, -1, -1), watched.entries, strict=True
+        ):
+            yield entry, None if left else watched.cursor.hex()
+
+
+class _Names:
+    """Knows the budgets that were met, by asking for each once."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._known: dict[bytes, BudgetInfo] = {}
+
+    def of(self, entry: EntryInfo) -> BudgetInfo:
+        """The budget of an entry."""
+        if len(self._known) >= _BUDGETS_MAX:
+            self._known.clear()
+        known = self._known.get(entry.budget_id)
+        if known is None:
+            known = self._client.audit.budget(BudgetRef("", entry.root_id, entry.budget_id))
+            self._known[entry.budget_id] = known
+        return known
+
+
+def _line(entry: EntryInfo, budget: BudgetInfo) -> str:
+    amount = show_amount(entry.amount, budget.unit)
+    available = show_amount(entry.balances.available, budget.unit)
+    at = time_text(entry.at)
+    return (
+        f"{at}  {entry.kind.lower():<8}  {budget.ref.path}  {amount}  by {entry.actor}"
+        f"  available {available}"
+    )
+
+
+# -- What is asked ------------------------------------------------------------------------------------
+
+
+def _reach(*, alone: bool) -> Reach:
+    return Reach.BUDGET if alone else Reach.SUBTREE
+
+
+def _moment(option: str, text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        problem = f"{option}: {text!r} is no time: write 2026-11-01 or 2026-11-01T12:00Z"
+        raise typer.BadParameter(problem) from None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+def _cursor(text: str | None) -> bytes | None:
+    try:
+        return None if text is None else bytes.fromhex(text)
+    except ValueError:
+        raise typer.BadParameter(f"--cursor: {text!r} is none") from None
+
+
+# -- What is told -------------------------------------------------------------------------------------
+
+
+def _statement_json(told: Statement) -> dict[str, Any]:
+    return {
+        "unit": told.unit,
+        "since": time_text(told.since),
+        "until": time_text(told.until),
+        "opening": balances_json(told.opening),
+        "movements": [
+            {
+                "kind": each.kind,
+                "operations": each.operations,
+                "entries": each.entries,
+                "changes": balances_json(each.changes),
+            }
+            for each in told.movements
+        ],
+        "closing": balances_json(told.closing),
+        "used_opening": told.used_opening,
+        "used_closing": told.used_closing,
+        "disputed_closing": told.disputed_closing,
+        "budgets": told.budgets,
+        "ledger": {
+            "incarnation": id_text(told.ledger.incarnation),
+            "lane": told.ledger.lane,
+            "position": told.ledger.position,
+        },
+    }
+
+
+def _print_statement(told: Statement) -> None:
+    """Print a statement; balances that are never anything but zero are left out."""
+    rows = [
+        ("opening", "", told.opening),
+        *((each.kind.lower(), f"{each.operations:,}", each.changes) for each in told.movements),
+        ("closing", "", told.closing),
+    ]
+    names = [
+        name
+        for name in balances_json(told.closing)
+        if any(getattr(money, name) for _, _, money in rows)
+    ]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in ("operations", *names):
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, (what, operations, money) in enumerate(rows):
+        style = "bold" if number in (0, len(rows) - 1) else ""
+        table.add_row(Text(what), operations, *_amounts(money, names, told.unit), style=style)
+    wide_console().print(table)
+    budgets = "1 budget" if told.budgets == 1 else f"{told.budgets:,} budgets"
+    print_line(f"{budgets}, from {time_text(told.since)} until before {time_text(told.until)}")
+    used = show_amount(told.used_closing - told.used_opening, told.unit)
+    print_line(f"used in that time: {used}")
+    if told.disputed_closing:
+        print_line(f"disputed at its end: {show_amount(told.disputed_closing, told.unit)}")
+
+
+def _amounts(money: Balances, names: list[str], unit: str) -> Iterator[str]:
+    for name in names:
+        amount = getattr(money, name)
+        yield show_amount(amount, unit) if amount else "0"
+
+
+def _group_json(group: UsageGroup, groupings: list[str], unit: str) -> dict[str, Any]:
+    return {
+        "group": dict(zip(groupings, group.keys, strict=True)),
+        "unit": unit,
+        "operations": group.operations,
+        "spent": group.spent,
+        "forfeited": group.forfeited,
+        "estimated": group.estimated,
+        "input_tokens": group.input_tokens,
+        "output_tokens": group.output_tokens,
+        "cached_tokens": group.cached_tokens,
+    }
+
+
+def _print_usage(told: UsageReport, groupings: list[str]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for grouping in groupings:
+        table.add_column(Text(grouping), overflow="fold")
+    if not groupings:
+        table.add_column("")
+    for name in ("operations", "spent", "forfeited", "input tokens", "output tokens"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in told.groups if groupings else ():
+        table.add_row(*(Text(key or "-") for key in group.keys), *_figures(group, told.unit))
+    first = ("total", *[""] * (len(groupings) - 1))
+    table.add_row(*first, *_figures(told.total, told.unit), style="bold")
+    wide_console().print(table)
+
+
+def _figures(group: UsageGroup, unit: str) -> Iterator[str]:
+    yield f"{group.operations:,}"
+    yield show_amount(group.spent, unit)
+    yield show_amount(group.forfeited, unit)
+    yield f"{group.input_tokens:,}"
+    yield f"{group.output_tokens:,}"
