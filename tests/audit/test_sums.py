@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime, timedelta
@@ -17,7 +18,8 @@ from peculium_server.core.usage import Booked, By, Grouping, Usage
 from peculium_server.store.accounts import Account, Movement, Period, Totals
 from peculium_server.store.store import Store
 from tests.audit.histories import History, record
-from tests.core.ledger import requested
+from tests.core.ledger import Ledger, requested
+from tests.store.stored import StoredLedger
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -51,11 +53,16 @@ async def store(database: str) -> AsyncIterator[Store]:
 class Naive:
     """The same questions, answered by looking at every entry."""
 
-    def __init__(self, history: History, account: Account, period: Period) -> None:
+    def __init__(
+        self, ledger: Ledger, account: Account, period: Period, position: int | None = None
+    ) -> None:
+        """As of a position in the lane; None: as of now."""
         self.account = account
-        self.tree = history.ledger.trees[account.root_id]
+        self.tree = ledger.trees[account.root_id]
         self.entries = [
-            entry for entry in history.ledger.journal if self._concerns(entry.budget_id)
+            entry
+            for entry in ledger.journal
+            if self._concerns(entry.budget_id) and (position is None or entry.position <= position)
         ]
         self.since = min(each.at for each in self.entries) if period.since is None else period.since
         self.until = max(each.at for each in self.entries) + 1
@@ -200,7 +207,7 @@ async def test_opening_movements_and_closing_are_those_of_the_journal_and_add_up
         account, period = asked(data, history)
         async with store.accounts(account.root_id, seconds_max=30) as accounts:
             totals = await accounts.totals(account, period)
-        assert totals == Naive(history, account, period).totals()
+        assert totals == Naive(history.ledger, account, period).totals()
         moved = added(movement.changes for movement in totals.movements)
         assert added([totals.opening, moved]) == totals.closing
         assert totals.opening.balanced()
@@ -219,9 +226,42 @@ async def test_usage_in_any_grouping_is_that_of_the_journal_and_adds_up_to_the_s
         account, period = asked(data, history)
         groupings = data.draw(st.lists(st.sampled_from(GROUPINGS), unique=True, max_size=4), "by")
         usage = await used(store, account, period, groupings)
-        naive = Naive(history, account, period)
+        naive = Naive(history.ledger, account, period)
         assert usage.groups == naive.usage(groupings)
         totals = naive.totals()
         total = usage.total()
         assert total.spent == totals.closing.spent - totals.opening.spent
         assert total.forfeited == totals.closing.forfeited - totals.opening.forfeited
+
+
+async def test_while_others_write_all_is_told_as_of_one_instant(store: Store) -> None:
+    ledger = StoredLedger(store)
+    root = await ledger.root(100_000, name="acme", labels=(("team", "t"),))
+    account = Account(root.root_id, root.id, subtree=True)
+    asked_for = asyncio.Event()
+
+    async def write() -> None:
+        while not asked_for.is_set():
+            child = await ledger.below(root, 100)
+            await ledger.accept(child.spend(7, labels=(("run", "7"),)))
+            await ledger.accept(child.return_all())
+
+    async with asyncio.TaskGroup() as running:
+        running.create_task(write())
+        told = []
+        for _ in range(30):
+            async with store.accounts(root.root_id, seconds_max=30) as accounts:
+                opened = await accounts.totals(account, Period())
+                usage = Usage([Grouping(By.LABEL, "run")], groups_max=10)
+                async for portion in accounts.bookings(account, Period()):
+                    lines = await accounts.lines(root.root_id, {each.budget_id for each in portion})
+                    for booking in portion:
+                        usage.add(booking, usage.defaults(lines[booking.budget_id]))
+                told.append((accounts.position, opened, usage))
+        asked_for.set()
+    assert len({position for position, *_ in told}) > 1
+    for position, totals, usage in told:
+        naive = Naive(ledger, account, Period(), position)
+        assert totals == naive.totals()
+        assert usage.groups == naive.usage([Grouping(By.LABEL, "run")])
+        assert usage.total().spent == totals.closing.spent

@@ -24,6 +24,8 @@ from peculium.v1 import (
 HOLDER = types_pb2.Authority(holder=types_pb2.Holder())
 _DETAILS_KEY = "grpc-status-details-bin"
 _CONNECTION_OF_ITS_OWN = ("grpc.use_local_subchannel_pool", 1)
+_ENDLESS = "/WatchEntries"
+_STREAMS = ("/Verify", _ENDLESS)
 _NO_RETRIES = ("grpc.enable_retries", 0)
 
 
@@ -154,14 +156,14 @@ class Wire:
         self.channel.close()
 
     def send(self, method: str, request: bytes | Message, timeout: float = 20) -> bytes | Told:
-        """Call a method with whatever bytes, as no generated stub would: its last answer."""
+        """Call a method with whatever bytes, as no generated stub would: its last answer, if it has one."""
         data = request.SerializeToString() if isinstance(request, Message) else request
         call: Any = (
-            self.channel.unary_stream if method.endswith("/Verify") else self.channel.unary_unary
+            self.channel.unary_stream if method.endswith(_STREAMS) else self.channel.unary_unary
         )(method)
         try:
             answer = call(data, timeout=timeout, metadata=self._metadata)
-            return answer if isinstance(answer, bytes) else list(answer)[-1]
+            return answer if isinstance(answer, bytes) else _last(method, answer)
         except grpc.RpcError as error:
             return told(error)
 
@@ -226,6 +228,16 @@ class AioWire:
 
     async def __aexit__(self, *error: object) -> None:
         await self.channel.close()
+
+
+def _last(method: str, stream: Any) -> bytes:
+    """The last answer of a stream, or the first one of a stream that has no end."""
+    if not method.endswith(_ENDLESS):
+        answers: list[bytes] = list(stream)
+        return answers[-1]
+    first: bytes = next(stream)
+    stream.cancel()
+    return first
 
 
 def told(error: grpc.RpcError) -> Told:

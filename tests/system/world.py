@@ -395,6 +395,10 @@ def _by_auditors(world: World) -> Iterator[tuple[str, Message]]:
         AUDIT + "ListEntries",
         audit.ListEntriesRequest(budget=acme, page_size=10, reach=audit.REACH_TREE),
     )
+    yield AUDIT + "GetStatement", audit.GetStatementRequest(budget=acme, reach=audit.REACH_TREE)
+    by_day = audit.UsageGrouping(by=audit.UsageGrouping.BY_DAY)
+    yield AUDIT + "GetUsage", audit.GetUsageRequest(budget=by_path, group_by=[by_day])
+    yield AUDIT + "WatchEntries", audit.WatchEntriesRequest(budget=acme, reach=audit.REACH_SUBTREE)
     yield AUDIT + "Verify", audit.VerifyRequest(tree=acme)
 
 
