@@ -130,7 +130,7 @@ class Journal:
         account = self.first[budget_id]
         for entry in self.entries:
             if entry.budget_id == budget_id and (at is None or entry.at <= at):
-                account = self._after(account, entry)
+                account = self.after(account, entry)
         return account if account.seq else None
 
     def state(self, budget_id: bytes, now: int, at: int | None = None) -> BudgetState:
@@ -220,7 +220,8 @@ class Journal:
                     holder=child.holder,
                 )
 
-    def _after(self, account: Account, entry: Entry) -> Account:
+    def after(self, account: Account, entry: Entry) -> Account:
+        """A budget after its next entry."""
         custody, holder = account.custody, account.holder
         operation = self.operations[entry.operation_id]
         if operation.budget_id == account.budget_id:

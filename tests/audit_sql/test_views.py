@@ -14,7 +14,16 @@ import pytest
 from psycopg.rows import dict_row
 
 from peculium_server.core.operations import Kind
+from peculium_server.core.selection import Selection
 from peculium_server.core.state import Balances, Budget, BudgetState, Custody, Entry
+from peculium_server.store.lists import (
+    BudgetSelection,
+    Period,
+    Reach,
+    list_budgets,
+    list_entries,
+    list_roots,
+)
 from peculium_server.store.store import Store
 from tests.audit_sql.conftest import Lived
 from tests.audit_sql.filling import fill, instant
@@ -80,8 +89,8 @@ async def test_budgets_are_as_the_server_reads_them(
 ) -> None:
     told = {row["path"]: row for row in rows(auditor, "SELECT * FROM audit.budgets")}
     seen = 0
-    for root in (await store.list_roots(limit=100)).rows:
-        page = await store.list_subtree(root.root_id, root.root_id, limit=1_000)
+    for root in (await list_roots(store, BudgetSelection(), limit=100)).rows:
+        page = await list_budgets(store, root, BudgetSelection(), limit=1_000)
         budgets = {budget.budget_id: budget for budget in page.rows}
         for budget in page.rows:
             row = told[path(budgets, budget)]
@@ -206,7 +215,9 @@ async def test_entries_are_as_the_server_reads_them(
     query = "SELECT * FROM audit.entries WHERE root = %s ORDER BY position, part"
     for tree in lived.ledger.trees.values():
         told = rows(auditor, query, budgets[tree.root_id].name)
-        page = await store.list_tree_entries(tree.root_id, limit=10_000)
+        page = await list_entries(
+            store, tree.budget(tree.root_id), Reach.TREE, Selection(), Period(), limit=1_000
+        )
         first = page.rows[0]
         for row, entry in zip(told, page.rows, strict=True):
             first = entry if entry.part == 0 else first

@@ -316,7 +316,7 @@ async def test_a_statement_that_the_database_refuses_is_no_outage(
             await spender.spend(writer, root)
         assert raised.value.state == "42P01"
         with pytest.raises(StatementRefused):
-            await store.list_entries(root.root_id, root.root_id, limit=1)
+            await store.last_use(root.root_id, root.root_id)
         await admin.execute("ALTER TABLE misplaced RENAME TO entries")
     await spender.spend(writer, root)
     assert await spent(store, root) == 1
@@ -413,7 +413,7 @@ async def test_an_answer_that_does_not_come_is_not_waited_for_without_end(
         await hoarder.execute("LOCK TABLE entries IN ACCESS EXCLUSIVE MODE")
         # Not what the database would say of the lock, which it does later.
         with pytest.raises(StoreUnavailable, match="connection broke"):
-            await store.list_entries(root.root_id, root.root_id, limit=1)
+            await store.last_use(root.root_id, root.root_id)
         await hoarder.rollback()
     await spender.spend(store.writer(store.lane_of(root.root_id)), root)
 

@@ -11,12 +11,23 @@ import psycopg
 import pytest
 
 from peculium_server.core.operations import ByHolder
+from peculium_server.core.selection import Selection
 from peculium_server.core.state import GENESIS, Budget, Entry, Hold
 from peculium_server.store.errors import LedgerCorrupt
+from peculium_server.store.lists import (
+    BudgetSelection,
+    Period,
+    Reach,
+    list_budgets,
+    list_entries,
+    list_roots,
+)
 from peculium_server.store.store import Found, Page, Store
 from tests.core.ledger import HoldRef, Node
 from tests.store.spender import Spender
 from tests.store.stored import StoredLedger
+
+EVERY_BUDGET, EVERY_ENTRY, EVER = BudgetSelection(), Selection(), Period()
 
 
 @pytest.fixture
@@ -67,7 +78,7 @@ async def test_roots_are_listed_by_the_bytes_of_their_names(store: Store, spende
         await spender.do(store.writer(store.lane_of(grant.root_id)), grant)
     expected = sorted(names, key=str.encode)
     for limit in (1, 2, 6, 7):
-        found = await pages(lambda after: store.list_roots(limit=limit, after=after))  # noqa: B023
+        found = await pages(lambda after: list_roots(store, EVERY_BUDGET, limit=limit, after=after))  # noqa: B023
         assert [budget.name for rows in found for budget in rows] == expected
         assert {len(rows) for rows in found[:-1]} <= {limit}
 
@@ -85,13 +96,13 @@ async def test_children_are_listed_by_name_and_descendants_by_id(
     assert [[budget.name for budget in rows] for rows in found] == [["a", "b"], ["c"]]
     assert found[0][0] == children[1].budget
     found = await pages(
-        lambda after: store.list_subtree(root.root_id, root.id, limit=4, after=after)
+        lambda after: list_budgets(store, root.budget, EVERY_BUDGET, limit=4, after=after)
     )
     assert [budget for rows in found for budget in rows] == [
         root.budget,
         *sorted((node.budget for node in (*children, *below)), key=lambda each: each.budget_id),
     ]
-    page = await store.list_subtree(root.root_id, children[0].id, limit=10)
+    page = await list_budgets(store, children[0].budget, EVERY_BUDGET, limit=10)
     top, *rest = page.rows
     assert top == children[0].budget
     assert {budget.budget_id for budget in rest} == {node.id for node in below}
@@ -104,7 +115,7 @@ async def test_a_page_that_has_the_top_alone_is_followed_by_all_that_is_below(
     below = [await ledger.below(root, 1) for _ in range(2)]
     store = ledger.store
     found = await pages(
-        lambda after: store.list_subtree(root.root_id, root.id, limit=1, after=after)
+        lambda after: list_budgets(store, root.budget, EVERY_BUDGET, limit=1, after=after)
     )
     listed = [budget.budget_id for rows in found for budget in rows]
     assert listed == [root.id, *sorted(node.id for node in below)]
@@ -118,7 +129,7 @@ async def test_a_tree_that_is_listed_while_money_moves_in_it_adds_up(
     moving = asyncio.create_task(_move(ledger, root, child))
     try:
         for _ in range(200):
-            page = await store.list_subtree(root.root_id, root.id, limit=10)
+            page = await list_budgets(store, root.budget, EVERY_BUDGET, limit=10)
             top, below = page.rows
             assert top.money.delegated == below.money.granted
     finally:
@@ -167,9 +178,12 @@ async def test_a_budgets_entries_are_listed_by_seq_in_both_directions(
     for limit in (1_000, 152, 64, 50):
         for descending in (False, True):
             found = await pages(
-                lambda after: store.list_entries(
-                    root.root_id,
-                    root.id,
+                lambda after: list_entries(
+                    store,
+                    root.budget,
+                    Reach.BUDGET,
+                    EVERY_ENTRY,
+                    EVER,
                     limit=limit,  # noqa: B023
                     after=after,
                     descending=descending,  # noqa: B023
@@ -177,7 +191,8 @@ async def test_a_budgets_entries_are_listed_by_seq_in_both_directions(
             )
             listed = [entry for rows in found for entry in rows]
             assert listed == (mine[::-1] if descending else mine)
-    [first] = (await store.list_entries(root.root_id, child.id, limit=5)).rows
+    page = await list_entries(store, child.budget, Reach.BUDGET, EVERY_ENTRY, EVER, limit=5)
+    [first] = page.rows
     assert first.previous_hash == GENESIS
 
 
@@ -201,8 +216,12 @@ async def test_a_trees_entries_are_listed_by_whole_operations(
     for limit in (1, 3, 100):
         for descending in (False, True):
             found = await pages(
-                lambda after: store.list_tree_entries(
-                    root.root_id,
+                lambda after: list_entries(
+                    store,
+                    root.budget,
+                    Reach.TREE,
+                    EVERY_ENTRY,
+                    EVER,
                     limit=limit,  # noqa: B023
                     after=after,
                     descending=descending,  # noqa: B023
@@ -269,7 +288,7 @@ async def test_bytes_that_are_no_entry_are_shown_to_the_verifier_and_refused_to_
     assert finding is not None
     assert (finding.budget_id, finding.seq) == (root.id, 2)
     with pytest.raises(LedgerCorrupt, match="entry 2"):
-        await ledger.store.list_entries(root.root_id, root.id, limit=5)
+        await list_entries(ledger.store, root.budget, Reach.BUDGET, EVERY_ENTRY, EVER, limit=5)
 
 
 async def test_where_a_lane_stands_is_told_with_the_time(ledger: StoredLedger, root: Node) -> None:

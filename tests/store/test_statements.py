@@ -15,7 +15,15 @@ from sqlalchemy_cockroachdb.psycopg import (  # type: ignore[import-untyped]
 
 from peculium_server.core.batch import Request, decide_group
 from peculium_server.core.operations import ByToken, Operation
-from peculium_server.store import accounts, checkpoints, reads, schema, statements, tail
+from peculium_server.store import (
+    accounts,
+    audit_reads,
+    checkpoints,
+    reads,
+    schema,
+    statements,
+    tail,
+)
 from peculium_server.store.connect import _WRITER_SETTINGS_POSTGRES
 from peculium_server.store.save import changes
 from peculium_server.store.store import Store
@@ -37,9 +45,12 @@ def test_every_statement_is_the_same_for_cockroachdb(cockroach: Dialect) -> None
     assert of_lane.keys() == statements.LANE_RECIPES.keys()
     executables = {name: recipe.build(here) for name, recipe in statements.LANE_RECIPES.items()}
     sent = {name: statement.sql for name, statement in of_lane.items()}
-    for module in (reads, accounts, tail, checkpoints):
-        executables |= {name: executable for name, (executable, _) in module.RECIPES.items()}
-        sent |= {name: statement.sql for name, statement in module.STATEMENTS.items()}
+    for module in (reads, accounts, audit_reads, tail, checkpoints):
+        of_module = f"{module.__name__}."
+        executables |= {
+            of_module + name: executable for name, (executable, _) in module.RECIPES.items()
+        }
+        sent |= {of_module + name: statement.sql for name, statement in module.STATEMENTS.items()}
     for name, executable in executables.items():
         assert str(executable.compile(dialect=cockroach)).encode() == sent[name]  # type: ignore[attr-defined]
 

@@ -57,23 +57,29 @@ class GetBudgetRequest(_message.Message):
 
     BUDGET_FIELD_NUMBER: _builtins.int
     AS_OF_FIELD_NUMBER: _builtins.int
+    SUM_SUBTREE_FIELD_NUMBER: _builtins.int
+    sum_subtree: _builtins.bool
+    """Sum up its subtree, too: that takes time with the number of budgets in the tree."""
     @_builtins.property
     def budget(self) -> _types_pb2.BudgetRef:
         """Which budget."""
 
     @_builtins.property
     def as_of(self) -> _timestamp_pb2.Timestamp:
-        """As it was at this time, by the database's clock. Absent: as it is now."""
+        """As it was at this time, by the database's clock, what was decided at this very time included. Absent: as it is
+        now. What is decided at that moment may still be missing: ask some seconds later for an answer that stays.
+        """
 
     def __init__(
         self,
         *,
         budget: _types_pb2.BudgetRef | None = ...,
         as_of: _timestamp_pb2.Timestamp | None = ...,
+        sum_subtree: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "budget", b"budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "budget", b"budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "budget", b"budget", "sum_subtree", b"sum_subtree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -90,9 +96,11 @@ class GetBudgetResponse(_message.Message):
     USED_FIELD_NUMBER: _builtins.int
     DISPUTED_FIELD_NUMBER: _builtins.int
     used: _builtins.int
-    """What its subtree has used: the sum of spent and forfeited over it and all below, closed budgets included."""
+    """What its subtree has used: the sum of spent and forfeited over it and all below, closed budgets included. Absent
+    unless it was asked for.
+    """
     disputed: _builtins.int
-    """What is disputed in its subtree, beside what is used."""
+    """What is disputed in its subtree, beside what is used. Absent unless it was asked for."""
     @_builtins.property
     def budget(self) -> _types_pb2.Budget:
         """As it is, or was. Its state considers its ancestors at the same time."""
@@ -106,14 +114,21 @@ class GetBudgetResponse(_message.Message):
         *,
         budget: _types_pb2.Budget | None = ...,
         ledger: _types_pb2.LedgerPosition | None = ...,
-        used: _builtins.int = ...,
-        disputed: _builtins.int = ...,
+        used: _builtins.int | None = ...,
+        disputed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "ledger", b"ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_disputed", b"_disputed", "_used", b"_used", "budget", b"budget", "disputed", b"disputed", "ledger", b"ledger", "used", b"used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "disputed", b"disputed", "ledger", b"ledger", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disputed", b"_disputed", "_used", b"_used", "budget", b"budget", "disputed", b"disputed", "ledger", b"ledger", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__disputed: _TypeAlias = _typing.Literal["disputed"]  # noqa: Y015
+    _WhichOneofArgType__disputed: _TypeAlias = _typing.Literal["_disputed", b"_disputed"]  # noqa: Y015
+    _WhichOneofReturnType__used: _TypeAlias = _typing.Literal["used"]  # noqa: Y015
+    _WhichOneofArgType__used: _TypeAlias = _typing.Literal["_used", b"_used"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__disputed) -> _WhichOneofReturnType__disputed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__used) -> _WhichOneofReturnType__used | None: ...
 
 Global___GetBudgetResponse: _TypeAlias = GetBudgetResponse  # noqa: Y015
 
@@ -233,7 +248,9 @@ Global___BudgetFilter: _TypeAlias = BudgetFilter  # noqa: Y015
 
 @_typing.final
 class ListBudgetsResponse(_message.Message):
-    """Some budgets: the top first, then by id, which is in the order of making. Roots are in the order of their names."""
+    """Some budgets: the top first, then by id, which is in the order of making. Roots are in the order of their names.
+    With a filter a page may be short, or empty, without being the last: what one call looks at is bounded.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -345,7 +362,7 @@ class EntryFilter(_message.Message):
     trace_id: _builtins.bytes
     """Of this trace: 16 bytes."""
     hold_id: _builtins.bytes
-    """That concern this hold."""
+    """On the budget of this hold, about this hold. The operation may have further parts, on the budgets above."""
     reference: _builtins.str
     """Whose operation has this reference, as a provider's bill names the call."""
     @_builtins.property
@@ -494,7 +511,7 @@ Global___Entry: _TypeAlias = Entry  # noqa: Y015
 
 @_typing.final
 class ListEntriesResponse(_message.Message):
-    """Some entries."""
+    """Some entries. With a filter a page may be short, or empty, without being the last: what one call looks at is bounded."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -504,7 +521,7 @@ class ListEntriesResponse(_message.Message):
     """Empty on the last page."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
-        """By seq within a budget, by position within a tree."""
+        """By seq within a budget; within a subtree or tree by position, and the parts of an operation in their order."""
 
     def __init__(
         self,

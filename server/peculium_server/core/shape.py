@@ -93,7 +93,7 @@ def _problem(operation: Operation) -> Problem | None:
         or _id("root_id", operation.root_id)
         or _id("budget_id", operation.budget_id)
         or _authority(operation)
-        or _labels("labels", operation.labels)
+        or labels_problem("labels", operation.labels)
         or (None if operation.trace_id is None else _id("trace_id", operation.trace_id))
         or (None if operation.batch is None else _batch(operation.batch))
         or _OWN[operation.kind](operation)
@@ -232,7 +232,7 @@ def _settle(settle: Settle) -> Problem | None:
         _id("hold_id", settle.hold_id)
         or _actual(settle)
         or _next_hold(settle)
-        or _text("reference", settle.reference, limits.REFERENCE_BYTES_MAX)
+        or text_problem("reference", settle.reference, limits.REFERENCE_BYTES_MAX)
         or _usage(settle.usage)
     )
 
@@ -268,7 +268,7 @@ def _extend(extend: Extend) -> Problem | None:
 def _spend(spend: Spend) -> Problem | None:
     return (
         _amount("amount", spend.amount, 1)
-        or _text("reference", spend.reference, limits.REFERENCE_BYTES_MAX)
+        or text_problem("reference", spend.reference, limits.REFERENCE_BYTES_MAX)
         or _usage(spend.usage)
     )
 
@@ -298,7 +298,7 @@ def _child(child: Child) -> Problem | None:
         or _name("name", child.name)
         or _amount("amount", child.amount, 0)
         or _receiver(child.token_id, child.holder)
-        or _labels("labels", child.labels)
+        or labels_problem("labels", child.labels)
         or _overrun_factor(child.overrun_factor)
         or (None if child.lease_us is None else _lease("lease", child.lease_us))
         or _lease_latest(child)
@@ -384,12 +384,12 @@ def _resolve(resolve: Resolve) -> Problem | None:
     return (
         _id("hold_id", resolve.hold_id)
         or _amount("actual", resolve.actual, 0)
-        or _text("reason", resolve.reason, limits.REASON_BYTES_MAX, least=1)
+        or text_problem("reason", resolve.reason, limits.REASON_BYTES_MAX, least=1)
     )
 
 
 def _freeze(operation: Freeze | Unfreeze) -> Problem | None:
-    return _text("reason", operation.reason, limits.REASON_BYTES_MAX)
+    return text_problem("reason", operation.reason, limits.REASON_BYTES_MAX)
 
 
 def _nothing(_: Operation) -> Problem | None:
@@ -453,7 +453,9 @@ def _receiver(
     if token_id is None and holder is None:
         return field, "is missing: name a token id, a holder, or both"
     return (None if token_id is None else _token(field, token_id)) or (
-        None if holder is None else _text("holder", holder, limits.PRINCIPAL_BYTES_MAX, least=1)
+        None
+        if holder is None
+        else text_problem("holder", holder, limits.PRINCIPAL_BYTES_MAX, least=1)
     )
 
 
@@ -482,7 +484,8 @@ def _lease(field: str, value: int) -> Problem | None:
     return _duration(field, value, limits.LEASE_US_MIN, limits.LEASE_US_MAX)
 
 
-def _text(field: str, value: str, most: int, least: int = 0) -> Problem | None:
+def text_problem(field: str, value: str, most: int, least: int = 0) -> Problem | None:
+    """What is wrong with a text: its length in bytes, or what it is made of."""
     if value.isascii() and value.isprintable() and least <= len(value) <= most:
         return None
     size = len(value.encode(errors="surrogatepass"))
@@ -494,7 +497,7 @@ def _text(field: str, value: str, most: int, least: int = 0) -> Problem | None:
 
 
 def _name(field: str, value: str) -> Problem | None:
-    found = _text(field, value, limits.NAME_BYTES_MAX, least=1)
+    found = text_problem(field, value, limits.NAME_BYTES_MAX, least=1)
     if found is not None:
         return found
     if "/" in value:
@@ -510,11 +513,12 @@ def _unit(value: str) -> Problem | None:
     return None
 
 
-def _labels(field: str, labels: Labels) -> Problem | None:
+def labels_problem(field: str, labels: Labels) -> Problem | None:
+    """What is wrong with the first labels, as many as an operation may carry."""
     for key, value in labels[: limits.LABELS_MAX]:
-        found = _text(f"{field} key", key, limits.LABEL_KEY_BYTES_MAX, least=1) or _text(
-            f"{field} value", value, limits.LABEL_VALUE_BYTES_MAX
-        )
+        found = text_problem(
+            f"{field} key", key, limits.LABEL_KEY_BYTES_MAX, least=1
+        ) or text_problem(f"{field} value", value, limits.LABEL_VALUE_BYTES_MAX)
         if found is not None:
             return found
     return None
@@ -524,8 +528,8 @@ def _usage(usage: Usage | None) -> Problem | None:
     if usage is None:
         return None
     return (
-        _text("usage.provider", usage.provider, limits.PROVIDER_BYTES_MAX)
-        or _text("usage.model", usage.model, limits.PROVIDER_BYTES_MAX)
+        text_problem("usage.provider", usage.provider, limits.PROVIDER_BYTES_MAX)
+        or text_problem("usage.model", usage.model, limits.PROVIDER_BYTES_MAX)
         or _tokens("usage.input_tokens", usage.input_tokens)
         or _tokens("usage.output_tokens", usage.output_tokens)
         or _tokens("usage.cached_tokens", usage.cached_tokens)

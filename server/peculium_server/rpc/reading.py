@@ -81,17 +81,21 @@ class Reader:
         """The lines of budgets that were read from one tree, or of roots."""
         if not budgets:
             return []
-        standing = await self._store.standing(self._store.lane_of(budgets[0].root_id))
-        known: dict[bytes, Budget] = {}
-        lines = []
-        for budget in budgets:
-            known[budget.budget_id] = budget
-            if budget.parent_id is not None and budget.parent_id not in known:
-                above = await self._store.budget(budget.root_id, budget.parent_id)
-                known |= {each.budget_id: each for each in above}
-            ancestry = (budget, *(known[ancestor] for ancestor in budget.ancestors))
-            lines.append(_line(ancestry, standing.now))
-        return lines
+        root_id = budgets[0].root_id
+        known = {budget.budget_id: budget for budget in budgets}
+        missing = {above for budget in budgets for above in budget.ancestors} - known.keys()
+        if missing:
+            above = await self._store.budgets(root_id, sorted(missing))
+            known |= {each.budget_id: each for each in above}
+        standing = await self._store.standing(self._store.lane_of(root_id))
+        return [
+            line_of((budget, *(known[ancestor] for ancestor in budget.ancestors)), standing.now)
+            for budget in budgets
+        ]
+
+    async def ancestry(self, budget: Budget) -> tuple[Budget, ...]:
+        """A budget that was read, and its ancestors, upwards."""
+        return await self._store.budget(budget.root_id, budget.budget_id)
 
     async def _read(self, reference: types_pb2.BudgetRef) -> tuple[Line, Position] | None:
         found = await self._find(reference)
@@ -103,7 +107,7 @@ class Reader:
         lane = self._store.lane_of(found.root_id)
         standing = await self._store.standing(lane)
         position = Position(self._store.incarnation, lane, standing.position)
-        return _line(ancestry, standing.now), position
+        return line_of(ancestry, standing.now), position
 
     async def _find(self, reference: types_pb2.BudgetRef) -> Found | None:
         path = reference.path
@@ -134,8 +138,8 @@ def _authorised(proof: ByToken | ByHolder, budget: Budget, principal: str) -> bo
     )
 
 
-def _line(ancestry: Sequence[Budget], now: int) -> Line:
-    """The budget first, the root last."""
+def line_of(ancestry: Sequence[Budget], now: int) -> Line:
+    """A budget with what is to be told of its ancestors, at a time; it comes first, the root last."""
     path = tuple(budget.name for budget in reversed(ancestry))
     # The numbers of the states ascend with their strictness.
     return Line(ancestry[0], path, max(budget.state(now) for budget in ancestry), now)

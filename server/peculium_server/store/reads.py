@@ -22,11 +22,9 @@ from sqlalchemy import (
     literal_column,
     select,
     union,
-    union_all,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
-from peculium_server.core.state import GENESIS, Entry
 from peculium_server.store import rows
 from peculium_server.store.schema import (
     LIVE_HOLD,
@@ -48,7 +46,7 @@ _BUDGET = bindparam("budget_id", type_=Uuid(as_uuid=False))
 _AFTER_ID = bindparam("after", type_=Uuid(as_uuid=False))
 _AFTER_NAME = bindparam("after", type_=Text())
 _AFTER = bindparam("after", type_=BigInteger)
-_UNTIL = bindparam("until", type_=BigInteger)
+_IDS = bindparam("ids", type_=ARRAY(Uuid(as_uuid=False)))
 _LIMIT = bindparam("limit", type_=BigInteger)
 
 
@@ -89,19 +87,9 @@ def _ancestry() -> Executable:
     )
 
 
-def _list_roots() -> Executable:
-    return (
-        select(*_columns(budgets, rows.BUDGET_COLUMNS))
-        .select_from(roots)
-        .join(
-            budgets,
-            (budgets.c.lane == roots.c.lane)
-            & (budgets.c.root_id == roots.c.root_id)
-            & (budgets.c.budget_id == roots.c.root_id),
-        )
-        .where(roots.c.name > _AFTER_NAME)
-        .order_by(roots.c.name)
-        .limit(_LIMIT)
+def _budgets() -> Executable:
+    return select(*_columns(budgets, rows.BUDGET_COLUMNS)).where(
+        *_in_tree(budgets), budgets.c.budget_id == any_(_IDS)
     )
 
 
@@ -110,30 +98,6 @@ def _list_children() -> Executable:
         select(*_columns(budgets, rows.BUDGET_COLUMNS))
         .where(*_in_tree(budgets), budgets.c.parent_id == _BUDGET, budgets.c.name > _AFTER_NAME)
         .order_by(budgets.c.name)
-        .limit(_LIMIT)
-    )
-
-
-def _list_subtree() -> Executable:
-    """The top, if it is named, and what is below: as one statement sees them, so that they add up."""
-    top = select(*_columns(budgets, rows.BUDGET_COLUMNS)).where(
-        *_in_tree(budgets), budgets.c.budget_id == bindparam("top_id", type_=Uuid(as_uuid=False))
-    )
-    below = (
-        select(*_columns(budgets, rows.BUDGET_COLUMNS))
-        .where(
-            *_in_tree(budgets),
-            any_(budgets.c.ancestors) == _BUDGET,
-            budgets.c.budget_id > _AFTER_ID,
-        )
-        .order_by(budgets.c.budget_id)
-        .limit(_LIMIT)
-        .subquery("below")
-    )
-    listed = union_all(top, select(below)).subquery("listed")
-    return (
-        select(*_columns(listed, rows.BUDGET_COLUMNS))
-        .order_by(listed.c.budget_id != _BUDGET, listed.c.budget_id)
         .limit(_LIMIT)
     )
 
@@ -150,19 +114,6 @@ def _list_holds(*conditions: ColumnElement[bool] | TextClause) -> Executable:
         .order_by(holds.c.hold_id)
         .limit(_LIMIT)
     )
-
-
-def _list_entries(*, descending: bool) -> Executable:
-    """A budget's entries by seq, group for group, as the index has them."""
-    seq, group = entries.c.seq, seq_group(entries.c.seq)
-    of_budget = select(*_columns(entries, rows.ENTRY_COLUMNS)).where(
-        *_in_tree(entries), entries.c.budget_id == _BUDGET
-    )
-    if descending:
-        before = of_budget.where(group <= seq_group(_AFTER), seq < _AFTER)
-        return before.order_by(group.desc(), seq.desc()).limit(_LIMIT)
-    behind = of_budget.where(group >= seq_group(_AFTER), seq > _AFTER)
-    return behind.order_by(group, seq).limit(_LIMIT)
 
 
 def _last_use() -> Executable:
@@ -190,15 +141,6 @@ def previous_hash() -> ColumnElement[Any]:
             before.c.seq == seq_before,
         )
         .scalar_subquery()
-    )
-
-
-def _tree_entries() -> Executable:
-    """A tree's entries between two positions of its lane, each with the hash before it of its budget."""
-    return (
-        select(*_columns(entries, rows.ENTRY_COLUMNS), previous_hash())
-        .where(*_in_tree(entries), entries.c.position > _AFTER, entries.c.position <= _UNTIL)
-        .order_by(entries.c.position, entries.c.part)
     )
 
 
@@ -301,10 +243,6 @@ def _end_collection() -> Executable:
     return delete(collections).where(*_in_tree(collections), collections.c.budget_id == _BUDGET)
 
 
-def _to_chained_entry(row: Sequence[Any]) -> Entry:
-    return rows.to_entry(row, previous_hash=row[-1] or GENESIS)
-
-
 def _first(row: Sequence[Any]) -> Any:
     return row[0]
 
@@ -314,15 +252,11 @@ RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "root_named": (_root_named(), _first),
     "child_named": (_child_named(), _first),
     "ancestry": (_ancestry(), rows.to_budget),
-    "list_roots": (_list_roots(), rows.to_budget),
+    "budgets": (_budgets(), rows.to_budget),
     "list_children": (_list_children(), rows.to_budget),
-    "list_subtree": (_list_subtree(), rows.to_budget),
     "list_open_holds": (_list_holds(OPEN_HOLD), rows.to_hold),
     "list_all_holds": (_list_holds(), rows.to_hold),
-    "list_entries": (_list_entries(descending=False), rows.to_entry),
-    "list_entries_descending": (_list_entries(descending=True), rows.to_entry),
     "last_use": (_last_use(), _first),
-    "tree_entries": (_tree_entries(), _to_chained_entry),
     "earliest_due": (_earliest_due(), tuple),
     "due_holds": (_due_holds(), tuple),
     "due_leases": (_due_leases(), tuple),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peculium_server.core.encoding import Part, decode_effect, decode_request, operation_digest
-from peculium_server.core.operations import Kind
+from peculium_server.core.operations import Kind, Operation
 from peculium_server.core.state import (
     Balances,
     Budget,
@@ -268,9 +268,30 @@ def to_recorded(entries: Sequence[Entry]) -> Recorded:
         ValueError: These are not all the entries of one operation.
     """
     first = entries[0]
-    if [entry.part for entry in entries] != list(range(first.parts)) or first.request is None:
+    if [entry.part for entry in entries] != list(range(first.parts)):
         raise ValueError("an operation lacks a part")
-    operation = decode_request(
+    return Recorded(_requested(first), first.principal, tuple(entries))
+
+
+def asked_for(first: Entry) -> Operation:
+    """The operation as it was requested, of its part 0.
+
+    Raises:
+        LedgerCorrupt: It is not one.
+    """
+    try:
+        return _requested(first)
+    except ValueError as error:
+        budget = first.budget_id.hex()
+        raise LedgerCorrupt(
+            f"the request of entry {first.seq} of {budget} is unreadable"
+        ) from error
+
+
+def _requested(first: Entry) -> Operation:
+    if first.request is None:
+        raise ValueError("part 0 has no request")
+    return decode_request(
         kind=first.kind,
         root_id=first.root_id,
         budget_id=first.budget_id,
@@ -279,7 +300,6 @@ def to_recorded(entries: Sequence[Entry]) -> Recorded:
         consumed=first.consumed,
         request=first.request,
     )
-    return Recorded(operation, first.principal, tuple(entries))
 
 
 def to_consumption(operation_id: bytes, kind: int, at: int, principal: str) -> Consumption:

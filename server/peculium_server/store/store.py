@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from itertools import groupby
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 from uuid import UUID
 
@@ -17,8 +16,8 @@ import psycopg
 from psycopg import AsyncRawCursor
 
 from peculium_server.core.lanes import lane_of
-from peculium_server.core.limits import BALANCE_MAX, DEPTH_MAX
-from peculium_server.core.state import GENESIS, Budget, Entry, Hold
+from peculium_server.core.limits import DEPTH_MAX
+from peculium_server.core.state import Budget, Entry, Hold
 from peculium_server.store import tail
 from peculium_server.store.accounts import Accounts
 from peculium_server.store.connect import Readers, connect_reader, is_postgres
@@ -35,7 +34,7 @@ from peculium_server.store.reads import STATEMENTS
 from peculium_server.store.seals import Seals, SnapshotSeals
 from peculium_server.store.statements import LEDGER
 from peculium_server.store.tail import Tail, Within
-from peculium_server.store.wire import Connection, Step
+from peculium_server.store.wire import Connection, Statement, Step
 
 Row = TypeVar("Row")
 Key = TypeVar("Key")
@@ -244,35 +243,19 @@ class Store:
 
     async def budget(self, root_id: bytes, budget_id: bytes) -> tuple[Budget, ...]:
         """A budget and its ancestors, upwards; empty if there is none."""
-        return tuple(await self._fetch("ancestry", **self._key(root_id, budget_id)))
+        return tuple(await self._fetch("ancestry", **self.key(root_id, budget_id)))
 
-    async def list_roots(self, *, limit: int, after: str | None = None) -> Page[Budget, str]:
-        """Roots by name."""
-        found = await self._fetch("list_roots", after=after or "", limit=limit + 1)
-        return _page(found, limit, lambda budget: budget.name)
+    async def budgets(self, root_id: bytes, ids: Sequence[bytes]) -> list[Budget]:
+        """Some budgets of a tree, in no order."""
+        return await self._fetch("budgets", lane=self.lane_of(root_id), root_id=root_id, ids=ids)
 
     async def list_children(
         self, root_id: bytes, budget_id: bytes, *, limit: int, after: str | None = None
     ) -> Page[Budget, str]:
         """A budget's direct children by name, closed ones included."""
-        key = self._key(root_id, budget_id)
+        key = self.key(root_id, budget_id)
         found = await self._fetch("list_children", **key, after=after or "", limit=limit + 1)
         return _page(found, limit, lambda budget: budget.name)
-
-    async def list_subtree(
-        self, root_id: bytes, budget_id: bytes, *, limit: int, after: bytes | None = None
-    ) -> Page[Budget, bytes]:
-        """A budget, then everything below it, at any depth, by id; closed budgets included.
-
-        What is in one page was true at one instant. The first page has the budget itself, whose key
-        is empty.
-        """
-        top_id = budget_id if after is None else _NIL
-        key = self._key(root_id, budget_id) | {"top_id": top_id, "after": after or _NIL}
-        found = await self._fetch("list_subtree", **key, limit=limit + 1)
-        return _page(
-            found, limit, lambda budget: b"" if budget.budget_id == budget_id else budget.budget_id
-        )
 
     async def list_holds(
         self,
@@ -285,69 +268,14 @@ class Store:
     ) -> Page[Hold, bytes]:
         """A budget's holds by id: those that can still be settled, or with `ended` all."""
         name = "list_all_holds" if ended else "list_open_holds"
-        key = self._key(root_id, budget_id)
+        key = self.key(root_id, budget_id)
         found = await self._fetch(name, **key, after=after or _NIL, limit=limit + 1)
         return _page(found, limit, lambda hold: hold.hold_id)
 
-    async def list_entries(
-        self,
-        root_id: bytes,
-        budget_id: bytes,
-        *,
-        limit: int,
-        after: int | None = None,
-        descending: bool = False,
-    ) -> Page[Entry, int]:
-        """A budget's entries by seq."""
-        key = self._key(root_id, budget_id)
-        if descending:
-            after = BALANCE_MAX if after is None else after
-            found = await self._fetch(
-                "list_entries_descending", **key, after=after, limit=limit + 1
-            )
-            found = _chained(found[::-1])[::-1]
-        else:
-            # From the one before on, whose hash the first one follows.
-            after = after or 0
-            found = await self._fetch("list_entries", **key, after=after - 1, limit=limit + 2)
-            found = [entry for entry in _chained(found) if entry.seq > after]
-        return _page(found, limit, lambda entry: entry.seq)
-
     async def last_use(self, root_id: bytes, budget_id: bytes) -> int | None:
         """When a token of the budget or of one of its holds was last consumed; None: never."""
-        found = await self._fetch("last_use", **self._key(root_id, budget_id))
+        found = await self._fetch("last_use", **self.key(root_id, budget_id))
         return found[0] if found else None
-
-    async def list_tree_entries(
-        self, root_id: bytes, *, limit: int, after: int | None = None, descending: bool = False
-    ) -> Page[Entry, int]:
-        """A tree's entries by position; a page has at most `limit` operations, each of them whole.
-
-        Positions are a lane's, so those of a tree have gaps. They are read in windows that grow until
-        the page is full, each as cheap as it is wide.
-        """
-        lane = self.lane_of(root_id)
-        end = (await self.standing(lane)).position
-        operations: list[list[Entry]] = []
-        edge = after if after is not None else (end + 1 if descending else 0)
-        width = limit + 1
-        while len(operations) <= limit and (edge > 1 if descending else edge < end):
-            low, high = (edge - 1 - width, edge - 1) if descending else (edge, edge + width)
-            found = await self._fetch(
-                "tree_entries", lane=lane, root_id=root_id, after=max(low, 0), until=high
-            )
-            by_position = [
-                list(parts) for _, parts in groupby(found, key=lambda entry: entry.position)
-            ]
-            operations += reversed(by_position) if descending else by_position
-            edge = max(low, 0) + 1 if descending else high
-            width *= 4
-        page = operations[:limit]
-        more = len(operations) > limit
-        return Page(
-            tuple(entry for parts in page for entry in parts),
-            page[-1][0].position if more else None,
-        )
 
     # -- What was recorded last ------------------------------------------------------------------
 
@@ -401,11 +329,11 @@ class Store:
 
     async def to_collect(self, top: Found, *, limit: int) -> list[bytes]:
         """The ids of some budgets below another one that have something available."""
-        return await self._fetch("to_collect", **self._key(*top), limit=limit)
+        return await self._fetch("to_collect", **self.key(*top), limit=limit)
 
     async def end_collection(self, top: Found) -> None:
         """Take a closed budget off the list. Below it nothing is available, nor ever will be again."""
-        await self._fetch("end_collection", **self._key(*top))
+        await self._fetch("end_collection", **self.key(*top))
 
     @contextlib.asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Snapshot]:
@@ -433,12 +361,17 @@ class Store:
             yield Accounts(connection, now, position, self.lanes)
             await connection.execute("COMMIT")
 
-    def _key(self, root_id: bytes, budget_id: bytes) -> dict[str, Any]:
+    def key(self, root_id: bytes, budget_id: bytes) -> dict[str, Any]:
+        """The parameters that name a budget."""
         return {"lane": self.lane_of(root_id), "root_id": root_id, "budget_id": budget_id}
 
-    async def _fetch(self, name: str, **values: Any) -> list[Any]:
+    async def fetch(self, statement: Statement, **values: Any) -> list[Any]:
+        """The rows of one statement, a transaction of its own."""
         async with self._reading() as connection:
-            return await connection.fetch(Step(STATEMENTS[name], values))
+            return await connection.fetch(Step(statement, values))
+
+    async def _fetch(self, name: str, **values: Any) -> list[Any]:
+        return await self.fetch(STATEMENTS[name], **values)
 
     @contextlib.asynccontextmanager
     async def _reading(self) -> AsyncIterator[Connection]:
@@ -448,16 +381,6 @@ class Store:
                 yield connection
         except psycopg.Error as error:
             raise translate(error) from error
-
-
-def _chained(entries: list[Entry]) -> list[Entry]:
-    """Give consecutive entries of a budget the hashes that they follow; the first one only its genesis."""
-    previous = GENESIS if entries and entries[0].seq == 1 else b""
-    chained = []
-    for entry in entries:
-        chained.append(entry._replace(previous_hash=previous))
-        previous = entry.hash
-    return chained
 
 
 def _page(found: list[Row], limit: int, key: Callable[[Row], Key]) -> Page[Row, Key]:
