@@ -16,10 +16,13 @@ from peculium._config import Tls
 from peculium._context import current, use
 from peculium._sync_audit import Audit
 from peculium.audit import (
+    BudgetFilter,
+    Delegation,
     EntryFilter,
     Movement,
     Reach,
     Statement,
+    TokenStep,
     UsageGroup,
     UsageReport,
     Watched,
@@ -80,6 +83,7 @@ __all__ = [
     "BudgetClosed",
     "BudgetExhausted",
     "BudgetExpired",
+    "BudgetFilter",
     "BudgetFrozen",
     "BudgetHeld",
     "BudgetInfo",
@@ -92,6 +96,7 @@ __all__ = [
     "Client",
     "Custody",
     "Delegated",
+    "Delegation",
     "EntryFilter",
     "EntryInfo",
     "Finding",
@@ -121,6 +126,7 @@ __all__ = [
     "Statement",
     "Tls",
     "TokenConsumed",
+    "TokenStep",
     "TreeOverrun",
     "Unavailable",
     "Usage",

@@ -2,9 +2,57 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from peculium import _codec as codec
-from peculium.audit import Movement, Statement, UsageGroup, UsageReport, Watched
+from peculium._ids import id_text
+from peculium.audit import (
+    Delegation,
+    Movement,
+    Statement,
+    TokenStep,
+    UsageGroup,
+    UsageReport,
+    Watched,
+)
 from peculium.v1 import audit_service_pb2 as audit
+from peculium.values import BudgetInfo
+
+
+def budget(message: audit.GetBudgetResponse) -> BudgetInfo:
+    """A budget, with the sums over its subtree if they were asked for."""
+    info = codec.budget_info(message.budget, message.ledger)
+    return replace(
+        info,
+        subtree_used=message.used if message.HasField("used") else None,
+        subtree_disputed=message.disputed if message.HasField("disputed") else None,
+    )
+
+
+def delegation(message: audit.Delegation) -> Delegation:
+    """One budget of a line."""
+    return Delegation(
+        budget=codec.budget_info(message.budget),
+        made_by=codec.entry_info(message.made_by),
+        amount=message.amount,
+        by=message.by,
+        right=message.WhichOneof("right") or "",
+        token=message.token or None,
+    )
+
+
+def token_step(message: audit.TokenStep) -> TokenStep:
+    """What was done to a token."""
+    return TokenStep(
+        seq=message.seq,
+        operation_id=id_text(message.operation_id),
+        kind=codec.kind(message.kind),
+        at=codec.at(message.at),
+        by=message.by,
+        consumed=message.consumed or None,
+        produced=message.produced or None,
+        holder=message.holder or None,
+    )
 
 
 def statement(message: audit.GetStatementResponse) -> Statement:

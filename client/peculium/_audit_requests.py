@@ -9,7 +9,7 @@ from uuid import UUID
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from peculium._requests import budget_ref
-from peculium.audit import EntryFilter, Reach
+from peculium.audit import BudgetFilter, EntryFilter, Reach
 from peculium.capability import BudgetRef
 from peculium.errors import Malformed
 from peculium.v1 import audit_service_pb2 as audit, types_pb2
@@ -29,6 +29,49 @@ _BY = {
     "budget": audit.UsageGrouping.BY_BUDGET,
     "provider": audit.UsageGrouping.BY_PROVIDER,
 }
+
+
+def budget(
+    budget: str | BudgetRef, as_of: datetime | None, *, sum_subtree: bool
+) -> audit.GetBudgetRequest:
+    """Ask for a budget, as it is or as it was."""
+    return audit.GetBudgetRequest(
+        budget=budget_ref(budget), as_of=_time("as_of", as_of), sum_subtree=sum_subtree
+    )
+
+
+def budgets(
+    below: str | BudgetRef | None, selected: BudgetFilter | None, page_size: int
+) -> audit.ListBudgetsRequest:
+    """Ask for a list of budgets."""
+    return audit.ListBudgetsRequest(
+        below=None if below is None else budget_ref(below),
+        page_size=page_size,
+        filter=None if selected is None else _budget_filter(selected),
+    )
+
+
+def entries(
+    budget: str | BudgetRef,
+    reach: Reach,
+    selected: EntryFilter | None,
+    page_size: int,
+    *,
+    descending: bool,
+) -> audit.ListEntriesRequest:
+    """Ask for a list of entries."""
+    return audit.ListEntriesRequest(
+        budget=budget_ref(budget),
+        reach=_reach(reach),
+        page_size=page_size,
+        descending=descending,
+        filter=None if selected is None else entry_filter(selected),
+    )
+
+
+def lineage(budget: str | BudgetRef, page_size: int) -> audit.GetLineageRequest:
+    """Ask where a budget comes from."""
+    return audit.GetLineageRequest(budget=budget_ref(budget), page_size=page_size)
 
 
 def statement(
@@ -94,6 +137,20 @@ def entry_filter(selected: EntryFilter) -> audit.EntryFilter:
     )
     _since(message, selected.since)
     return message
+
+
+def _budget_filter(selected: BudgetFilter) -> audit.BudgetFilter:
+    if selected.depth is not None and selected.depth < 0:
+        raise _malformed("depth", "must not be negative")
+    return audit.BudgetFilter(
+        states=[state.value for state in selected.states],
+        holder=selected.holder or "",
+        labels=selected.labels,
+        created_from=_time("since", selected.since),
+        created_until=_time("until", selected.until),
+        depth=selected.depth,
+        name_prefix=selected.name_prefix,
+    )
 
 
 def _reach(reach: Reach) -> audit.Reach.ValueType:

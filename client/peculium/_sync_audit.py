@@ -13,7 +13,16 @@ from peculium import (
 )
 from peculium._limits import PAGE_SIZE_MAX
 from peculium._sync_sender import Sender
-from peculium.audit import EntryFilter, Reach, Statement, UsageReport, Watched
+from peculium.audit import (
+    BudgetFilter,
+    Delegation,
+    EntryFilter,
+    Reach,
+    Statement,
+    TokenStep,
+    UsageReport,
+    Watched,
+)
 from peculium.capability import BudgetRef
 from peculium.v1 import audit_service_pb2
 from peculium.values import BudgetInfo, EntryInfo, Verification
@@ -25,43 +34,55 @@ class Audit:
     def __init__(self, sender: Sender) -> None:
         self._sender = sender
 
-    def budget(self, budget: str | BudgetRef, *, timeout: float | None = None) -> BudgetInfo:
-        """Read any budget.
+    def budget(
+        self,
+        budget: str | BudgetRef,
+        *,
+        as_of: datetime | None = None,
+        sum_subtree: bool = False,
+        timeout: float | None = None,
+    ) -> BudgetInfo:
+        """Read any budget, as it is or as it was.
 
         Args:
             budget: Its path, or its reference.
+            as_of: As it was then, by the ledger's clock, what was decided at this very time included.
+            sum_subtree: Sum up what its subtree has used, too: takes time with the number of budgets.
             timeout: In seconds.
 
         Raises:
-            BudgetUnknown: There is none.
+            BudgetUnknown: There is none, or there was none yet.
             PermissionDenied: The caller is no auditor.
+            Malformed: The time is in the future, or says no time zone.
         """
-        request = audit_service_pb2.GetBudgetRequest(budget=requests.budget_ref(budget))
+        request = asking.budget(budget, as_of, sum_subtree=sum_subtree)
         response = self._sender.unary(
             self._sender.audit.GetBudget, request, timeout, budget=str(budget)
         )
-        return codec.budget_info(response.budget, response.ledger)
+        return told.budget(response)
 
     def budgets(
         self,
         below: str | BudgetRef | None = None,
         *,
+        selected: BudgetFilter | None = None,
         page_size: int = PAGE_SIZE_MAX,
         timeout: float | None = None,
     ) -> Iterator[BudgetInfo]:
         """List a budget and everything below it, or all roots.
 
+        The top comes first, the others by id, which is about in the order of making; roots by name.
+
         Args:
             below: The top; absent: all roots.
+            selected: Which of them; absent: all.
             page_size: How many are fetched at once, 1 to 1000.
             timeout: For each page, in seconds.
 
         Raises:
             BudgetUnknown: There is no such top.
         """
-        request = audit_service_pb2.ListBudgetsRequest(
-            below=None if below is None else requests.budget_ref(below), page_size=page_size
-        )
+        request = asking.budgets(below, selected, page_size)
         while True:
             page = self._sender.unary(self._sender.audit.ListBudgets, request, timeout)
             for budget in page.budgets:
@@ -74,16 +95,18 @@ class Audit:
         self,
         budget: str | BudgetRef,
         *,
-        tree: bool = False,
+        reach: Reach = Reach.BUDGET,
+        selected: EntryFilter | None = None,
         descending: bool = False,
         page_size: int = PAGE_SIZE_MAX,
         timeout: float | None = None,
     ) -> Iterator[EntryInfo]:
-        """List the entries of a budget, or of its whole tree.
+        """List the entries of a budget, of a subtree or of a tree.
 
         Args:
             budget: Its path, or its reference.
-            tree: All budgets of the tree that it belongs to.
+            reach: How far around it.
+            selected: Which of them; absent: all.
             descending: The latest first.
             page_size: How many are fetched at once, 1 to 1000.
             timeout: For each page, in seconds.
@@ -91,16 +114,54 @@ class Audit:
         Raises:
             BudgetUnknown: There is none.
         """
-        request = audit_service_pb2.ListEntriesRequest(
-            budget=requests.budget_ref(budget),
-            reach=audit_service_pb2.REACH_TREE if tree else audit_service_pb2.REACH_BUDGET,
-            page_size=page_size,
-            descending=descending,
-        )
+        request = asking.entries(budget, reach, selected, page_size, descending=descending)
         while True:
             page = self._sender.unary(self._sender.audit.ListEntries, request, timeout)
             for entry in page.entries:
                 yield codec.entry_info(entry)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def lineage(
+        self, budget: str | BudgetRef, *, timeout: float | None = None
+    ) -> tuple[Delegation, ...]:
+        """Tell by whose authority a budget exists: each level from the root down to it, and who made it.
+
+        Args:
+            budget: Its path, or its reference.
+            timeout: In seconds.
+
+        Raises:
+            BudgetUnknown: There is none.
+        """
+        response = self._sender.unary(
+            self._sender.audit.GetLineage, asking.lineage(budget, 1), timeout, budget=str(budget)
+        )
+        return tuple(told.delegation(each) for each in response.delegations)
+
+    def token_steps(
+        self,
+        budget: str | BudgetRef,
+        *,
+        page_size: int = PAGE_SIZE_MAX,
+        timeout: float | None = None,
+    ) -> Iterator[TokenStep]:
+        """Tell how a budget's token went from hand to hand, from the one that it was made with.
+
+        Args:
+            budget: Its path, or its reference.
+            page_size: How many are fetched at once, 1 to 1000.
+            timeout: For each page, in seconds.
+
+        Raises:
+            BudgetUnknown: There is none.
+        """
+        request = asking.lineage(budget, page_size)
+        while True:
+            page = self._sender.unary(self._sender.audit.GetLineage, request, timeout)
+            for step in page.steps:
+                yield told.token_step(step)
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token

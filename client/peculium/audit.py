@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 
-from peculium.values import Balances, EntryInfo, LedgerPosition
+from peculium.values import Balances, BudgetInfo, BudgetState, EntryInfo, LedgerPosition
 
 
 class Reach(Enum):
@@ -46,6 +46,76 @@ class EntryFilter:
     until: datetime | None = None
     hold_id: bytes | None = None
     reference: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetFilter:
+    """Which budgets are wanted: those for which everything holds that is said.
+
+    Attributes:
+        states: In any of these states, ancestors considered.
+        holder: Held by this principal.
+        labels: With all of these, as they were given when it was made.
+        since: Made at this time or later.
+        until: Made before this time.
+        depth: At most so many levels below the top; None: any.
+        name_prefix: Whose name begins so.
+    """
+
+    states: Sequence[BudgetState] = ()
+    holder: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    since: datetime | None = None
+    until: datetime | None = None
+    depth: int | None = None
+    name_prefix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delegation:
+    """One budget of a line from the root downwards, and the operation that made it.
+
+    Attributes:
+        budget: As it is now.
+        made_by: The entry of its making, its own first one.
+        amount: What it was made with.
+        by: The principal that made it.
+        right: By which right: "token", "holder" or "role".
+        token: The id of the parent's token that was consumed; None by another right.
+    """
+
+    budget: BudgetInfo
+    made_by: EntryInfo
+    amount: int
+    by: str
+    right: str
+    token: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """What one operation did to a budget's token or holder.
+
+    Attributes:
+        seq: The budget's entry.
+        operation_id: A UUID.
+        kind: For example "ACCEPT".
+        at: When.
+        by: Who.
+        consumed: The id of the token that it consumed, or None.
+        produced: A fingerprint of the token that it produced, the first 8 bytes of SHA-256 of its id, or
+            None: a live token's id is not shown.
+        holder: Whoever holds the budget from then on; None: whoever has the token.
+    """
+
+    seq: int
+    operation_id: str
+    kind: str
+    at: datetime
+    by: str
+    consumed: bytes | None
+    produced: bytes | None
+    holder: str | None
 
 
 @dataclass(frozen=True, slots=True)

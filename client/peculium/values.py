@@ -130,6 +130,8 @@ class BudgetInfo:
         seq: Number of its entries.
         created_at: When it was made.
         ledger: Where in the ledger's history the answer stands; None where it was not said.
+        subtree_used: Spent and forfeited in it and everything below; None unless it was asked for.
+        subtree_disputed: Disputed beside that; None unless it was asked for.
     """
 
     ref: BudgetRef
@@ -149,6 +151,8 @@ class BudgetInfo:
     seq: int
     created_at: datetime
     ledger: LedgerPosition | None = None
+    subtree_used: int | None = None
+    subtree_disputed: int | None = None
 
     @property
     def path(self) -> str:

@@ -248,3 +248,64 @@ def test_help_teaches_every_verb() -> None:
         assert verb in top
     for words in (("grant",), ("topup",), ("budget", "show"), ("tree",), ("entries",), ("verify",)):
         assert f"peculium {' '.join(words)}" in cli.says(*words, "--help")
+
+
+def test_entries_and_budgets_are_shown_as_far_as_they_are_selected(
+    cli: Cli, running_server: RunningServer
+) -> None:
+    cli.says("grant", "acme", "100", "--unit", "calls", "--holder", "dev")
+    with peculium.connect(running_server.address) as client:
+        acme = client.open("acme")
+        acme.delegate([peculium.Child("a", 10, holder="dev", labels={"team": "x"})])
+        acme.spend(3, labels={"run": "7"}, reference="call-1")
+        client.open("acme/a").spend(4)
+    kinds = [each["kind"] for each in cli.lines("audit", "entries", "acme", "--kind", "spend")]
+    assert kinds == ["SPEND"]
+    for options in (("--label", "run=7"), ("--reference", "call-1"), ("--subtree", "--limit", "2")):
+        found = cli.lines("entries", "acme", "--kind", "spend", *options)
+        assert found[-1]["amount"] == 3
+    assert len(cli.lines("entries", "acme/a", "--tree", "--kind", "spend")) == 2
+    assert cli.lines("entries", "acme", "--since", "2999-01-01") == []
+    assert [each["path"] for each in cli.lines("tree", "acme", "--label", "team=x")] == ["acme/a"]
+    assert [each["path"] for each in cli.lines("tree", "acme", "--depth", "0")] == ["acme"]
+    assert cli.lines("tree", "acme", "--state", "frozen") == []
+    code, said = cli.complains("entries", "acme", "--since", "yesterday")
+    assert (code, "no time" in said) == (2, True)
+    assert cli.complains("entries", "acme", "--kind", "nothing")[0] == 2
+    assert cli.complains("entries", "acme", "--tree", "--subtree")[0] == 2
+
+
+def test_a_budget_is_shown_as_it_was_with_what_its_subtree_has_used(
+    cli: Cli, running_server: RunningServer
+) -> None:
+    cli.says("grant", "acme", "100", "--unit", "calls", "--holder", "dev")
+    with peculium.connect(running_server.address) as client:
+        client.open("acme").delegate([peculium.Child("a", 10, holder="dev")])
+        before = client.open("acme/a").spend(4).at.isoformat()
+        client.open("acme/a").spend(5)
+    assert "used below" in cli.says("budget", "show", "acme", "--sum")
+    for options, used in ((("--as-of", before), 4), ((), 9)):
+        [shown] = cli.lines("budget", "show", "acme", "--sum", *options)
+        assert (shown["subtree_used"], shown["subtree_disputed"]) == (used, 0)
+    code, said = cli.complains("budget", "show", "acme", "--as-of", "2000-01-01")
+    assert (code, "created_at" in said) == (1, True)
+
+
+def test_a_lineage_names_who_made_each_level_and_where_the_token_went(
+    cli: Cli, running_server: RunningServer
+) -> None:
+    cli.says("grant", "acme", "100", "--unit", "calls", "--holder", "dev")
+    with peculium.connect(running_server.address) as client:
+        [child] = client.open("acme").delegate([peculium.Child("a", 10)])
+        client.accept(child.capability).spend(1)
+    root, made, first, accepted, spent = cli.lines("audit", "lineage", "acme/a")
+    assert (root["path"], root["by"], root["right"]) == ("acme", "dev", "role")
+    assert (made["path"], made["right"], made["amount"]) == ("acme/a", "holder", 10)
+    assert [each["kind"] for each in (first, accepted, spent)] == ["DELEGATE", "ACCEPT", "SPEND"]
+    assert [each["holder"] for each in (first, accepted, spent)] == [None, "dev", "dev"]
+    assert first["consumed"] is None
+    fingerprint = hashlib.sha256(bytes.fromhex(accepted["consumed"])).hexdigest()
+    assert fingerprint.startswith(first["produced_fingerprint"])
+    shown = cli.says("audit", "lineage", "acme/a")
+    for word in ("the role admin", "holder dev", "whoever has the token"):
+        assert word in shown

@@ -44,7 +44,10 @@ async def test_a_budget_is_granted_delegated_spent_and_verified(
             "acme",
             "acme/run",
         ]
-        entries = [entry async for entry in client.audit.entries("acme", tree=True, page_size=3)]
+        entries = [
+            entry
+            async for entry in client.audit.entries("acme", reach=peculium.Reach.TREE, page_size=3)
+        ]
         assert [entry.kind for entry in entries if entry.part == 0] == [
             "GRANT",
             "DELEGATE",

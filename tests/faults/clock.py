@@ -22,6 +22,7 @@ from pathlib import Path
 import grpc
 import psycopg
 
+import peculium
 from peculium import Child, HoldState, OutcomeUnknown, Unavailable, aio
 from peculium._ids import new_id
 from peculium.v1 import ledger_service_pb2 as ledger
@@ -334,7 +335,7 @@ async def times_do_not_go_back_with_the_database(fleet: Fleet, name: str, liar: 
 async def entries_of(address: str, root: str) -> list[EntryInfo]:
     """All entries of a tree, in the order of the ledger."""
     async with aio.connect(address, timeout=WAIT_SECONDS_MAX) as client:
-        return [entry async for entry in client.audit.entries(root, tree=True)]
+        return [entry async for entry in client.audit.entries(root, reach=peculium.Reach.TREE)]
 
 
 def never_back(entries: Sequence[EntryInfo]) -> None:

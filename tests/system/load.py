@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import peculium
 from peculium import Child, aio
 from peculium.aio import Budget, Client
 from peculium.values import Receipt
@@ -120,7 +121,7 @@ async def check(address: str, load: Load) -> None:
             async for budget in client.audit.budgets(root):
                 spent += budget.balances.spent
                 held += budget.balances.held
-            async for entry in client.audit.entries(root, tree=True):
+            async for entry in client.audit.entries(root, reach=peculium.Reach.TREE):
                 if entry.part == 0:
                     recorded.append(entry.operation_id)
                     kinds[entry.kind] = kinds.get(entry.kind, 0) + 1

@@ -141,7 +141,7 @@ def test_every_entry_names_the_principal_who_asked(
     ops.admin.freeze("named")
     actors = [
         (entry.kind, entry.budget_id == made.ref.budget_id, entry.actor)
-        for entry in ops.audit.entries("named", tree=True)
+        for entry in ops.audit.entries("named", reach=peculium.Reach.TREE)
     ]
     assert actors == [
         ("GRANT", False, "ops"),

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import pytest
 
+import peculium
 from peculium import EntryInfo, aio
 from tests.server import StartServer
 from tests.system.load import under_load
@@ -48,7 +49,9 @@ async def recorded(address: str) -> list[EntryInfo]:
     found = []
     async with aio.connect(address, timeout=60) as client:
         async for root in client.audit.budgets():
-            found += [entry async for entry in client.audit.entries(root.ref, tree=True)]
+            found += [
+                entry async for entry in client.audit.entries(root.ref, reach=peculium.Reach.TREE)
+            ]
     return found
 
 

@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 import itertools
+from enum import Enum
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from peculium import BudgetRef, Client, LedgerUnavailable
+from peculium import (
+    BudgetFilter,
+    BudgetRef,
+    BudgetState,
+    Client,
+    EntryFilter,
+    LedgerUnavailable,
+    Reach,
+)
 from peculium_server.cli import checkpoints, sums
+from peculium_server.cli.lineage import (
+    delegation_json,
+    print_delegations,
+    print_token_steps,
+    token_step_json,
+)
 from peculium_server.cli.options import (
     ApiKey,
     Budget,
     Insecure,
     Json,
+    Labels,
+    Since,
     Target,
     Timeout,
+    Until,
     connect,
+    parse_id,
+    parse_labels,
+    parse_time,
     reference,
 )
 from peculium_server.cli.output import (
@@ -38,6 +59,15 @@ app.command()(sums.watch)
 app.command()(checkpoints.new_key)
 
 
+class State(Enum):
+    """States of budgets as they are written."""
+
+    OPEN = "open"
+    FROZEN = "frozen"
+    EXPIRED = "expired"
+    CLOSED = "closed"
+
+
 @app.command()
 def tree(
     *,
@@ -47,6 +77,18 @@ def tree(
             help="Where to begin: a path or ids. Absent: the roots.", show_default=False
         ),
     ] = None,
+    state: Annotated[
+        list[State] | None,
+        typer.Option(help="In this state, ancestors considered; may be repeated: any of them."),
+    ] = None,
+    holder: Annotated[str | None, typer.Option(help="Held by this principal.")] = None,
+    label: Labels = None,
+    since: Since = None,
+    until: Until = None,
+    depth: Annotated[
+        int | None, typer.Option(min=0, help="At most so many levels below the top.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="Whose name begins so.")] = "",
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
@@ -57,10 +99,21 @@ def tree(
 
     peculium tree
 
-    peculium tree acme
+    peculium tree acme --state frozen --state expired
+
+    peculium tree acme --depth 1 --since 2026-11-01
     """
+    selected = BudgetFilter(
+        states=[BudgetState[each.value.upper()] for each in state or ()],
+        holder=holder,
+        labels=parse_labels(label),
+        since=parse_time("--since", since),
+        until=parse_time("--until", until),
+        depth=depth,
+        name_prefix=name,
+    )
     with connect(target, api_key, allow_insecure, timeout) as client:
-        budgets = client.audit.budgets(None if top is None else reference(top))
+        budgets = client.audit.budgets(None if top is None else reference(top), selected=selected)
         if json:
             for found in budgets:
                 print_json(budget_json(found))
@@ -75,6 +128,26 @@ def entries(
     whole_tree: Annotated[
         bool, typer.Option("--tree", help="Of the whole tree that the budget belongs to.")
     ] = False,
+    subtree: Annotated[
+        bool, typer.Option("--subtree", help="Of the budget and everything below it.")
+    ] = False,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="Of this kind, as settle; may be repeated: any of them."),
+    ] = None,
+    principal: Annotated[
+        list[str] | None,
+        typer.Option(help="By this principal, or system; may be repeated: any of them."),
+    ] = None,
+    operation: Annotated[str | None, typer.Option(help="Of this operation: its id.")] = None,
+    trace: Annotated[str | None, typer.Option(help="Of this trace: 32 hexadecimal digits.")] = None,
+    hold: Annotated[str | None, typer.Option(help="About this hold: its id.")] = None,
+    ref: Annotated[
+        str, typer.Option("--reference", help="With this reference, as a bill names the call.")
+    ] = "",
+    label: Labels = None,
+    since: Since = None,
+    until: Until = None,
     oldest_first: Annotated[
         bool, typer.Option("--oldest-first", help="In the order of recording.")
     ] = False,
@@ -89,19 +162,67 @@ def entries(
 
     peculium entries acme/research --limit 20
 
+    peculium entries acme --subtree --kind settle --label team=search --since 2026-11-01
+
     peculium entries acme --tree --oldest-first --limit 0 --json > acme.jsonl
     """
+    if whole_tree and subtree:
+        raise typer.BadParameter("--tree and --subtree exclude each other")
+    reach = Reach.TREE if whole_tree else Reach.SUBTREE if subtree else Reach.BUDGET
+    selected = EntryFilter(
+        kinds=[each.upper() for each in kind or ()],
+        principals=principal or (),
+        operation_id=operation,
+        trace_id=trace,
+        labels=parse_labels(label),
+        since=parse_time("--since", since),
+        until=parse_time("--until", until),
+        hold_id=parse_id(hold),
+        reference=ref,
+    )
     with connect(target, api_key, allow_insecure, timeout) as client:
         found = client.audit.budget(reference(budget))
         listed = itertools.islice(
-            client.audit.entries(found.ref, tree=whole_tree, descending=not oldest_first),
+            client.audit.entries(
+                found.ref, reach=reach, selected=selected, descending=not oldest_first
+            ),
             limit or None,
         )
         if json:
             for entry in listed:
                 print_json(entry_json(entry))
             return
-        print_entries(listed, found.unit, _paths(client, found.ref, whole_tree=whole_tree))
+        print_entries(listed, found.unit, _paths(client, found.ref, reach))
+
+
+@app.command()
+def lineage(
+    *,
+    budget: Budget,
+    limit: Annotated[
+        int, typer.Option(min=0, help="At most so many steps of the token; 0: all.")
+    ] = 50,
+    target: Target = None,
+    api_key: ApiKey = None,
+    allow_insecure: Insecure = False,
+    timeout: Timeout = 10,
+    json: Json = False,
+) -> None:
+    """Show by whose authority a budget exists, and how its token went from hand to hand.
+
+    peculium audit lineage acme/research/run-7
+    """
+    with connect(target, api_key, allow_insecure, timeout) as client:
+        delegations = client.audit.lineage(reference(budget))
+        steps = itertools.islice(client.audit.token_steps(reference(budget)), limit or None)
+        if json:
+            for delegation in delegations:
+                print_json(delegation_json(delegation))
+            for step in steps:
+                print_json(token_step_json(step))
+            return
+        print_delegations(delegations)
+        print_token_steps(steps)
 
 
 @app.command()
@@ -142,9 +263,9 @@ def verify(
         raise typer.Exit(REFUSED)
 
 
-def _paths(client: Client, ref: BudgetRef, *, whole_tree: bool) -> dict[bytes, str]:
+def _paths(client: Client, ref: BudgetRef, reach: Reach) -> dict[bytes, str]:
     """The paths of the budgets whose entries are listed."""
-    if not whole_tree:
+    if reach is Reach.BUDGET:
         return {ref.budget_id: ref.path}
-    root = BudgetRef("", ref.root_id, ref.root_id)
-    return {each.ref.budget_id: each.path for each in client.audit.budgets(root)}
+    top = BudgetRef("", ref.root_id, ref.root_id) if reach is Reach.TREE else ref
+    return {each.ref.budget_id: each.path for each in client.audit.budgets(top)}

@@ -16,6 +16,7 @@ from peculium_server.cli.options import (
     Timeout,
     connect,
     parse_labels,
+    parse_time,
     reference,
 )
 from peculium_server.cli.output import (
@@ -111,18 +112,28 @@ def topup(
 def budget_show(
     *,
     budget: Budget,
+    as_of: Annotated[
+        str | None, typer.Option(help="As it was then: 2026-11-26, 2026-11-26T09:30Z.")
+    ] = None,
+    sum_subtree: Annotated[
+        bool, typer.Option("--sum", help="Sum up what its whole subtree has used.")
+    ] = False,
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
     timeout: Timeout = 10,
     json: Json = False,
 ) -> None:
-    """Show one budget.
+    """Show one budget, as it is or as it was.
 
     peculium budget show acme/research/run-7
+
+    peculium budget show acme --as-of 2026-11-01 --sum
     """
     with connect(target, api_key, allow_insecure, timeout) as client:
-        found = client.audit.budget(reference(budget))
+        found = client.audit.budget(
+            reference(budget), as_of=parse_time("--as-of", as_of), sum_subtree=sum_subtree
+        )
     if json:
         print_json(budget_json(found))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from datetime import UTC, datetime
 from typing import Annotated, Final
 
 import typer
@@ -39,6 +40,17 @@ Budget = Annotated[
         help="Its path, such as acme/research; or ids, as ROOT or ROOT/BUDGET.", show_default=False
     ),
 ]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", help="key=value; may be repeated: all of them.")
+]
+Since = Annotated[
+    str | None,
+    typer.Option(
+        help="From this time on, such as 2026-11-01 or 2026-11-01T12:00+01:00; UTC unless it says so.",
+        show_default="the beginning",
+    ),
+]
+Until = Annotated[str | None, typer.Option(help="Before this time.", show_default="now")]
 
 
 def connect(
@@ -56,6 +68,26 @@ def reference(text: str) -> str | BudgetRef:
     except ValueError:
         return text
     return BudgetRef("", ids[0], ids[-1]) if len(ids) <= _ID_PARTS_MAX else text
+
+
+def parse_time(option: str, text: str | None) -> datetime | None:
+    """A time as it is written on the command line: in UTC, unless it says another zone."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        problem = f"{option}: {text!r} is no time: write 2026-11-01 or 2026-11-01T12:00Z"
+        raise typer.BadParameter(problem) from None
+    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+
+
+def parse_id(text: str | None) -> bytes | None:
+    """An id as it is printed."""
+    try:
+        return None if text is None else uuid.UUID(text).bytes
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no id: write a UUID") from None
 
 
 def parse_labels(given: list[str] | None) -> dict[str, str]:

@@ -54,6 +54,16 @@ def budget_json(budget: BudgetInfo) -> dict[str, Any]:
         "labels": dict(budget.labels),
         "entries": budget.seq,
         "created_at": time_text(budget.created_at),
+        **_subtree_json(budget),
+    }
+
+
+def _subtree_json(budget: BudgetInfo) -> dict[str, int | None]:
+    if budget.subtree_used is None:
+        return {}
+    return {
+        "subtree_used": budget.subtree_used,
+        "subtree_disputed": budget.subtree_disputed,
     }
 
 
@@ -76,6 +86,10 @@ def _budget_facts(budget: BudgetInfo) -> Iterator[tuple[str, str]]:
         yield name, show_amount(getattr(budget.balances, name), budget.unit)
     if budget.disputed:
         yield "disputed", show_amount(budget.disputed, budget.unit)
+    if budget.subtree_used is not None:
+        yield "used below", show_amount(budget.subtree_used, budget.unit)
+    if budget.subtree_disputed:
+        yield "disputed below", show_amount(budget.subtree_disputed, budget.unit)
     yield "live holds", str(budget.holds_live)
     if budget.overrun_factor is not None:
         yield "overrun factor", str(budget.overrun_factor)

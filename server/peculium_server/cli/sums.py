@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -29,10 +28,13 @@ from peculium_server.cli.options import (
     Budget,
     Insecure,
     Json,
+    Since,
     Target,
     Timeout,
+    Until,
     connect,
     parse_labels,
+    parse_time,
     reference,
 )
 from peculium_server.cli.output import (
@@ -48,14 +50,6 @@ from peculium_server.cli.output import (
 _BUDGETS_MAX = 10_000
 """Budgets whose paths are remembered while they are followed."""
 
-Since = Annotated[
-    str | None,
-    typer.Option(
-        help="From this time on, such as 2026-11-01 or 2026-11-01T12:00+01:00; UTC unless it says so.",
-        show_default="the beginning",
-    ),
-]
-Until = Annotated[str | None, typer.Option(help="Before this time.", show_default="now")]
 Alone = Annotated[bool, typer.Option("--alone", help="Without what is below the budget.")]
 
 
@@ -83,8 +77,8 @@ def statement(
         told = client.audit.statement(
             reference(budget),
             reach=_reach(alone=alone),
-            since=_moment("--since", since),
-            until=_moment("--until", until),
+            since=parse_time("--since", since),
+            until=parse_time("--until", until),
         )
     if json:
         print_json(_statement_json(told))
@@ -122,8 +116,8 @@ def usage(
             reference(budget),
             groupings,
             reach=_reach(alone=alone),
-            since=_moment("--since", since),
-            until=_moment("--until", until),
+            since=parse_time("--since", since),
+            until=parse_time("--until", until),
         )
     if json:
         for group in told.groups:
@@ -241,17 +235,6 @@ def _line(entry: EntryInfo, budget: BudgetInfo) -> str:
 
 def _reach(*, alone: bool) -> Reach:
     return Reach.BUDGET if alone else Reach.SUBTREE
-
-
-def _moment(option: str, text: str | None) -> datetime | None:
-    if text is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        problem = f"{option}: {text!r} is no time: write 2026-11-01 or 2026-11-01T12:00Z"
-        raise typer.BadParameter(problem) from None
-    return moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
 
 
 def _cursor(text: str | None) -> bytes | None:
