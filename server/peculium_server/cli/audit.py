@@ -51,6 +51,7 @@ from peculium_server.cli.output import (
     verification_json,
 )
 from peculium_server.cli.problems import REFUSED
+from peculium_server.cli.reconcile import reconcile
 
 app = typer.Typer(no_args_is_help=True, help="Read, sum up and verify what was recorded.")
 app.command()(sums.statement)
@@ -66,6 +67,9 @@ class State(Enum):
     FROZEN = "frozen"
     EXPIRED = "expired"
     CLOSED = "closed"
+
+
+app.command()(reconcile)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from typing import Final, NamedTuple
 
 from peculium.errors import Invalid, PeculiumError, Refused, Unavailable
 from peculium_server.config import ConfigInvalid
+from peculium_server.reconcile.problems import BillInvalid
 
 REFUSED: Final = 1
 """The ledger said no, or does not verify."""
@@ -26,6 +27,8 @@ def explain(error: Exception) -> Problem | None:
     match error:
         case ConfigInvalid():
             return Problem(USAGE, tuple(error.problems))
+        case BillInvalid():
+            return Problem(USAGE, (str(error),))
         case Refused():
             return Problem(REFUSED, _told(error))
         case Invalid():
@@ -58,6 +61,7 @@ def _of_server(error: Exception) -> Problem | None:
 def _told(error: PeculiumError) -> tuple[str, ...]:
     """What happened, to which budget, and what to do."""
     lines = [str(error)]
+    lines += getattr(error, "__notes__", [])
     if error.remedy:
         lines.append(f"what helps: {error.remedy.replace('_', ' ')}")
     return tuple(lines)
