@@ -26,10 +26,12 @@ from sqlalchemy import (
     bindparam,
     case,
     cast,
+    false,
     func,
     literal_column,
     or_,
     select,
+    true,
     union_all,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
@@ -38,7 +40,7 @@ from peculium_server.core.operations import HOLD_OPERATIONS, Kind
 from peculium_server.core.state import GENESIS, Entry
 from peculium_server.store import rows
 from peculium_server.store.reads import previous_hash
-from peculium_server.store.schema import budgets, entries, holds, roots, seq_group
+from peculium_server.store.schema import SEQ_GROUP_BITS, budgets, entries, holds, roots, seq_group
 from peculium_server.store.statements import compiled
 from peculium_server.store.wire import Statement
 
@@ -53,6 +55,7 @@ _UNTIL = bindparam("until", type_=BigInteger)
 _LIMIT = bindparam("limit", type_=BigInteger)
 _SKIPPED = bindparam("skipped", type_=BigInteger)
 _ZERO, _ONE, _TWO = (literal_column(number, BigInteger) for number in "012")
+_SEQ_GROUP_BITS = literal_column(str(SEQ_GROUP_BITS), BigInteger)
 _NOTHING = literal_column("''", Text)
 
 _BIGINT_MAX = literal_column(str(2**63 - 1), BigInteger)
@@ -100,18 +103,18 @@ def _with_totals() -> Executable:
 # -- As of a time -------------------------------------------------------------------------------------
 
 
-def _seqs_at(*which: ColumnElement[bool]) -> CTE:
-    """The seq that budgets had at a time, those made later left out.
+def _groups_at(*which: ColumnElement[bool]) -> CTE:
+    """Of budgets the group of seqs that the last entry by a time is in; those made later are left out.
 
     Within a budget the time never decreases with the seq, so each is found by halving what is left,
-    all of them at once.
+    all of them at once. It is groups that are halved, since the index has one key for each.
     """
-    unchanged = budgets.c.last_at <= _AT
+    last = seq_group(budgets.c.seq)
     search = (
         select(
             budgets.c.budget_id,
-            case((unchanged, budgets.c.seq), else_=_ONE).label("low"),
-            case((unchanged, budgets.c.seq), else_=budgets.c.seq - _ONE).label("high"),
+            case((budgets.c.last_at <= _AT, last), else_=_ZERO).label("low"),
+            last.label("high"),
         )
         .where(*_in_tree(budgets), budgets.c.created_at <= _AT, *which)
         .cte("search", recursive=True)
@@ -125,46 +128,63 @@ def _seqs_at(*which: ColumnElement[bool]) -> CTE:
             case((not_later, middle), else_=low),
             case((not_later, high), else_=middle - _ONE),
         )
-        .select_from(search.join(entries, _entry_of(search.c.budget_id, middle)))
+        .select_from(
+            search.join(
+                entries,
+                and_(
+                    *_in_tree(entries),
+                    entries.c.budget_id == search.c.budget_id,
+                    seq_group(entries.c.seq) == middle,
+                    # The first one of the group.
+                    entries.c.seq == middle.bitwise_lshift(_SEQ_GROUP_BITS),
+                ),
+            )
+        )
         .where(low < high)
     )
     return search.union_all(halved)
 
 
-def _entry_of(budget_id: ColumnElement[Any], seq: ColumnElement[int]) -> ColumnElement[bool]:
-    return and_(
-        *_in_tree(entries),
-        entries.c.budget_id == budget_id,
-        seq_group(entries.c.seq) == seq_group(seq),
-        entries.c.seq == seq,
+def _last_at(
+    which: Sequence[ColumnElement[bool]], columns: Sequence[ColumnElement[Any]]
+) -> Executable:
+    """Something of the last entries, by a time, of those budgets that there were."""
+    found = _groups_at(*which)
+    last = (
+        select(*(column.label(f"c{index}") for index, column in enumerate(columns)))
+        .where(
+            *_in_tree(entries),
+            entries.c.budget_id == found.c.budget_id,
+            seq_group(entries.c.seq) == found.c.low,
+            entries.c.at <= _AT,
+        )
+        .order_by(entries.c.seq.desc())
+        .limit(_ONE)
+        .lateral("last")
     )
+    return select(last).select_from(found.join(last, true())).where(found.c.low == found.c.high)
 
 
 def _line_at() -> Executable:
     """The last entries, by a time, of a budget and its ancestors that there were."""
-    found = _seqs_at(budgets.c.budget_id == any_(_IDS))
-    return (
-        select(*_columns(entries, rows.ENTRY_COLUMNS))
-        .select_from(found.join(entries, _entry_of(found.c.budget_id, found.c.low)))
-        .where(found.c.low == found.c.high)
-    )
+    return _last_at([budgets.c.budget_id == any_(_IDS)], _columns(entries, rows.ENTRY_COLUMNS))
 
 
 def _seq_at() -> Executable:
     """The seq that a budget had at a time."""
-    found = _seqs_at(budgets.c.budget_id == _BUDGET)
-    return select(found.c.low).where(found.c.low == found.c.high)
+    return _last_at([budgets.c.budget_id == _BUDGET], [entries.c.seq])
 
 
 def _used_at() -> Executable:
     """What budgets in a window of ids had used by a time, with the effect that says what is disputed."""
     after, until = bindparam("after", type_=_ID), bindparam("until", type_=_ID)
-    found = _seqs_at(budgets.c.budget_id > after, budgets.c.budget_id <= until, _below(_BUDGET))
-    used = entries.c.spent + func.coalesce(entries.c.forfeited, _ZERO)
-    return (
-        select(entries.c.budget_id, used, entries.c.effect)
-        .select_from(found.join(entries, _entry_of(found.c.budget_id, found.c.low)))
-        .where(found.c.low == found.c.high)
+    return _last_at(
+        [budgets.c.budget_id > after, budgets.c.budget_id <= until, _below(_BUDGET)],
+        [
+            entries.c.budget_id,
+            entries.c.spent + func.coalesce(entries.c.forfeited, _ZERO),
+            entries.c.effect,
+        ],
     )
 
 
@@ -253,8 +273,7 @@ def _selected() -> list[ColumnElement[bool]]:
     request = (
         select(first.c.request)
         .where(
-            first.c.lane == entries.c.lane,
-            first.c.root_id == entries.c.root_id,
+            *_in_tree(first),
             first.c.operation_id == entries.c.operation_id,
             first.c.part == _ZERO,
         )
@@ -293,11 +312,14 @@ def _lane_entries(*, subtree: bool, descending: bool) -> Executable:
     position = entries.c.position
     wanted = [*_in_tree(entries), position > _AFTER, position <= _UNTIL, *_selected()]
     if subtree:
+        # Not as a join, which the planner would turn around: it is looked up for what is left.
         wanted.append(
-            select(_ONE)
-            .select_from(budgets)
-            .where(*_in_tree(budgets), budgets.c.budget_id == entries.c.budget_id, _below(_BUDGET))
-            .exists()
+            func.coalesce(
+                select(_below(_BUDGET))
+                .where(*_in_tree(budgets), budgets.c.budget_id == entries.c.budget_id)
+                .scalar_subquery(),
+                false(),
+            )
         )
     return (
         _chained()
@@ -466,6 +488,27 @@ RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "window_of_roots": (_window_of_roots(), _first),
     "roots": (_roots(), rows.to_budget),
 }
+
+_PLANNED: dict[str, str] = {
+    # For the parameters that are there: the lane's partition alone, and no filter that selects all.
+    "plan_cache_mode": "force_custom_plan",
+    # Everything is looked up by a key or in a window of keys. While a table has grown since it was
+    # analyzed, the planner would rather read all of it.
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+}
+BY_INDEX: Statement = compiled(
+    "audit_by_index",
+    select(
+        *(
+            func.set_config(literal_column(f"'{name}'"), literal_column(f"'{value}'"), true())
+            for name, value in _PLANNED.items()
+        )
+    ),
+)
+"""How PostgreSQL plans what follows in the same transaction."""
 
 STATEMENTS: dict[str, Statement] = {
     name: compiled(f"audit_{name}", executable, row) for name, (executable, row) in RECIPES.items()

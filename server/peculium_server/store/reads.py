@@ -128,13 +128,14 @@ def _last_use() -> Executable:
 
 
 def previous_hash() -> ColumnElement[Any]:
-    """Of an entry, the hash before it of its budget; NULL for the first one."""
+    """Of an entry of the lane, the hash before it of its budget; NULL for the first one."""
     before = entries.alias("before")
     seq_before = entries.c.seq - literal_column("1")
     return (
         select(before.c.hash)
         .where(
-            before.c.lane == entries.c.lane,
+            # By the parameter, so that there is one partition to plan for.
+            before.c.lane == _LANE,
             before.c.root_id == entries.c.root_id,
             before.c.budget_id == entries.c.budget_id,
             seq_group(before.c.seq) == seq_group(seq_before),

@@ -20,6 +20,7 @@ from peculium_server.core.limits import DEPTH_MAX
 from peculium_server.core.state import Budget, Entry, Hold
 from peculium_server.store import tail
 from peculium_server.store.accounts import Accounts
+from peculium_server.store.audit_reads import BY_INDEX
 from peculium_server.store.connect import Readers, connect_reader, is_postgres
 from peculium_server.store.errors import (
     LedgerCorrupt,
@@ -366,12 +367,20 @@ class Store:
         return {"lane": self.lane_of(root_id), "root_id": root_id, "budget_id": budget_id}
 
     async def fetch(self, statement: Statement, **values: Any) -> list[Any]:
-        """The rows of one statement, a transaction of its own."""
+        """The rows of one statement that looks keys up, a transaction of its own."""
         async with self._reading() as connection:
-            return await connection.fetch(Step(statement, values))
+            steps = [Step(statement, values)]
+            if is_postgres(connection):
+                steps.insert(0, Step(BY_INDEX))
+            # What is sent together is one transaction.
+            (flown,) = await connection.fly(steps)
+            if isinstance(flown, psycopg.Error):
+                raise flown
+            return flown[-1]
 
     async def _fetch(self, name: str, **values: Any) -> list[Any]:
-        return await self.fetch(STATEMENTS[name], **values)
+        async with self._reading() as connection:
+            return await connection.fetch(Step(STATEMENTS[name], values))
 
     @contextlib.asynccontextmanager
     async def _reading(self) -> AsyncIterator[Connection]:
