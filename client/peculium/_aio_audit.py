@@ -12,6 +12,7 @@ from peculium import (
     _requests as requests,
 )
 from peculium._aio_sender import Sender
+from peculium._export_codec import pieces
 from peculium._limits import PAGE_SIZE_MAX
 from peculium.audit import (
     BudgetFilter,
@@ -24,6 +25,7 @@ from peculium.audit import (
     Watched,
 )
 from peculium.capability import BudgetRef
+from peculium.exports import ExportPiece
 from peculium.v1 import audit_service_pb2
 from peculium.values import BudgetInfo, EntryInfo, Verification
 
@@ -275,3 +277,33 @@ class Audit:
         request = asking.watch(budget, reach, selected, cursor, from_beginning=from_beginning)
         async for message in self._sender.follow(self._sender.audit.WatchEntries, request, timeout):
             yield told.watched(message)
+
+    async def export(
+        self,
+        tree: str | BudgetRef | None = None,
+        *,
+        after: Sequence[int] = (),
+        after_checkpoint: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncIterator[ExportPiece]:
+        """Take everything away that an offline verification needs, as it is at one instant.
+
+        What ends without an `ExportTrailer` is cut; it can be gone on with.
+
+        Args:
+            tree: A root, or any budget in its tree; absent: the whole ledger.
+            after: To go on: of each lane, the last position that is there whole.
+            after_checkpoint: To go on: the number of the last checkpoint that is there.
+            timeout: For all of it, in seconds; absent: as long as it takes.
+
+        Raises:
+            BudgetUnknown: There is none.
+        """
+        request = audit_service_pb2.ExportRequest(
+            tree=None if tree is None else requests.budget_ref(tree),
+            after=after,
+            after_checkpoint=after_checkpoint,
+        )
+        async for message in self._sender.stream(self._sender.audit.Export, request, timeout):
+            for piece in pieces(message):
+                yield piece

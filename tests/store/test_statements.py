@@ -21,6 +21,7 @@ from peculium_server.store import (
     checkpoints,
     reads,
     schema,
+    snapshot,
     statements,
     tail,
 )
@@ -45,7 +46,7 @@ def test_every_statement_is_the_same_for_cockroachdb(cockroach: Dialect) -> None
     assert of_lane.keys() == statements.LANE_RECIPES.keys()
     executables = {name: recipe.build(here) for name, recipe in statements.LANE_RECIPES.items()}
     sent = {name: statement.sql for name, statement in of_lane.items()}
-    for module in (reads, accounts, audit_reads, tail, checkpoints):
+    for module in (reads, accounts, audit_reads, tail, checkpoints, snapshot):
         of_module = f"{module.__name__}."
         executables |= {
             of_module + name: executable for name, (executable, _) in module.RECIPES.items()

@@ -1714,6 +1714,9 @@ class ExportedCheckpoint(_message.Message):
 
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     LEAVES_FIELD_NUMBER: _builtins.int
+    CONTINUED_FIELD_NUMBER: _builtins.int
+    continued: _builtins.bool
+    """These are more leaves of the checkpoint before, of which nothing but the number is said again."""
     @_builtins.property
     def checkpoint(self) -> Global___Checkpoint:
         """The checkpoint."""
@@ -1727,10 +1730,11 @@ class ExportedCheckpoint(_message.Message):
         *,
         checkpoint: Global___Checkpoint | None = ...,
         leaves: _abc.Iterable[Global___CheckpointLeaf] | None = ...,
+        continued: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "leaves", b"leaves"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "continued", b"continued", "leaves", b"leaves"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

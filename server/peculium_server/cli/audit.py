@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,7 @@ from peculium import (
     Reach,
 )
 from peculium_server.cli import checkpoints, sums
+from peculium_server.cli.exporting import export, verify_export
 from peculium_server.cli.lineage import (
     delegation_json,
     print_delegations,
@@ -58,6 +60,7 @@ app.command()(sums.statement)
 app.command()(sums.usage)
 app.command()(sums.watch)
 app.command()(checkpoints.new_key)
+app.command()(export)
 
 
 class State(Enum):
@@ -238,6 +241,21 @@ def verify(
             metavar="[TREE]", help="A root, or any budget of its tree. Absent: the whole ledger."
         ),
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--export", help="Verify this file instead, without any server."),
+    ] = None,
+    public_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--public-key",
+            help="With --export: whose checkpoints to trust, a file or 64 hexadecimal digits;"
+            " may be repeated.",
+        ),
+    ] = None,
+    decide: Annotated[
+        bool, typer.Option("--decide", help="With --export: make every decision again too.")
+    ] = False,
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
@@ -246,10 +264,19 @@ def verify(
 ) -> None:
     """Make every recorded decision again, from the entries alone, and compare. Fails if one differs.
 
-    peculium verify
+    peculium audit verify
 
-    peculium verify acme
+    peculium audit verify acme
+
+    peculium audit verify --export ledger.jsonl --public-key ledger.pub
     """
+    if file is not None:
+        if of is not None:
+            raise typer.BadParameter("an export is verified as a whole: name no tree")
+        verify_export(file, public_keys=public_key or [], decide=decide, json=json)
+        return
+    if public_key or decide:
+        raise typer.BadParameter("--public-key and --decide are for an --export")
     last = None
     with (
         connect(target, api_key, allow_insecure, timeout) as client,

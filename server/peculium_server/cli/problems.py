@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from peculium.errors import Invalid, PeculiumError, Refused, Unavailable
+from peculium_server.archive.files import ExportUnreadable
 from peculium_server.config import ConfigInvalid
 from peculium_server.reconcile.problems import BillInvalid
 
@@ -27,8 +28,8 @@ def explain(error: Exception) -> Problem | None:
     match error:
         case ConfigInvalid():
             return Problem(USAGE, tuple(error.problems))
-        case BillInvalid():
-            return Problem(USAGE, (str(error),))
+        case BillInvalid() | ExportUnreadable():
+            return Problem(REFUSED if isinstance(error, ExportUnreadable) else USAGE, (str(error),))
         case Refused():
             return Problem(REFUSED, _told(error))
         case Invalid():

@@ -162,15 +162,20 @@ def _item(data: bytes, at: int, levels: int) -> tuple[Value, int]:
     if argument >= _ONE_BYTE_MORE:
         argument, at = _argument(data, at, argument)
     major = first >> 5
+    if major == 2:
+        end = at + argument
+        if end > len(data):
+            raise ValueError("cut short")
+        return data[at:end], end
+    if major == 3:
+        end = at + argument
+        if end > len(data):
+            raise ValueError("cut short")
+        return data[at:end].decode(), end
     if major == 0:
         return argument, at
     if major == 1:
         return -1 - argument, at
-    if major in (2, 3):
-        end = at + argument
-        if end > len(data):
-            raise ValueError("cut short")
-        return (data[at:end] if major == 2 else data[at:end].decode()), end
     if not levels:
         raise ValueError("nested too deeply")
     if major == 4:
@@ -198,30 +203,67 @@ def _argument(data: bytes, at: int, info: int) -> tuple[int, int]:
 
 
 def _pairs(data: bytes, at: int, size: int, levels: int) -> tuple[dict[Key, Value], int]:
-    """A map of so many pairs, and where it ends. Small numbers, which are most, need no further call."""
+    """A map of so many pairs, and where it ends.
+
+    Small keys, and values that are numbers or short, which are most, need no further call.
+    """
     pairs: dict[Key, Value] = {}
+    length = len(data)
     previous = b""
+    least = 0
     for _ in range(size):
         start = at
-        key: Value = data[at]
-        at += 1
-        if key >= _ONE_BYTE_MORE:  # type: ignore[operator]
+        key: Any = data[at]
+        if key < _ONE_BYTE_MORE:
+            at += 1
+            if key < least:
+                raise ValueError("keys are out of order")
+            least = key + 1
+        else:
             key, at = _item(data, start, levels)
             if isinstance(key, bool) or not isinstance(key, int | str):
                 raise ValueError("keys are integers or text")
-        encoded = data[start:at]
-        if encoded <= previous:
-            raise ValueError("keys are out of order")
-        previous = encoded
-        value: Value = data[at]
-        if value < _ONE_BYTE_MORE:  # type: ignore[operator]
+            encoded = data[start:at]
+            if encoded <= previous:
+                raise ValueError("keys are out of order")
+            previous = encoded
+            least = _ONE_BYTE_MORE
+        value: Any = data[at]
+        if value < _ONE_BYTE_MORE:
             at += 1
+        elif value == _OF_64_BITS and at + 9 <= length:
+            end = at + 9
+            value = int.from_bytes(data[at + 1 : end])
+            if value < 1 << 32:
+                raise ValueError("not in the shortest form")
+            at = end
+        elif value == _OF_32_BITS and at + 5 <= length:
+            end = at + 5
+            value = int.from_bytes(data[at + 1 : end])
+            if value < 1 << 16:
+                raise ValueError("not in the shortest form")
+            at = end
+        elif _SHORT_TEXT <= value < _SHORT_TEXT_END:
+            start = at + 1
+            at = start + value - _SHORT_TEXT
+            if at > length:
+                raise ValueError("cut short")
+            value = data[start:at].decode()
+        elif _SHORT_BYTES <= value < _SHORT_BYTES_END:
+            start = at + 1
+            at = start + value - _SHORT_BYTES
+            if at > length:
+                raise ValueError("cut short")
+            value = data[start:at]
         else:
             value, at = _item(data, at, levels)
-        pairs[key] = value  # type: ignore[index]
+        pairs[key] = value
     return pairs, at
 
 
+_OF_32_BITS, _OF_64_BITS = 0x1A, 0x1B
+_SHORT_BYTES, _SHORT_BYTES_END = 0x40, 0x58
+_SHORT_TEXT, _SHORT_TEXT_END = 0x60, 0x78
 _LEVELS_MAX = 16
 """Arrays and maps within each other; entries have five."""
 _ONE_BYTE_MORE = 24

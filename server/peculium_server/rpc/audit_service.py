@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, Final
 
 import grpc
 
 from peculium.v1 import audit_service_pb2_grpc
 from peculium.v1.audit_service_pb2 import (
+    ExportRequest,
+    ExportResponse,
     GetBudgetRequest,
     GetBudgetResponse,
     GetLineageRequest,
@@ -28,6 +31,7 @@ from peculium.v1.audit_service_pb2 import (
     WatchEntriesResponse,
 )
 from peculium_server.rpc.accounting import Accounting
+from peculium_server.rpc.exporting import Exporting
 from peculium_server.rpc.listing import Listing
 from peculium_server.rpc.past import Past
 from peculium_server.rpc.reading import Reader
@@ -47,6 +51,7 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         self._reader = reader
         self._store = store
         self._accounting = Accounting(reader, store)
+        self._exporting = Exporting(reader, store)
         self._watching = Watching(reader, store)
         self._listing = Listing(reader, store)
         self._past = Past(reader, store)
@@ -112,7 +117,8 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         """Follow the entries as they are recorded."""
         return self._watching.watch(request)
 
-    async def Export(self, request: Any, context: Any) -> AsyncIterator[Any]:
-        """Refuse: not there yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
-        yield
+    async def Export(self, request: ExportRequest, context: Any) -> AsyncIterator[ExportResponse]:
+        """Stream a tree or the whole ledger as it is at one instant."""
+        async with aclosing(self._exporting.export(request)) as pieces:
+            async for piece in pieces:
+                yield piece

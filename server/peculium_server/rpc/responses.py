@@ -150,14 +150,14 @@ def write_hold(hold: Hold, message: types_pb2.Hold) -> None:
 
 
 def write_budget(
-    budget: Budget, path: Sequence[str], state: BudgetState, message: types_pb2.Budget
+    budget: Budget, path: Sequence[str], state: BudgetState | None, message: types_pb2.Budget
 ) -> None:
     """Write a budget as a read found it.
 
     Args:
         budget: Its row.
         path: Names from the root downwards.
-        state: What it allows, its ancestors considered.
+        state: What it allows, its ancestors considered; None: nobody looked at them.
         message: To be filled.
     """
     message.root_id = budget.root_id
@@ -169,7 +169,8 @@ def write_budget(
     message.unit = budget.unit
     message.custody = budget.custody  # type: ignore[assignment]
     message.holder = budget.holder or ""
-    message.state = state  # type: ignore[assignment]
+    if state is not None:
+        message.state = state  # type: ignore[assignment]
     write_balances(budget.money, message.balances)
     message.disputed = budget.disputed
     message.holds_live = budget.holds_live

@@ -13,7 +13,7 @@ from peculium_server.core.verify import Finding, Verifier
 from peculium_server.signing import is_signed
 from peculium_server.store.checkpoints import Kept
 from peculium_server.store.seals import NUMBER_MAX
-from peculium_server.store.store import Snapshot
+from peculium_server.store.snapshot import Snapshot
 
 _AT_A_TIME: Final = 32
 """Entries or signatures that are verified before other calls get their turn: some milliseconds."""

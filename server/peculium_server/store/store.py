@@ -10,14 +10,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
-from uuid import UUID
 
 import psycopg
-from psycopg import AsyncRawCursor
 
 from peculium_server.core.lanes import lane_of
 from peculium_server.core.limits import DEPTH_MAX
-from peculium_server.core.state import Budget, Entry, Hold
+from peculium_server.core.state import Budget, Hold
 from peculium_server.store import tail
 from peculium_server.store.accounts import Accounts
 from peculium_server.store.audit_reads import BY_INDEX
@@ -32,7 +30,8 @@ from peculium_server.store.errors import (
 from peculium_server.store.lane import LanesWriter, LaneWriter
 from peculium_server.store.migrate import current, head
 from peculium_server.store.reads import STATEMENTS
-from peculium_server.store.seals import Seals, SnapshotSeals
+from peculium_server.store.seals import Seals
+from peculium_server.store.snapshot import Snapshot
 from peculium_server.store.statements import LEDGER
 from peculium_server.store.tail import Tail, Within
 from peculium_server.store.wire import Connection, Statement, Step
@@ -45,9 +44,6 @@ _NIL = bytes(16)
 
 _STARVED_SECONDS = 10.0
 """For so long after the database lacked the means to save something it is not one to rely upon."""
-
-_STREAM_ROWS = 1_000
-"""Rows that are fetched at once, so that memory stays bounded."""
 
 
 class Found(NamedTuple):
@@ -94,48 +90,6 @@ class Page(NamedTuple, Generic[Row, Key]):
 
     rows: tuple[Row, ...]
     next: Key | None
-
-
-class Snapshot:
-    """The ledger at one instant, however long it is read. One list at a time."""
-
-    def __init__(self, connection: Connection, now: int, lanes: int) -> None:
-        self.now = now
-        """The database's clock when the snapshot was taken. Microseconds since the Unix epoch."""
-        self.seals = SnapshotSeals(connection, lanes)
-        """Its checkpoints."""
-        self._connection = connection
-        self._lanes = lanes
-
-    def roots(self) -> AsyncIterator[bytes]:
-        """The ids of all roots that any entry, budget or hold belongs to."""
-        return self._stream("all_roots", ())
-
-    def entries_in_order(self, root_id: bytes) -> AsyncIterator[Entry]:
-        """All entries of a tree by position and part. Their previous hash is left empty."""
-        return self._of_tree("all_entries", root_id)
-
-    def budgets_of(self, root_id: bytes) -> AsyncIterator[Budget]:
-        """All budgets of a tree, in no order."""
-        return self._of_tree("all_budgets", root_id)
-
-    def holds_of(self, root_id: bytes) -> AsyncIterator[Hold]:
-        """All holds of a tree, ended ones included, in no order."""
-        return self._of_tree("all_holds", root_id)
-
-    def _of_tree(self, name: str, root_id: bytes) -> AsyncIterator[Any]:
-        return self._stream(name, (lane_of(root_id, self._lanes), UUID(bytes=root_id)))
-
-    async def _stream(self, name: str, parameters: tuple[Any, ...]) -> AsyncIterator[Any]:
-        statement = STATEMENTS[name]
-        cursor = AsyncRawCursor(self._connection)
-        try:
-            async for row in cursor.stream(
-                statement.sql, parameters, binary=True, size=_STREAM_ROWS
-            ):
-                yield statement.row(row)
-        except psycopg.Error as error:
-            raise translate(error) from error
 
 
 class Store:

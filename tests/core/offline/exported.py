@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from peculium_server.core.offline.export import Counts, ExportAudit, Header
+from peculium_server.core.offline.export import ExportAudit
+from peculium_server.core.offline.records import Counts, Header
 from peculium_server.core.offline.tree import digest_of
 from peculium_server.core.state import Budget, Entry, Hold
 from peculium_server.core.verify import Finding
+from tests.core.checkpoints import is_signed
 from tests.core.ledger import Ledger
 from tests.core.tampering import ENTRY_COLUMNS, alter_one
 
@@ -42,7 +44,7 @@ class Exported(NamedTuple):
 
     def findings(self, *, decide: bool = False) -> list[Finding]:
         """What an offline verification finds."""
-        audit = ExportAudit(decide=decide)
+        audit = ExportAudit(public_keys=None, is_signed=is_signed, decide=decide)
         audit.header(self.header)
         for entry in self.entries:
             audit.entry(entry, 0)

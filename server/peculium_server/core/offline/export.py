@@ -6,15 +6,20 @@ Beside the rules of `tree` it has these:
   export without a gap, and an operation's entries stand together
 - "batch": of an atomic batch all operations were recorded
 - "decision": decided again, an operation leaves the same entries (with `decide`)
+- "checkpoint": see `seals`
 - "header", "trailer": the export says of itself what is true
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, NamedTuple
 
+from peculium_server.core.checkpoint import SignatureCheck
 from peculium_server.core.lanes import lane_of
+from peculium_server.core.offline.records import Counts, Header, LeafOf, SealedBy
 from peculium_server.core.offline.rules import Broken
+from peculium_server.core.offline.seals import SealAudit
 from peculium_server.core.offline.tree import TreeAudit
 from peculium_server.core.operations import AtomicBatch
 from peculium_server.core.refusals import id_text
@@ -22,28 +27,6 @@ from peculium_server.core.state import Budget, Entry, Hold
 from peculium_server.core.verify import Finding, Verifier
 
 ENCODING_VERSION: Final = 1
-
-
-class Header(NamedTuple):
-    """What is exported."""
-
-    encoding_version: int
-    incarnation: bytes
-    at: int
-    """When it was read, by the database's clock. Microseconds since the Unix epoch."""
-    positions: tuple[int, ...]
-    """Each lane's position at that instant."""
-    root_id: bytes | None
-    """The only tree; None: the whole ledger."""
-
-
-class Counts(NamedTuple):
-    """How much there is of everything."""
-
-    entries: int = 0
-    budgets: int = 0
-    holds: int = 0
-    checkpoints: int = 0
 
 
 class _Batch(NamedTuple):
@@ -59,12 +42,34 @@ class ExportAudit:
     Memory grows with the budgets, holds and tokens, and by a hash for each entry.
     """
 
-    def __init__(self, *, decide: bool = False) -> None:
-        self.counts = Counts()
+    def __init__(
+        self,
+        *,
+        public_keys: Mapping[bytes, bytes] | None,
+        is_signed: SignatureCheck,
+        decide: bool = False,
+    ) -> None:
+        """Begin with the header.
+
+        Args:
+            public_keys: Those that are trusted, by their ids; None: those that the ledger names itself.
+            is_signed: Checks signatures.
+            decide: Make every decision again too.
+        """
+        self.entries = 0
+        self.budgets = 0
+        self.holds = 0
+        self.checkpoints = 0
+        self.unsealed: int | None = None
+        """After `finish`: entries that nothing has sealed yet; None: there is no checkpoint."""
+        self._public_keys = public_keys
+        self._is_signed = is_signed
+        self._seals: SealAudit | None = None
         self.trees: dict[bytes, TreeAudit] = {}
         self._decide = decide
         self._verifiers: dict[bytes, Verifier] = {}
-        self._header: Header | None = None
+        self.exported: Header | None = None
+        """The last header."""
         self._positions: list[int] = []
         self._parts: list[list[Entry]] = []
         """By lane: the operation that is being read."""
@@ -72,9 +77,14 @@ class ExportAudit:
         self._general: list[Finding] = []
 
     @property
+    def counts(self) -> Counts:
+        """What there was so far."""
+        return Counts(self.entries, self.budgets, self.holds, self.checkpoints)
+
+    @property
     def _whole(self) -> bool:
         """Say whether the whole ledger is exported."""
-        return self._header is not None and self._header.root_id is None
+        return self.exported is not None and self.exported.root_id is None
 
     @property
     def findings(self) -> list[Finding]:
@@ -86,7 +96,7 @@ class ExportAudit:
 
     def header(self, header: Header) -> None:
         """Begin, or go on with what was exported later."""
-        before = self._header
+        before = self.exported
         if before is None:
             self._positions = [0] * len(header.positions)
             self._parts = [[] for _ in header.positions]
@@ -100,11 +110,11 @@ class ExportAudit:
             return
         if header.encoding_version != ENCODING_VERSION:
             self._say("header", f"encoding {header.encoding_version} is not known")
-        self._header = header
+        self.exported = header
 
     def entry(self, entry: Entry, lane: int) -> None:
         """Check the next entry; of an operation of several parts, with the last of them."""
-        self.counts = self.counts._replace(entries=self.counts.entries + 1)
+        self.entries += 1
         tree = self.trees.get(entry.root_id)
         if tree is None:
             tree = self._begin(entry, lane)
@@ -126,7 +136,7 @@ class ExportAudit:
 
     def budget(self, row: Budget, token_digest: bytes | None) -> None:
         """Compare the row of a budget, whose token is left out, with the fold of its entries."""
-        self.counts = self.counts._replace(budgets=self.counts.budgets + 1)
+        self.budgets += 1
         tree = self._row_of(row.root_id)
         fold = tree.budgets.get(row.budget_id)
         tree.budget(row, token_digest)
@@ -136,7 +146,7 @@ class ExportAudit:
 
     def hold(self, root_id: bytes, row: Hold, token_digest: bytes | None) -> None:
         """Compare the row of a hold, whose token is left out, with the fold of its entries."""
-        self.counts = self.counts._replace(holds=self.counts.holds + 1)
+        self.holds += 1
         tree = self._row_of(root_id)
         fold = tree.holds.get(row.hold_id)
         tree.hold(row, token_digest)
@@ -144,13 +154,26 @@ class ExportAudit:
         if verifier is not None and fold is not None:
             verifier.hold(row._replace(token=fold.token))
 
+    def checkpoint(self, record: SealedBy) -> None:
+        """Check the next checkpoint, with the leaves that follow it."""
+        self.checkpoints += 1
+        if self.exported is None:
+            return
+        if self._seals is None:
+            self._seals = SealAudit(self.exported, self.trees, self._public_keys, self._is_signed)
+        self._seals.checkpoint(record)
+
+    def leaf(self, record: LeafOf) -> None:
+        """Check the next leaf of a checkpoint."""
+        if self._seals is not None:
+            self._seals.leaf(*record)
+
     def trailer(self, counts: Counts) -> None:
         """Compare what the export says that it has with what was there."""
-        if counts != self.counts:
+        there = self.counts
+        if counts != there:
             differing = [
-                name
-                for name, a, b in zip(counts._fields, counts, self.counts, strict=True)
-                if a != b
+                name for name, a, b in zip(counts._fields, counts, there, strict=True) if a != b
             ]
             self._say("trailer", f"it counts other {' and '.join(differing)} than there are")
 
@@ -158,7 +181,7 @@ class ExportAudit:
         """All findings, the first one of each tree; none: the export is verified."""
         for lane in range(len(self._parts)):
             self._incomplete(lane)
-        header = self._header
+        header = self.exported
         if header is None:
             self._say("header", "there is none")
         elif header.root_id is None:
@@ -170,6 +193,10 @@ class ExportAudit:
             self._tree_of(batch.first).broken(Broken("batch", detail), batch.first)
         for tree in self.trees.values():
             tree.finish()
+        if self._seals is not None:
+            finding, self.unsealed = self._seals.finish()
+            if finding is not None:
+                self._general.append(finding)
         for verifier in self._verifiers.values():
             verifier.finish()
         return self.findings
@@ -187,7 +214,7 @@ class ExportAudit:
         tree = self.trees[entry.root_id] = TreeAudit(entry.root_id)
         if lane != lane_of(entry.root_id, max(1, len(self._parts))):
             tree.broken(Broken("lane", f"the tree is not of lane {lane}"), entry)
-        elif self._header is None or self._header.root_id not in (None, entry.root_id):
+        elif self.exported is None or self.exported.root_id not in (None, entry.root_id):
             tree.broken(Broken("lane", "it is not the tree that is exported"), entry)
         return tree
 

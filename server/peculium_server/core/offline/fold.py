@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from peculium_server.core.operations import Labels
@@ -37,6 +38,8 @@ class Folded:
         "money",
         "name",
         "overrun_factor",
+        "positions",
+        "sealed",
         "seen",
         "seq",
         "token",
@@ -75,6 +78,10 @@ class Folded:
         self.head = GENESIS
         self.hashes = bytearray()
         """Of all its entries, one after the other: a checkpoint seals any of them."""
+        self.positions = array("q")
+        """Of all its entries, in their lane."""
+        self.sealed = 0
+        """The seq of its last entry that a checkpoint has sealed."""
         self.seen: set[bytes] = set() if token is None else {token}
         """Every token id that it or one of its holds ever had."""
 
@@ -86,6 +93,7 @@ class Folded:
         self.last_at = entry.at
         self.head = entry.hash
         self.hashes += entry.hash
+        self.positions.append(entry.position)
 
     def hash_at(self, seq: int) -> bytes | None:
         """The hash of an entry; None if there is no such entry."""

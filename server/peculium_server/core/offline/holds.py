@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 from peculium_server.core.offline.rights import produce
 from peculium_server.core.offline.rules import Broken, Step
 from peculium_server.core.operations import Kind
-from peculium_server.core.state import Effect, Hold, HoldState
+from peculium_server.core.state import Effect, Hold, HoldState, new
 
 HOLD_KINDS: Final = frozenset(
     {Kind.RESERVE, Kind.SETTLE, Kind.RELEASE, Kind.EXTEND, Kind.RESOLVE, Kind.LAPSE}
@@ -33,18 +33,36 @@ class _Share(NamedTuple):
 _NONE: Final = _Share(0, 0, 0, 0, 0, 0)
 
 
-def _share(hold: Hold | None) -> _Share:
-    if hold is None:
-        return _NONE
+def _moved(was: Hold | None, now: Hold) -> _Share:
+    """What an operation on a hold does to the sums of its budget."""
+    held, forfeited, spent, disputed, disputes, live = _shares(now)
+    if was is None:
+        return new(_Share, (held, forfeited, spent, disputed, disputes, live))
+    before = _shares(was)
+    return new(
+        _Share,
+        (
+            held - before[0],
+            forfeited - before[1],
+            spent - before[2],
+            disputed - before[3],
+            disputes - before[4],
+            live - before[5],
+        ),
+    )
+
+
+def _shares(hold: Hold) -> tuple[int, int, int, int, int, int]:
     _, _, _, state, _, remaining, booked, disputed, _, _ = hold
-    live = state is HoldState.LIVE
-    return _Share(
-        remaining if live else 0,
+    if state is HoldState.LIVE:
+        return remaining, 0, booked, disputed, 0, 1
+    return (
+        0,
         remaining if state is HoldState.LAPSED else 0,
         booked,
         disputed,
-        state is HoldState.DISPUTED,
-        live,
+        1 if state is HoldState.DISPUTED else 0,
+        0,
     )
 
 
@@ -69,22 +87,18 @@ def check_holds(
             raise Broken("hold", "it does not say what became of the hold that it names")
         was = holds.get(hold.hold_id)
         _check_hold(first, was, hold, asked)
-        hold = hold._replace(token=_token_of(first, was, hold, asked))
-        holds[hold.hold_id] = hold
+        token = _token_of(first, was, hold, asked)
+        holds[hold.hold_id] = new(Hold, (*hold[:2], token, *hold[3:]))
     elif hold is not None:
         raise Broken("hold", "it concerns no hold")
     _check_amount(first, was, hold, asked)
-    moved = _between(_share(was), _share(hold))
+    moved = _NONE if hold is None else _moved(was, hold)
     if kind is Kind.SPEND:
-        moved = moved._replace(spent=amount)
+        moved = _NONE._replace(spent=amount)
     for index, step in enumerate(steps):
         _check_share(index, step, before[index], moved if index == 0 else _NONE)
     if len(steps) > 1:
         _check_more(steps, asked, holds)
-
-
-def _between(was: _Share, now: _Share) -> _Share:
-    return _Share(*[after - before for after, before in zip(now, was, strict=True)])
 
 
 def _check_hold(step: Step, was: Hold | None, hold: Hold, asked: dict[str, Any]) -> None:
@@ -192,13 +206,13 @@ def _check_amount(step: Step, was: Hold | None, hold: Hold | None, asked: dict[s
 def _check_share(index: int, step: Step, before: Effect | None, moved: _Share) -> None:
     """What the budget has held, forfeited, spent and disputed changes by what its hold does."""
     changes, effect = step.effect.changes, step.effect
-    now = (effect.disputed, effect.disputes, effect.holds_live)
-    was = (0, 0, 0) if before is None else (before.disputed, before.disputes, before.holds_live)
-    told = _Share(
+    told = (
         changes.held,
         changes.forfeited,
         changes.spent,
-        *[a - b for a, b in zip(now, was, strict=True)],
+        effect.disputed - (0 if before is None else before.disputed),
+        effect.disputes - (0 if before is None else before.disputes),
+        effect.holds_live - (0 if before is None else before.holds_live),
     )
     if told != moved:
         name = next(n for n, a, b in zip(_Share._fields, told, moved, strict=True) if a != b)

@@ -1,0 +1,198 @@
+"""The verbs for exports: taking one away, and verifying it without a server."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from peculium import LedgerUnavailable
+from peculium_server.archive.verifying import Verified, verify_file
+from peculium_server.archive.writing import SINKS, JsonlSink, Sink
+from peculium_server.cli.export_records import record_of
+from peculium_server.cli.options import (
+    ApiKey,
+    Insecure,
+    Json,
+    Target,
+    Timeout,
+    connect,
+    reference,
+)
+from peculium_server.cli.output import id_text, print_json, print_line
+from peculium_server.cli.problems import REFUSED
+from peculium_server.core.checkpoint import key_id_of
+from peculium_server.core.offline.records import Counts, Recorded
+from peculium_server.core.verify import Finding
+
+_PROGRESS_ENTRIES: Final = 1_000
+_HEX_KEY: Final = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
+
+
+class Format(StrEnum):
+    """What a file may be."""
+
+    JSONL = "jsonl"
+    CSV = "csv"
+    PARQUET = "parquet"
+
+
+def export(
+    *,
+    of: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[TREE]", help="A root, or any budget of its tree. Absent: the whole ledger."
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)
+    ],
+    form: Annotated[
+        Format,
+        typer.Option("--format", help="jsonl can be verified; csv and parquet have entries only."),
+    ] = Format.JSONL,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a file that was cut, or bring it up to date."),
+    ] = False,
+    target: Target = None,
+    api_key: ApiKey = None,
+    allow_insecure: Insecure = False,
+    timeout: Timeout = 10,
+    json: Json = False,
+) -> None:
+    """Take everything away that proves itself without a server, as it is at one instant.
+
+    peculium audit export --output ledger.jsonl
+
+    peculium audit export acme --output acme.parquet --format parquet
+
+    peculium audit export --output ledger.jsonl --resume
+    """
+    if resume and form is not Format.JSONL:
+        raise typer.BadParameter("only a jsonl file can be gone on with")
+    counts: Counts | None = None
+    sink: Sink = JsonlSink(output, resume=resume) if form is Format.JSONL else SINKS[form](output)
+    after = sink.begun.after if isinstance(sink, JsonlSink) else []
+    read = sink.begun.entries if isinstance(sink, JsonlSink) else 0
+    with (
+        sink,
+        connect(target, api_key, allow_insecure, timeout) as client,
+        Console(stderr=True).status("exporting") as status,
+    ):
+        tree = None if of is None else reference(of)
+        for piece in client.audit.export(tree, after=after):
+            record = record_of(piece)
+            sink.take(record)
+            if isinstance(record, Recorded):
+                read += 1
+                if read % _PROGRESS_ENTRIES == 0:
+                    status.update(f"exporting: {read:,} entries")
+            elif isinstance(record, Counts):
+                counts = record
+    if counts is None:
+        raise LedgerUnavailable("the server ended the export before its end: --resume goes on")
+    if json:
+        print_json({"file": str(output), **counts._replace(entries=read)._asdict()})
+    else:
+        print_line(
+            f"{output}: {read:,} entries, {counts.budgets:,} budgets, {counts.holds:,} holds"
+        )
+
+
+def verify_export(path: Path, *, public_keys: list[str], decide: bool, json: bool) -> None:
+    """Verify a file, and end with the exit code that says so.
+
+    Args:
+        path: The file.
+        public_keys: Files of keys, or keys in hexadecimal. None: those that the file names itself.
+        decide: Make every decision again too.
+        json: For machines.
+    """
+    from peculium_server.signing import is_signed  # noqa: PLC0415 - takes long to import
+
+    keys = [_public_key(each) for each in public_keys]
+    errors = Console(stderr=True)
+    if not keys:
+        errors.print(Text(_NO_KEY), soft_wrap=True)
+    with errors.status("verifying") as status:
+        verified = verify_file(
+            path,
+            public_keys={key_id_of(key): key for key in keys} if keys else None,
+            is_signed=is_signed,
+            decide=decide,
+            progress=lambda read: status.update(f"verifying: {read:,} entries"),
+        )
+    if json:
+        print_json(_verified_json(verified, trusted=bool(keys)))
+    else:
+        _print_verified(verified)
+    if verified.findings:
+        raise typer.Exit(REFUSED)
+
+
+_NO_KEY: Final = (
+    "no --public-key: signatures are checked with the keys that the export names itself. That proves"
+    " that it is consistent, not that it is your ledger's."
+)
+
+
+def _public_key(said: str) -> bytes:
+    from peculium_server.signing import load_public_key  # noqa: PLC0415 - takes long to import
+
+    return bytes.fromhex(said) if _HEX_KEY.fullmatch(said) else load_public_key(Path(said))
+
+
+def _verified_json(verified: Verified, *, trusted: bool) -> dict[str, object]:
+    return {
+        "verified": not verified.findings,
+        "keys_trusted": trusted,
+        **verified.counts._asdict(),
+        "trees": verified.trees,
+        "unsealed": verified.unsealed,
+        "findings": [
+            {
+                "root_id": _id(finding.root_id),
+                "budget_id": _id(finding.budget_id),
+                "seq": finding.seq,
+                "rule": finding.rule,
+                "detail": finding.detail,
+            }
+            for finding in verified.findings
+        ],
+    }
+
+
+def _print_verified(verified: Verified) -> None:
+    counts = verified.counts
+    counted = f"{counts.entries:,} entries of {verified.trees:,} trees"
+    if verified.unsealed is None:
+        sealed = "no checkpoint is in the export: that nothing was cut off its end is not proved"
+    else:
+        sealed = f"{counts.checkpoints:,} checkpoints; {verified.unsealed:,} entries after the last"
+    if not verified.findings:
+        print_line(f"verified: {counted}: hashes, money, tokens, holds and rows hold")
+        print_line(sealed)
+        return
+    print_line(f"NOT verified: {counted}; the first finding of each tree:")
+    for finding in verified.findings:
+        print_line(f"  {_where(finding)}{finding.rule}: {finding.detail}")
+
+
+def _where(finding: Finding) -> str:
+    ids = [text for text in (_id(finding.root_id), _id(finding.budget_id)) if text is not None]
+    at = f" entry {finding.seq}" if finding.seq else ""
+    return f"{'/'.join(ids)}{at}: " if ids else ""
+
+
+def _id(value: bytes) -> str | None:
+    return id_text(value) if len(value) == _ID_BYTES else value.hex() or None
+
+
+_ID_BYTES: Final = 16
