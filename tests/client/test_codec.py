@@ -27,6 +27,23 @@ def test_a_receipt_that_nobody_looked_at_yet_equals_one_that_somebody_did() -> N
     assert repr(codec.receipt(OUTCOME)) == repr(read)
 
 
+def test_a_receipt_is_decoded_when_it_is_looked_at_and_only_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    decoded: list[bytes] = []
+    decode = codec._receipt
+
+    def watch(encoded: bytes) -> Receipt:
+        decoded.append(encoded)
+        return decode(encoded)
+
+    monkeypatch.setattr(codec, "_receipt", watch)
+    receipt = codec.receipt(OUTCOME)
+    assert decoded == []
+    assert (receipt.balances.available, receipt.replayed, receipt.balances.held) == (7, False, 0)
+    assert decoded == [OUTCOME.SerializeToString()]
+
+
 def test_a_receipt_is_a_value_as_any_other() -> None:
     receipt = codec.receipt(OUTCOME)
     assert pickle.loads(pickle.dumps(codec.receipt(OUTCOME))) == receipt  # noqa: S301 - our own

@@ -69,6 +69,21 @@ async def test_the_callers_deadline_bounds_all_attempts(ledger: Ledger, run: Bud
     ledger.faults.clear()
 
 
+async def test_each_caller_is_told_when_its_own_time_is_over(ledger: Ledger, root: Budget) -> None:
+    ledger.lose_requests(1000)
+    told: list[float] = []
+
+    async def wait(seconds: float) -> None:
+        with pytest.raises(OutcomeUnknown):
+            await root.spend(1, timeout=seconds)
+        told.append(seconds)
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(wait(seconds) for seconds in (0.3, 0.1, 0.2)))
+    assert told == [0.1, 0.2, 0.3]
+    ledger.faults.clear()
+
+
 async def test_a_ledger_that_is_not_there_is_unavailable_and_nothing_was_done() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import threading
 import time
 import uuid
@@ -33,6 +34,24 @@ def test_ids_rise_and_never_repeat_also_between_threads() -> None:
         thread.join()
     assert all(into == sorted(into) for into in made)
     assert len({each for into in made for each in into}) == 8000
+
+
+@pytest.mark.parametrize("drawn", [b"\x00", b"\xff"])
+def test_ids_rise_within_a_millisecond_whatever_is_drawn(
+    monkeypatch: pytest.MonkeyPatch, drawn: bytes
+) -> None:
+    """Nothing drawn is the smallest step there is; with everything drawn there is no room for one."""
+    milliseconds = 1_800_000_000_000
+    monkeypatch.setattr(time, "time_ns", lambda: milliseconds * 1_000_000)
+    monkeypatch.setattr(secrets, "token_bytes", lambda count: drawn * count)
+    clock = _ids._Clock()
+    made = [clock.next() for _ in range(3)]
+    assert sorted(set(made)) == made
+    assert {(uuid.UUID(bytes=each).version, uuid.UUID(bytes=each).variant) for each in made} == {
+        (7, uuid.RFC_4122)
+    }
+    ahead = [int.from_bytes(each[:6]) - milliseconds for each in made]
+    assert ahead == ([0, 0, 0] if drawn == b"\x00" else [0, 1, 2])
 
 
 def test_ids_rise_although_the_clock_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ async def test_a_hold_that_exists_and_is_not_remembered_is_not_made_again(
 
 
 async def test_rows_that_had_to_make_room_are_loaded_again(
-    guessing: StoredLedger, store: Store, monkeypatch: pytest.MonkeyPatch
+    guessing: StoredLedger, store: Store, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Known, "ANCESTORS_MAX", 3)
     monkeypatch.setattr(Known, "BUDGETS_MAX", 2)
@@ -210,9 +210,13 @@ async def test_rows_that_had_to_make_room_are_loaded_again(
     reserves = [child.reserve(amount) for amount, child in enumerate(children, start=1)]
     for reserve in reserves:
         await guessing.accept(reserve)
+    [known] = store.writer(store.lane_of(top.root_id))._writer._known.values()
     for child, reserve in zip(children, reserves, strict=True):
+        forgotten = (top.root_id, reserve.hold_id) not in known.holds
+        asked.clear()
         await guessing.accept(HoldRef(child, reserve.hold_id).settle())
-        [known] = store.writer(store.lane_of(top.root_id))._writer._known.values()
+        assert ("load_holds" in asked[: asked.index("load_position")]) is forgotten
+        assert "load_recorded" not in asked
         assert len(known.budgets) == 2
         assert len(known.holds) <= 1
         assert len(known._ancestors) == 3
