@@ -211,3 +211,46 @@ async def test_a_subtree_is_summed_up_only_if_that_is_asked_for(stored: Stored) 
     told = await stub.GetBudget(request)
     assert told.HasField("used")
     assert (told.used, told.disputed) == (0, 0)
+
+
+@pytest.mark.parametrize("descending", [False, True])
+async def test_an_operation_that_what_is_read_at_once_ends_in_the_middle_of_comes_whole(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch, descending: bool
+) -> None:
+    root = granted("wide")
+    wide = [
+        delegated(root, root.root_id, *(f"{number}-{name}" for name in "abc"))
+        for number in range(6)
+    ]
+    await make(stored, root, *wide)
+    # One operation of four parts, and a half.
+    monkeypatch.setattr(lists, "_ENTRIES_AT_ONCE", 6)
+    request = audit.ListEntriesRequest(
+        budget=by_path("wide"), reach=audit.REACH_TREE, descending=descending, page_size=1_000
+    )
+    page = await AuditServiceStub(stored.channel).ListEntries(request)
+    listed = [(entry.operation_id, entry.part) for entry in page.entries]
+    operations = [(root.operation_id, 1), *((each.operation_id, 4) for each in wide)]
+    if descending:
+        operations.reverse()
+    assert listed == [(id_, part) for id_, parts in operations for part in range(parts)]
+
+
+@pytest.mark.parametrize("reach", [audit.REACH_BUDGET, audit.REACH_SUBTREE, audit.REACH_TREE])
+async def test_a_period_has_its_first_instant_and_not_its_last(stored: Stored, reach: Any) -> None:
+    stub = AuditServiceStub(stored.channel)
+    everything = audit.ListEntriesRequest(budget=by_path("acme"), reach=reach)
+    whole = list((await stub.ListEntries(everything)).entries)
+    times = sorted({entry.at.ToMicroseconds() for entry in whole})
+    first, last = whole[1].at, whole[-1].at
+    assert first.ToMicroseconds() < last.ToMicroseconds() == times[-1]
+    request = audit.ListEntriesRequest(
+        budget=by_path("acme"), reach=reach, filter=selecting(since=first, until=last)
+    )
+    page = await stub.ListEntries(request)
+    assert list(page.entries) == [
+        entry
+        for entry in whole
+        if first.ToMicroseconds() <= entry.at.ToMicroseconds() < last.ToMicroseconds()
+    ]
+    assert first in [entry.at for entry in page.entries]
