@@ -57,6 +57,9 @@ class MemoryWriter:
         self.gate = asyncio.Event()
         """Cleared: transactions wait before they decide."""
         self.gate.set()
+        self.landing = asyncio.Event()
+        """Cleared: transactions have decided, and are not answered yet."""
+        self.landing.set()
         self.begun = asyncio.Event()
         """Set when a transaction has begun."""
         self.failures: list[Exception | None] = []
@@ -69,6 +72,7 @@ class MemoryWriter:
         footprints: Mapping[bytes, Footprint],
         decide: Callable[[Loaded], Sequence[Accepted]],
         deadline: float | None,
+        sent: Callable[[], None],
     ) -> int:
         self.deadlines.append(deadline)
         self.begun.set()
@@ -85,7 +89,10 @@ class MemoryWriter:
                 raise failure
             self.save(trees, saved)
             self.transactions.append(len(saved))
-            return self.position
+            position = self.position
+            sent()
+            await self.landing.wait()
+            return position
 
     def save(self, trees: Mapping[bytes, Tree], saved: Sequence[Accepted]) -> None:
         self.trees |= trees

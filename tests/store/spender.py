@@ -54,6 +54,7 @@ class Spender:
         *,
         deadline: float | None = None,
         watch: Watch | None = None,
+        sent: Callable[[], None] = lambda: None,
     ) -> Outcome | Refused:
         """Do one operation; `watch` sees what was loaded, before each decision."""
         footprint = Footprint()
@@ -72,7 +73,7 @@ class Spender:
             )
             return accepted
 
-        await writer.run({operation.root_id: footprint}, decide, deadline)
+        await writer.run({operation.root_id: footprint}, decide, deadline, sent)
         [answer] = answers
         return answer
 

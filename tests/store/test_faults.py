@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
 import psycopg
 import pytest
@@ -15,6 +16,7 @@ from peculium_server.core.operations import Grant
 from peculium_server.core.outcome import Outcome
 from peculium_server.store import connect, lane, wire
 from peculium_server.store.errors import LedgerCorrupt, StatementRefused, StoreUnavailable
+from peculium_server.store.known import Known
 from peculium_server.store.lane import LaneWriter, Loaded
 from peculium_server.store.store import Store
 from peculium_server.store.wire import Connection, Flown, Step
@@ -25,7 +27,7 @@ class Faults:
     """Breaks connections in the middle of commits, as long as there are faults left to make."""
 
     def __init__(self) -> None:
-        self.fly = Connection.fly
+        self.launch = Connection.launch
         self.made = 0
         self.plan: list[str] = []
         self.stalled: list[Connection] = []
@@ -33,17 +35,17 @@ class Faults:
     async def break_commit(self, connection: Connection, *segments: Sequence[Step]) -> list[Flown]:
         commits = any(step.statement.name == b"commit" for step in segments[0])
         if not commits or not self.plan:
-            return await self.fly(connection, *segments)
+            return await self.launch(connection, *segments)
         fault = self.plan.pop(0)
         self.made += 1
         if fault == "request lost":
             connection.pgconn.finish()
         elif fault == "answer lost":
-            await self.fly(connection, *segments)
+            await self.launch(connection, *segments)
             connection.pgconn.finish()
         elif fault == "delayed":
             # Everything but the commit has arrived; who asked for it hears nothing more.
-            await self.fly(connection, segments[0][:-1])
+            await self.launch(connection, segments[0][:-1])
             stalled = Connection(connection.pgconn)
             stalled._known_statements = connection._known_statements
             self.stalled.append(stalled)
@@ -53,7 +55,7 @@ class Faults:
     async def arrive(self) -> None:
         """Let a delayed commit be done after all."""
         connection = self.stalled.pop()
-        assert await self.fly(connection, [lane._COMMIT]) == [[[]]]
+        assert await self.launch(connection, [lane._COMMIT]) == [[[]]]
         await connection.close()
 
 
@@ -61,11 +63,22 @@ class Faults:
 def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
     made = Faults()
 
-    async def fly(self: Connection, *segments: Sequence[Step]) -> list[Flown]:
-        return await made.break_commit(self, *segments)
+    def launch(self: Connection, *segments: Sequence[Step]) -> Coroutine[Any, Any, list[Flown]]:
+        return made.break_commit(self, *segments)
 
-    monkeypatch.setattr(Connection, "fly", fly)
+    monkeypatch.setattr(Connection, "launch", launch)
     return made
+
+
+@pytest.fixture(params=["with care", "by a guess"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How the operations are done whose commits break."""
+    if request.param == "by a guess":
+        monkeypatch.setattr(Known, "ALONE_AFTER", 0)
+
+
+WITH_CARE = pytest.mark.parametrize("way", ["with care"], indirect=True)
+"""About what is noticed before a commit is sent: a guess is sent with its commit."""
 
 
 @pytest.fixture
@@ -185,6 +198,7 @@ async def test_sessions_that_were_ended_are_replaced(
     assert await spent(store, root) == 3
 
 
+@WITH_CARE
 async def test_a_backend_that_dies_while_it_saves_leaves_nothing_or_all(
     store: Store, spender: Spender, root: Grant, database: str
 ) -> None:
@@ -205,6 +219,7 @@ async def test_a_backend_that_dies_while_it_saves_leaves_nothing_or_all(
     assert await spent(store, root) == 1
 
 
+@WITH_CARE
 async def test_a_database_that_is_gone_is_told_at_once_and_used_when_it_is_back(
     store: Store, spender: Spender, root: Grant, monkeypatch: pytest.MonkeyPatch, database: str
 ) -> None:
@@ -322,6 +337,7 @@ async def test_a_statement_that_the_database_refuses_is_no_outage(
     assert await spent(store, root) == 1
 
 
+@WITH_CARE
 async def test_statements_that_a_change_of_the_schema_has_spoilt_are_made_anew(
     store: Store, spender: Spender, root: Grant, database: str
 ) -> None:
@@ -479,6 +495,7 @@ async def test_callers_with_little_time_do_not_keep_a_writer_from_the_host_that_
     await writer.close()
 
 
+@WITH_CARE
 async def test_a_statement_that_takes_too_long_is_ended_and_saves_nothing(
     store: Store, spender: Spender, root: Grant, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

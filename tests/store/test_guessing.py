@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import psycopg
 import pytest
 
-from peculium_server.core.operations import ByToken
+from peculium_server.core.operations import ByToken, Grant
 from peculium_server.core.outcome import Outcome
-from peculium_server.core.refusals import Refusal, id_text
+from peculium_server.core.refusals import Refusal, Refused, id_text
+from peculium_server.store.guess import GuessedClock
 from peculium_server.store.known import Known
 from peculium_server.store.lane import Loaded
+from peculium_server.store.statements import of_lane
 from peculium_server.store.store import Store
 from peculium_server.store.wire import Connection, Flown, Step
 from tests.core.ledger import HoldRef, Node
@@ -38,20 +43,21 @@ async def root(guessing: StoredLedger) -> Node:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of all statements that are sent."""
     names: list[str] = []
-    fly = Connection.fly
+    launch = Connection.launch
 
-    async def listen(self: Connection, *segments: Sequence[Step]) -> list[Flown]:
+    def listen(self: Connection, *segments: Sequence[Step]) -> Coroutine[Any, Any, list[Flown]]:
         names.extend(
             step.statement.name.decode().rstrip("_0123456789")
             for segment in segments
             for step in segment
         )
-        return await fly(self, *segments)
+        return launch(self, *segments)
 
-    monkeypatch.setattr(Connection, "fly", listen)
+    monkeypatch.setattr(Connection, "launch", listen)
     return names
 
 
+GUESSED = ["begin", "advance_position", "save_budgets", "add_entries", "commit"]
 SAVED = ["save_position", "save_budgets", "add_entries", "commit"]
 
 
@@ -61,14 +67,14 @@ async def test_what_a_writer_remembers_is_not_asked_for(
     reserve = root.reserve()
     await guessing.accept(reserve)
     assert asked == [
-        *("begin", "load_tokens", "load_position"),
-        *("save_position", "save_budgets", "add_holds", "add_entries", "commit"),
+        *("begin", "advance_position", "refuse_seen"),
+        *("save_budgets", "add_holds", "add_entries", "commit"),
     ]
     asked.clear()
     await guessing.accept(HoldRef(root, reserve.hold_id).settle(3))
     assert asked == [
-        *("begin", "load_position"),
-        *("save_position", "save_budgets", "save_holds", "add_entries", "commit"),
+        *("begin", "advance_position"),
+        *("save_budgets", "save_holds", "add_entries", "commit"),
     ]
 
 
@@ -84,10 +90,10 @@ async def test_a_writer_that_has_just_begun_takes_turns_and_loads(
         assert "load_budgets" in asked
     asked.clear()
     await spender.spend(writer, granted)
-    assert asked == ["begin", "load_position", *SAVED]
+    assert asked == GUESSED
 
 
-async def test_what_another_has_written_meanwhile_is_loaded_before_anything_is_decided(
+async def test_what_another_has_written_meanwhile_is_loaded_and_decided_upon(
     store: Store, other_store: Store, spender: Spender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Known, "ALONE_AFTER", 1)
@@ -104,7 +110,7 @@ async def test_what_another_has_written_meanwhile_is_loaded_before_anything_is_d
     answer = await spender.do(store.writer(lane), spender.ask(granted), watch=watch)
     assert not isinstance(answer, Outcome)
     assert answer.reason is Refusal.BUDGET_EXHAUSTED
-    assert available == [0]
+    assert available == [8, 0]
     assert await spent(store, granted) == 10
 
 
@@ -119,12 +125,10 @@ async def test_whoever_was_disturbed_takes_turns_again(
     asked.clear()
     await spender.spend(store.writer(lane), granted)
     assert asked == [
-        "begin",
-        "load_position",
-        "load_budgets",
-        "load_recorded",
-        "load_position",
+        *GUESSED,
+        *("rollback", "lock", "begin", "load_budgets", "load_recorded", "load_position"),
         *SAVED,
+        "unlock",
     ]
     asked.clear()
     await spender.spend(store.writer(lane), granted)
@@ -257,3 +261,173 @@ async def test_of_what_was_lost_with_a_connection_nothing_is_remembered_in_other
     end_sessions(database)
     await first_asked(3)
     assert await first_asked(5) == "lock"
+
+
+# -- One behind the other -----------------------------------------------------------------------------
+
+
+async def both(
+    store: Store, spender: Spender, root: Grant, second: Callable[[Loaded], None]
+) -> list[Outcome]:
+    """Spend twice, the second time as soon as the first has sent its commit; `second` watches that."""
+    writer = store.writer(store.lane_of(root.root_id))
+    operations = [spender.ask(root, 3), spender.ask(root, 4)]
+    first_has_sent = asyncio.Event()
+
+    async def spend_second() -> Outcome | Refused:
+        await first_has_sent.wait()
+        return await spender.do(writer, operations[1], watch=second)
+
+    spending = asyncio.create_task(spend_second())
+    await asyncio.sleep(0)
+    answers = [
+        await spender.do(writer, operations[0], sent=first_has_sent.set),
+        await spending,
+    ]
+    return [answer for answer in answers if isinstance(answer, Outcome)]
+
+
+@pytest.fixture
+async def granted(store: Store, spender: Spender, monkeypatch: pytest.MonkeyPatch) -> Grant:
+    """A root whose writer guesses."""
+    monkeypatch.setattr(Known, "ALONE_AFTER", 1)
+    made = await spender.grant(store, 100)
+    for _ in range(2):
+        await spender.spend(store.writer(store.lane_of(made.root_id)), made)
+    return made
+
+
+async def test_a_batch_is_decided_on_what_those_before_have_sent_and_not_committed_yet(
+    store: Store, spender: Spender, granted: Grant
+) -> None:
+    seen: list[int] = []
+
+    def look(loaded: Loaded) -> None:
+        seen.append(loaded.trees[granted.root_id].budget(granted.root_id).money.spent)
+
+    first, second = await both(store, spender, granted, look)
+    assert seen == [2 + 3]
+    assert (first.money.spent, second.money.spent) == (5, 9)
+    assert await spent(store, granted) == 9
+
+
+async def test_if_a_guess_fails_what_was_decided_on_it_is_decided_again(
+    store: Store, other_store: Store, spender: Spender, granted: Grant
+) -> None:
+    """Also where another server has moved the lane exactly to where the second expects it."""
+    lane = store.lane_of(granted.root_id)
+    await spender.spend(other_store.writer(lane), granted, 50)
+    seen: list[int] = []
+
+    def look(loaded: Loaded) -> None:
+        seen.append(loaded.trees[granted.root_id].budget(granted.root_id).money.spent)
+
+    answers = await both(store, spender, granted, look)
+    assert seen[0] == 2 + 3
+    assert seen[-1] in (52, 55)
+    assert sorted(answer.money.spent for answer in answers) in ([55, 59], [56, 59])
+    assert await spent(store, granted) == 59
+
+
+async def advance(database: str, **values: Any) -> psycopg.Error | int:
+    """Move lane 3 from position 0 to 1 by a guess, in a session of its own; the clock, or what it failed with."""
+    async with await Connection.connect(database, autocommit=True) as connection:
+        return await advance_in(connection, **values)
+
+
+async def advance_in(connection: Connection, **values: Any) -> psycopg.Error | int:
+    now = time.time_ns() // 1_000
+    default = {"before": 0, "after": 1, "previous": "", "own": "1"}
+    times = {"at": now - 1_000_000, "latest": now + 1_000_000}
+    step = Step(of_lane(3).advance_position, default | times | values)
+    (flown,) = await connection.fly([step])
+    if isinstance(flown, psycopg.Error):
+        return flown
+    clock: int = flown[0][0][0]
+    return clock
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"before": 1},
+        {"at": time.time_ns() // 1_000 + 3_600_000_000, "latest": 2**60},
+        {"latest": time.time_ns() // 1_000 - 3_600_000_000},
+        {"previous": "7"},
+    ],
+    ids=["the position", "a time to come", "a time long past", "the flight before"],
+)
+async def test_the_database_refuses_a_guess_that_is_wrong_in(
+    store: Store, database: str, wrong: dict[str, Any]
+) -> None:
+    assert isinstance(await advance(database, **wrong), psycopg.errors.DivisionByZero)
+    assert isinstance(await advance(database), int)
+
+
+async def test_a_flight_whose_commit_failed_is_none_that_another_may_follow(
+    store: Store, database: str
+) -> None:
+    async with await Connection.connect(database, autocommit=True) as connection:
+        await connection.execute("BEGIN")
+        assert isinstance(await advance_in(connection, own="1"), int)
+        await connection.execute("ROLLBACK")
+        refused = await advance_in(connection, previous="1", own="2")
+        assert isinstance(refused, psycopg.errors.DivisionByZero)
+        assert isinstance(await advance_in(connection, own="1"), int)
+        follows = {"before": 1, "after": 2, "previous": "1", "own": "2"}
+        assert isinstance(await advance_in(connection, **follows), int)
+
+
+# -- The clock ----------------------------------------------------------------------------------------
+
+
+class Monotonic:
+    """This machine's clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = 1_000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.seconds)
+
+
+def test_the_clock_is_what_was_read_and_what_has_passed_and_never_ahead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, clock = Monotonic(monkeypatch), GuessedClock()
+    clock.read(5_000_000)
+    here.seconds += 2
+    now = clock.now()
+    assert now is not None
+    assert 6_990_000 < now < 7_000_000
+
+
+def test_the_clock_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, clock = Monotonic(monkeypatch), GuessedClock()
+    clock.read(5_000_000)
+    here.seconds += 2
+    before = clock.now()
+    clock.read(6_000_000)
+    assert clock.now() == before
+
+
+def test_an_old_reading_is_of_no_use_nor_one_of_another_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, clock = Monotonic(monkeypatch), GuessedClock()
+    assert clock.now() is None
+    clock.read(5_000_000)
+    here.seconds += GuessedClock.READING_SECONDS_MAX + 1
+    assert clock.now() is None
+    clock.read(6_000_000)
+    assert clock.now() == 6_000_000
+    clock.forget()
+    assert clock.now() is None
+
+
+async def test_what_is_guessed_at_a_time_to_come_is_decided_again_at_the_databases(
+    guessing: StoredLedger, root: Node, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = time.time_ns() // 1_000 + 3_600_000_000
+    monkeypatch.setattr(GuessedClock, "now", lambda _: ahead)
+    [outcome] = await guessing.accept(root.spend())
+    assert "load_position" in asked
+    assert outcome.at < ahead

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator
 
@@ -116,3 +117,66 @@ async def test_a_connection_that_breaks_in_flight_is_closed(connection: Connecti
     with pytest.raises(psycopg.OperationalError):
         await connection.fly([step("SELECT pg_terminate_backend(pg_backend_pid(), 1000)")])
     assert connection.closed
+
+
+# -- Several flights in the air -----------------------------------------------------------------------
+
+
+async def test_flights_that_follow_each_other_land_in_their_order(connection: Connection) -> None:
+    landings = [connection.launch([step(f"SELECT {number}")]) for number in range(5)]
+    landed: list[int] = []
+
+    async def land(number: int) -> None:
+        assert await landings[number] == [[[(number,)]]]
+        landed.append(number)
+
+    await asyncio.gather(*(land(number) for number in range(5)))
+    assert landed == [0, 1, 2, 3, 4]
+    assert await connection.fetch(step("SELECT 5")) == [(5,)]
+
+
+async def test_a_statement_that_a_flight_in_the_air_prepares_is_not_prepared_again(
+    connection: Connection,
+) -> None:
+    twice = step("SELECT 7", "twice")
+    landings = [connection.launch([twice]) for _ in range(2)]
+    assert await asyncio.gather(*landings) == [[[[(7,)]]]] * 2
+    assert await connection.fetch(step("SELECT count(*) FROM pg_prepared_statements")) == [(2,)]
+
+
+async def test_a_failure_fails_what_follows_it_in_a_transaction_that_nobody_has_left(
+    connection: Connection,
+) -> None:
+    """So that what was decided on the assumption that it would land is not done without it."""
+    await connection.execute("CREATE TABLE kept (n int)")
+    begin, commit = step("BEGIN", "begin"), step("COMMIT", "commit")
+    first = connection.launch([begin, step("SELECT 1 / 0"), commit])
+    second = connection.launch([begin, step("INSERT INTO kept VALUES (1)"), commit])
+    [failed], [swept] = await asyncio.gather(first, second)
+    assert isinstance(failed, psycopg.errors.DivisionByZero)
+    assert isinstance(swept, psycopg.errors.InFailedSqlTransaction)
+    await connection.fly([step("ROLLBACK")])
+    assert await connection.fetch(step("SELECT count(*) FROM kept")) == [(0,)]
+
+
+async def test_whoever_gives_up_a_flight_loses_all_that_are_in_the_air(
+    connection: Connection,
+) -> None:
+    slow = asyncio.create_task(connection.fly([step("SELECT pg_sleep(60)")]))
+    behind = asyncio.create_task(connection.fly([step("SELECT 1")]))
+    await asyncio.sleep(0)
+    behind.cancel()
+    lost, given_up = await asyncio.gather(slow, behind, return_exceptions=True)
+    assert isinstance(lost, psycopg.OperationalError)
+    assert isinstance(given_up, asyncio.CancelledError)
+    assert connection.closed
+
+
+async def test_whoever_waits_until_everything_has_landed_waits_for_all(
+    connection: Connection,
+) -> None:
+    flying = [asyncio.create_task(connection.fly([step("SELECT 1")])) for _ in range(3)]
+    await asyncio.sleep(0)
+    await connection.landed()
+    assert all(flight.done() for flight in flying[:2])
+    await asyncio.gather(*flying)

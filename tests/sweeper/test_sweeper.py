@@ -200,9 +200,9 @@ async def test_after_an_outage_the_backlog_is_worked_off_in_bounded_batches_and_
     writer = fleet.store.writer(fleet.store.lane_of(root))
     run = writer.run
 
-    async def watched(footprints: Any, decide: Any, deadline: float | None) -> int:
+    async def watched(footprints: Any, decide: Any, deadline: float | None, sent: Any) -> int:
         transactions.append(sum(len(each.operations) for each in footprints.values()))
-        return await run(footprints, decide, deadline)
+        return await run(footprints, decide, deadline, sent)
 
     monkeypatch.setattr(writer, "run", watched)
     between: list[int] = []
@@ -258,13 +258,13 @@ async def test_a_collection_through_many_levels_is_cut_into_small_transactions(
     writer = fleet.store.writer(fleet.store.lane_of(root))
     run = writer.run
 
-    async def watched(footprints: Any, decide: Any, deadline: float | None) -> int:
+    async def watched(footprints: Any, decide: Any, deadline: float | None, sent: Any) -> int:
         def counted(loaded: Any) -> Any:
             accepted = decide(loaded)
             written.append(sum(len(each.entries) for each in accepted))
             return accepted
 
-        return await run(footprints, counted, deadline)
+        return await run(footprints, counted, deadline, sent)
 
     monkeypatch.setattr(writer, "run", watched)
     await fleet.sweep_until(fleet.nothing_due)

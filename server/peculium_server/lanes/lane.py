@@ -1,7 +1,8 @@
 """Group commit: whatever waits when a lane becomes free is one transaction.
 
 No timer decides how many that are: alone, an operation waits for nothing; under load, those that came
-during the last commit share the next one.
+during the last commit share the next one. While one is on its way to the database, the next may be
+decided, once enough waits for it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ COMMIT_OPERATIONS_MAX: Final = 256
 COMMIT_ROWS_MAX: Final = GROUP_ROWS_MAX
 """Rows written in one transaction: bounds what others wait for, and what a conflict repeats."""
 
+UNDER_WAY_MAX: Final = 2
+"""Transactions of a lane at a time: one that is being saved, and one that is decided meanwhile."""
+
 QUEUE_FULL_RETRY_MS: Final = 100
 """A lane commits hundreds of operations in that time."""
 
@@ -52,6 +56,7 @@ class Writer(Protocol):
         footprints: Mapping[bytes, Footprint],
         decide: Callable[[Loaded], Sequence[Accepted]],
         deadline: float | None,
+        sent: Callable[[], None],
     ) -> int:
         """Load, decide and save as one transaction; see `peculium_server.store.lane.LaneWriter`."""
         ...
@@ -127,14 +132,18 @@ class _Group:
 
 
 class _Queue:
-    """Groups that wait for a transaction, and the task that commits as many as one may hold."""
+    """Groups that wait for a transaction, and the tasks that commit as many as one may hold."""
 
     def __init__(self, name: str, *, queue_rows_max: int) -> None:
         self._name = name
         self._queue_rows_max = queue_rows_max
         self._waiting: deque[_Group] = deque()
         self._waiting_rows = 0
-        self._task: asyncio.Task[None] | None = None
+        self._under_way: dict[asyncio.Task[None], int] = {}
+        """The transactions, with the rows of each, in the order of their beginning."""
+        self._deciding: asyncio.Task[None] | None = None
+        """The one that has not sent its commit yet."""
+        self._abandoned = False
 
     def submit(
         self, requests: Sequence[Request], before: Left, deadline: float | None
@@ -161,28 +170,53 @@ class _Queue:
             return answered
         self._waiting.append(group)
         self._waiting_rows += group.rows
-        if self._task is None:
-            self._task = loop.create_task(self._work(), name=f"lane {self._name}")
+        self._go_on()
         return answered
 
     async def idle(self) -> None:
         """Wait until nothing waits and nothing is being committed."""
-        while self._task is not None:
-            await asyncio.shield(self._task)
+        while self._under_way:
+            await asyncio.wait(self._under_way)
 
     def abandon(self) -> None:
         """Wait no longer for what is being committed, nor for what waits: nobody hears of it any more."""
-        if self._task is not None:
-            self._task.cancel()
+        self._abandoned = True
+        for task in self._under_way:
+            task.cancel()
 
-    async def _work(self) -> None:
-        """Commit until nothing waits. Nothing may leave this: a lane has to go on."""
+    def _go_on(self) -> None:
+        """Begin a transaction, if something waits and none is in its way."""
+        if not self._waiting or self._deciding is not None or self._abandoned:
+            return
+        if self._under_way and (
+            len(self._under_way) == UNDER_WAY_MAX
+            # Begun earlier than its predecessor ends, it has to be worth a transaction of its own.
+            or self._waiting_rows * UNDER_WAY_MAX < sum(self._under_way.values())
+        ):
+            return
+        loop = asyncio.get_running_loop()
+        # It takes what waits when it begins, in the next turn of the event loop.
+        self._deciding = loop.create_task(self._transact(), name=f"lane {self._name}")
+        self._under_way[self._deciding] = 0
+
+    async def _transact(self) -> None:
+        """Commit as much of what waits as one transaction holds. Nothing may leave this: a lane goes on."""
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - this is one
         try:
-            while self._waiting:
-                if groups := self._take():
-                    await self._commit(groups)
+            if groups := self._take():
+                self._under_way[task] = sum(group.rows for group in groups)
+                await self._commit(groups)
         finally:
-            self._task = None
+            del self._under_way[task]
+            if self._deciding is task:
+                self._deciding = None
+            self._go_on()
+
+    def _sent(self) -> None:
+        """Let the next transaction begin: this one has decided, and its commit is on its way."""
+        self._deciding = None
+        self._go_on()
 
     def _take(self) -> list[_Group]:
         """Take as many groups as one transaction holds, without those that nobody waits for."""
@@ -261,7 +295,7 @@ class Lane(_Queue):
                 saved += accepted
             return saved
 
-        position = await self._writer.run(footprints, decide, _latest(groups))
+        position = await self._writer.run(footprints, decide, _latest(groups), self._sent)
         return {self.number: position}
 
 

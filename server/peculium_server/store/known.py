@@ -37,7 +37,8 @@ class Known:
         self.holds: dict[Key, Hold] = {}
         """Those that can still be settled. They exist."""
         self._ancestors: dict[Key, tuple[bytes, ...]] = {}
-        self._position: int | None = None
+        self.position: int | None = None
+        """Of the lane, at which what is remembered is true."""
         self._undisturbed = 0
 
     @property
@@ -49,18 +50,16 @@ class Known:
         """A budget's ancestors as far as they are known: they never change."""
         return self._ancestors.get(key, ())
 
-    def holds_at(self, position: int) -> bool:
-        """Take note of the lane's position; say whether what is remembered is true at that position."""
-        if position == self._position:
-            return True
-        self.disturbed()
-        return False
+    def check(self, position: int) -> None:
+        """Compare what is remembered with the lane's position, and forget it if the lane has changed."""
+        if position != self.position:
+            self.disturbed()
 
     def disturbed(self) -> None:
         """Forget everything that somebody may have changed."""
         self.budgets.clear()
         self.holds.clear()
-        self._position = None
+        self.position = None
         self._undisturbed = 0
 
     def guessed_in_vain(self) -> None:
@@ -89,8 +88,8 @@ class Known:
             holds: As loaded, each with the root that it is of.
             accepted: What was written, in order.
         """
-        self._undisturbed = 0 if self._position is None else self._undisturbed + 1
-        self._position = position
+        self._undisturbed = 0 if self.position is None else self._undisturbed + 1
+        self.position = position
         for budget in budgets:
             self.budgets[budget.root_id, budget.budget_id] = budget
         for root_id, hold in holds:

@@ -9,21 +9,23 @@ The advisory lock only keeps writers of one lane from aborting each other. It is
 transaction each, so that several servers share a lane fairly; one that does not get it in time goes
 without. Serializable isolation is what keeps the ledger right.
 
-A writer that has been alone on a lane for a while does without the lock, and guesses: rows that it
-remembers are not loaded, and what is to be made is taken for new. The position, which every
-transaction raises, says whether the memory was right; the unique indexes say whether the new is new.
-Whatever would not simply be accepted is decided again with everything loaded.
+A writer that has been alone on a lane for a while does without the lock, and guesses: a batch whose
+rows it remembers is decided without asking, and is a single flight, which the next one may follow
+before it lands. The position, which every transaction raises, says whether the memory was right; the
+unique indexes say whether the new is new; the database's clock says whether the time was right. What
+fails, and whatever would not simply be accepted, is done again in two flights, with everything loaded.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psycopg
 from psycopg.pq import ConnStatus, TransactionStatus
@@ -39,6 +41,7 @@ from peculium_server.store.errors import (
     is_starved,
     translate,
 )
+from peculium_server.store.guess import Guess, GuessedClock
 from peculium_server.store.known import Known
 from peculium_server.store.load import Loading
 from peculium_server.store.save import changes
@@ -91,6 +94,10 @@ class LoadedLanes(NamedTuple):
     """Operations committed so far, by lane."""
 
 
+def _nobody() -> None:
+    """Wants to know."""
+
+
 @dataclass
 class _Run:
     """A batch on its way into the ledger."""
@@ -98,6 +105,7 @@ class _Run:
     footprints: Mapping[int, Mapping[bytes, Footprint]]
     """By lane and root id, lanes ascending."""
     decide: Callable[[LoadedLanes], Sequence[Accepted]]
+    sent: Callable[[], None] = _nobody
     in_doubt: bool = False
     """A commit was sent, and its answer is missing."""
     tries: bool = False
@@ -113,8 +121,18 @@ class _Run:
         )
 
 
+class _Launched(NamedTuple):
+    """A transaction that was sent as a whole, and has not landed yet."""
+
+    connection: Connection
+    landing: Coroutine[Any, Any, list[Flown]]
+    name: str
+    positions: Mapping[int, int]
+    """Of the lanes, if it lands well."""
+
+
 class LaneWriter:
-    """Commits to one lane, a batch at a time; a second `run` waits for the first."""
+    """Commits to one lane, batch by batch; a second `run` waits until the first has sent its commit."""
 
     def __init__(self, dsn: str, incarnation: bytes, lane: int) -> None:
         self._writer = LanesWriter(dsn, incarnation)
@@ -125,6 +143,7 @@ class LaneWriter:
         footprints: Mapping[bytes, Footprint],
         decide: Callable[[Loaded], Sequence[Accepted]],
         deadline: float | None,
+        sent: Callable[[], None] = _nobody,
     ) -> int:
         """Load what the footprints name, decide, and save what was accepted, as one transaction.
 
@@ -132,6 +151,7 @@ class LaneWriter:
             footprints: By root id; all roots belong to this lane.
             decide: As of `LanesWriter.run`.
             deadline: As of `LanesWriter.run`.
+            sent: As of `LanesWriter.run`.
 
         Returns:
             The lane's position afterwards.
@@ -144,7 +164,7 @@ class LaneWriter:
         def decide_here(loaded: LoadedLanes) -> Sequence[Accepted]:
             return decide(Loaded(loaded.trees, loaded.now, loaded.positions[lane]))
 
-        positions = await self._writer.run({lane: footprints}, decide_here, deadline)
+        positions = await self._writer.run({lane: footprints}, decide_here, deadline, sent)
         return positions[lane]
 
     @property
@@ -166,7 +186,7 @@ class LaneWriter:
 
 
 class LanesWriter:
-    """Commits to any lanes over a connection of its own; a second `run` waits for the first."""
+    """Commits to any lanes over a connection of its own; as of `LaneWriter`."""
 
     def __init__(self, dsn: str, incarnation: bytes) -> None:
         self._dsn = dsn
@@ -182,12 +202,17 @@ class LanesWriter:
         """The lanes whose advisory lock was had, ascending."""
         self._committed = 0
         self._replan_at: int | None = None
+        self._clock = GuessedClock()
+        self._flights = itertools.count(1)
+        self._last_flight = ""
+        """The name of the flight that was launched last, if it is still in the air."""
 
     async def run(
         self,
         footprints: Mapping[int, Mapping[bytes, Footprint]],
         decide: Callable[[LoadedLanes], Sequence[Accepted]],
         deadline: float | None,
+        sent: Callable[[], None] = _nobody,
     ) -> Mapping[int, int]:
         """Load what the footprints name, decide, and save what was accepted, as one transaction.
 
@@ -196,6 +221,7 @@ class LanesWriter:
             decide: Pure. Called again, with everything loaded anew, if the transaction has to be
                 repeated; operations of a run whose commit was in doubt are then found as recorded.
             deadline: On the event loop's clock; None: no other bound than the number of retries.
+            sent: Called if and when another run may decide already, though this one is not committed.
 
         Returns:
             The positions of the lanes afterwards.
@@ -206,7 +232,7 @@ class LanesWriter:
             StoreContended: Aborted in favour of other writers too often; nothing was saved.
             LedgerCorrupt: Rows contradict each other; nothing was saved.
         """
-        return await self._run(_Run(dict(sorted(footprints.items())), decide), deadline)
+        return await self._run(_Run(dict(sorted(footprints.items())), decide, sent), deadline)
 
     async def probe(self, lane: int) -> None:
         """Commit to a lane without changing anything, to find out whether that is possible.
@@ -228,8 +254,16 @@ class LanesWriter:
 
     async def _run(self, run: _Run, deadline: float | None) -> Mapping[int, int]:
         try:
-            async with asyncio.timeout_at(deadline), self._turn:
-                return await self._persist(run)
+            async with asyncio.timeout_at(deadline):
+                async with self._turn:
+                    launched = self._launch(run)
+                    if launched is None:
+                        return await self._persist(run)
+                run.sent()
+                if await self._landed(run, launched):
+                    return launched.positions
+                async with self._turn:
+                    return await self._persist(run)
         except TimeoutError:
             raise StoreUnavailable(
                 "the database did not answer in time", outcome_unknown=run.in_doubt
@@ -277,11 +311,6 @@ class LanesWriter:
         try:
             loadings = await self._load(connection, run)
             accepted = run.decide(_together(loadings))
-            if len(accepted) < run.operations and any(each.guessed for each in loadings.values()):
-                for lane in loadings:
-                    self._known[lane].guessed_in_vain()
-                loadings = await self._load_all(connection, run)
-                accepted = run.decide(_together(loadings))
             by_lane = _by_lane(run.footprints, accepted)
             positions = {lane: loading.position for lane, loading in loadings.items()}
             steps: list[Step] = []
@@ -291,10 +320,11 @@ class LanesWriter:
             # standby may not have; it has them when it has this one.
             if accepted or run.in_doubt or run.tries or _recorded(loadings):
                 for lane, loading in loadings.items():
-                    more, positions[lane] = changes(
-                        of_lane(lane), by_lane[lane], loading.holds, loading.position
-                    )
-                    steps += more
+                    statements, before = of_lane(lane), loading.position
+                    more, after = changes(statements, by_lane[lane], loading.holds, before)
+                    place = {"before": before, "after": after}
+                    steps += (Step(statements.save_position, place), *more)
+                    positions[lane] = after
             doubted, run.in_doubt = run.in_doubt, bool(steps)
             try:
                 await self._end(connection, [*steps, _COMMIT])
@@ -302,9 +332,7 @@ class LanesWriter:
                 run.in_doubt = doubted or (bool(steps) and is_lost(error))
                 raise
         except BaseException:
-            # Of all lanes: the next connection may be to a database that has lost what was committed last.
-            for known in self._known.values():
-                known.disturbed()
+            self._forget()
             await self._abandon(connection)
             raise
         run.in_doubt = False
@@ -312,12 +340,87 @@ class LanesWriter:
             loading.learn(positions[lane], by_lane[lane])
         return positions
 
+    # -- Guessing -----------------------------------------------------------------------------------
+
+    def _launch(self, run: _Run) -> _Launched | None:
+        """Decide by what is remembered, and send the transaction; None if it has to be done with care.
+
+        Nothing is waited for, so that whoever has the turn decides on what those before have left.
+        """
+        now = self._clock.now()
+        guessable = self._postgres and len(run.footprints) == 1 and not run.tries
+        if self._connection is None or now is None or not guessable or self._plans_are_old:
+            return None
+        ((lane, footprints),) = run.footprints.items()
+        known = self._known[lane]
+        before = known.position
+        if before is None or not known.alone or (guess := Guess.of(footprints, known)) is None:
+            return None
+        accepted = run.decide(LoadedLanes(guess.trees, now, {lane: before}))
+        if len(accepted) < run.operations:
+            known.guessed_in_vain()
+            return None
+        statements = of_lane(lane)
+        steps, after = changes(statements, accepted, guess.holds, before)
+        own = str(next(self._flights))
+        place = {"before": before, "after": after, "previous": self._last_flight, "own": own}
+        times = {"at": now, "latest": now + GuessedClock.BEHIND_US_MAX}
+        checks = [Step(statements.advance_position, place | times)]
+        if guess.unseen:
+            root_ids, budget_ids, tokens = zip(*sorted(guess.unseen), strict=True)
+            keys = {"root_id": root_ids, "budget_id": budget_ids, "token": tokens}
+            checks.append(Step(statements.refuse_seen, keys))
+        try:
+            landing = self._connection.launch([_BEGIN, *checks, *steps, _COMMIT])
+        except psycopg.Error:
+            run.in_doubt = True
+            self._forget()
+            return None
+        # As if it had landed: if it does not, nothing that follows it does.
+        known.learn(after, (), (), accepted)
+        self._committed, self._last_flight = after, own
+        return _Launched(self._connection, landing, own, {lane: after})
+
+    async def _landed(self, run: _Run, launched: _Launched) -> bool:
+        """Wait for what was sent; say whether it is committed. If not, it has to be done with care."""
+        connection = launched.connection
+        try:
+            (flown,) = await launched.landing
+            _, [(now, *_)], *_ = _results(flown)
+            _check_replicated(connection)
+        except psycopg.Error as error:
+            run.in_doubt = is_lost(error)
+            self._forget()
+            return False
+        except BaseException:
+            self._forget()
+            raise
+        finally:
+            if self._last_flight == launched.name:
+                self._last_flight = ""
+        self._clock.read(now)
+        return True
+
+    def _forget(self) -> None:
+        """Remember nothing: it may not be so, or the next connection may be to another machine.
+
+        Of all lanes: a database that takes over may have lost what was committed last.
+        """
+        for known in self._known.values():
+            known.disturbed()
+        self._clock.forget()
+
+    # -- With care ----------------------------------------------------------------------------------
+
     async def _load(self, connection: Connection, run: _Run) -> Mapping[int, Loading]:
-        """Take the lanes if they can be had, begin, and load everything that is not guessed."""
+        """Take the lanes if they can be had, begin, and load everything."""
         await self._plan_again(connection)
-        alone = {lane: self._known[lane].alone for lane in run.footprints}
-        loadings = self._loadings(run, alone)
-        lanes = [lane for lane in loadings if not alone[lane]] if self._postgres else []
+        loadings = {
+            lane: Loading(footprints, of_lane(lane), self._known[lane])
+            for lane, footprints in run.footprints.items()
+        }
+        shared = [lane for lane in loadings if not self._known[lane].alone]
+        lanes = shared if self._postgres else []
         first = [loading.first() for loading in loadings.values()]
         *locks, flown = await connection.fly(
             *([_lock(lane)] for lane in lanes), [_BEGIN, *chain.from_iterable(first)]
@@ -329,22 +432,6 @@ class LanesWriter:
                 raise lock
         _, *results = _results(flown)
         _take(loadings.values(), first, results)
-        if any(loading.wrong for loading in loadings.values()):
-            return await self._load_all(connection, run)
-        return await self._load_more(connection, loadings)
-
-    async def _load_all(self, connection: Connection, run: _Run) -> Mapping[int, Loading]:
-        """Load everything, in the transaction that has begun."""
-        loadings = self._loadings(run, dict.fromkeys(run.footprints, False))
-        first = [loading.first() for loading in loadings.values()]
-        (flown,) = await connection.fly(list(chain.from_iterable(first)))
-        _take(loadings.values(), first, _results(flown))
-        return await self._load_more(connection, loadings)
-
-    async def _load_more(
-        self, connection: Connection, loadings: Mapping[int, Loading]
-    ) -> Mapping[int, Loading]:
-        """Load what turned out to be needed, too."""
         more = [loading.second() for loading in loadings.values()]
         if any(more):
             (flown,) = await connection.fly(list(chain.from_iterable(more)))
@@ -352,13 +439,8 @@ class LanesWriter:
         for loading in loadings.values():
             loading.finish()
         self._committed = sum(loading.position for loading in loadings.values())
+        self._clock.read(max(loading.now for loading in loadings.values()))
         return loadings
-
-    def _loadings(self, run: _Run, guessing: Mapping[int, bool]) -> dict[int, Loading]:
-        return {
-            lane: Loading(footprints, of_lane(lane), self._known[lane], guessing=guessing[lane])
-            for lane, footprints in run.footprints.items()
-        }
 
     async def _end(self, connection: Connection, steps: Sequence[Step]) -> None:
         """Send the last statements of the transaction, and give the lanes to the next."""
@@ -369,10 +451,7 @@ class LanesWriter:
             if isinstance(unlock, psycopg.Error)
         ]
         _results(flown)
-        if connection.unreplicated:
-            # Somebody has cancelled the wait: with a new session it is found out again, and waited for.
-            connection.pgconn.finish()
-            raise psycopg.OperationalError("committed, but maybe not on the synchronous standby")
+        _check_replicated(connection)
 
     async def _abandon(self, connection: Connection) -> None:
         """Leave a transaction that failed, or the connection if it cannot be left."""
@@ -395,18 +474,34 @@ class LanesWriter:
         return [[Step(_UNLOCK, {"key": _LOCK_KEYS | lane})] for lane in self._locked]
 
     async def _connected(self) -> Connection:
+        """A connection with nothing in the air."""
+        if self._connection is not None:
+            await self._connection.landed()
+            if self._connection.pgconn.transaction_status != TransactionStatus.IDLE:
+                await self._abandon(self._connection)
         if self._connection is None:
             self._connection = await self._connecting.connection()
             self._postgres = is_postgres(self._connection)
             self._replan_at = None
         return self._connection
 
+    @property
+    def _plans_are_old(self) -> bool:
+        return self._postgres and (self._replan_at or 0) <= self._committed
+
     async def _plan_again(self, connection: Connection) -> None:
-        if not self._postgres or (self._replan_at or 0) > self._committed:
+        if not self._plans_are_old:
             return
         if self._replan_at is not None:
             _results((await connection.fly([_REPLAN]))[0])
         self._replan_at = 2 * self._committed + _REPLAN_FIRST
+
+
+def _check_replicated(connection: Connection) -> None:
+    if connection.unreplicated:
+        # Somebody has cancelled the wait: with a new session it is found out again, and waited for.
+        connection.pgconn.finish()
+        raise psycopg.OperationalError("committed, but maybe not on the synchronous standby")
 
 
 def _lock(lane: int) -> Step:

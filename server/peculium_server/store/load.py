@@ -22,28 +22,19 @@ class Loading:
         footprints: Mapping[bytes, Footprint],
         statements: LaneStatements,
         known: Known,
-        *,
-        guessing: bool,
     ) -> None:
         """Prepare to load.
 
         Args:
             footprints: By root id.
             statements: Of the lane.
-            known: What the writer remembers of the lane.
-            guessing: Use what is remembered, and take what an operation is to make, and the operation,
-                for new. The unique indexes refuse what is not new, but only to what is saved: nothing
-                may be decided so but what is accepted.
+            known: What the writer remembers of the lane; it learns from what is loaded.
         """
         self.trees = {root_id: Tree(root_id) for root_id in footprints}
         self.holds: set[Key] = set()
         """Those that exist."""
         self.position = 0
         self.now = 0
-        self.guessed = guessing
-        """Rows were taken for what is remembered of them, or for new; see `wrong`."""
-        self.wrong = False
-        """The lane has changed since: everything has to be loaded anew, without guessing."""
         self._footprints = footprints
         self._statements = statements
         self._known = known
@@ -55,22 +46,12 @@ class Loading:
         self._holds_loaded: list[tuple[bytes, Hold]] = []
 
     def first(self) -> list[Step]:
-        """What to ask first: all that the footprints name and is not guessed, last the clock."""
-        budgets: set[Key] = set()
-        holds: set[Key] = set()
-        tokens: set[tuple[bytes, bytes, bytes]] = set()
+        """What to ask first: all that the footprints name, last the clock."""
         for root_id, footprint in self._footprints.items():
-            tree = self.trees[root_id]
-            self._expect_nothing(tree, footprint)
-            if self.guessed:
-                budgets |= self._guess_budgets(tree, footprint)
-                holds |= self._guess_holds(tree, footprint)
-                tokens |= self._guess_tokens(tree, footprint)
-        if not self.guessed:
-            budgets = self._keys("budgets") | self._keys("subtrees")
-            holds = self._keys("holds")
-            tokens = {(root_id, *token) for root_id, token in self._keys("tokens")}
-        operations = set() if self.guessed else self._keys("operations")
+            self._expect_nothing(self.trees[root_id], footprint)
+        budgets = self._keys("budgets") | self._keys("subtrees")
+        holds, operations = self._keys("holds"), self._keys("operations")
+        tokens = {(root_id, *token) for root_id, token in self._keys("tokens")}
         of_budget = ("root_id", "budget_id")
         ask, statements = self._ask, self._statements
         self._ask_budgets(budgets)
@@ -140,56 +121,6 @@ class Loading:
             accepted: What was written in the lane, in order.
         """
         self._known.learn(position, self._budgets_loaded, self._holds_loaded, accepted)
-
-    # -- Guessing -----------------------------------------------------------------------------------
-
-    def _guess_budgets(self, tree: Tree, footprint: Footprint) -> set[Key]:
-        """Take the budgets that are remembered, and their ancestors; the keys of all others."""
-        known, root_id = self._known.budgets, tree.root_id
-        missing: set[Key] = set()
-        for budget_id in (*footprint.budgets, *footprint.subtrees):
-            budget = known.get((root_id, budget_id))
-            if budget is None:
-                missing.add((root_id, budget_id))
-                continue
-            tree.budgets[budget_id] = budget
-            for above in budget.ancestors:
-                if tree.budgets.get(above) is None:
-                    tree.budgets[above] = known.get((root_id, above))
-                    if tree.budgets[above] is None:
-                        missing.add((root_id, above))
-        return missing
-
-    def _guess_holds(self, tree: Tree, footprint: Footprint) -> set[Key]:
-        """Take the holds that are remembered, and new ones for new; the keys of all others."""
-        known, root_id = self._known.holds, tree.root_id
-        missing: set[Key] = set()
-        for hold_id in footprint.holds:
-            hold = known.get((root_id, hold_id))
-            if hold is not None:
-                tree.holds[hold_id] = hold
-                self.holds.add((root_id, hold_id))
-            elif hold_id not in footprint.new_holds:
-                missing.add((root_id, hold_id))
-        return missing
-
-    def _guess_tokens(self, tree: Tree, footprint: Footprint) -> set[tuple[bytes, bytes, bytes]]:
-        """Take live tokens for what they are; the keys of all others, those to be produced included."""
-        holds = {
-            (hold.budget_id, hold.token): hold.hold_id
-            for hold in tree.holds.values()
-            if hold is not None
-        }
-        missing: set[tuple[bytes, bytes, bytes]] = set()
-        for key in footprint.tokens:
-            budget = tree.budgets.get(key[0])
-            if budget is not None and budget.token == key[1]:
-                continue
-            if key in holds:
-                tree.hold_tokens[key] = holds[key]
-            else:
-                missing.add((tree.root_id, *key))
-        return missing
 
     # -- Asking -------------------------------------------------------------------------------------
 
@@ -329,4 +260,4 @@ class Loading:
         if not rows:
             raise LedgerCorrupt("a lane has no position")
         ((self.position, self.now),) = rows
-        self.wrong = not self._known.holds_at(self.position) and self.guessed
+        self._known.check(self.position)

@@ -25,8 +25,8 @@ def changes(
 ) -> tuple[list[Step], int]:
     """The steps that save what was accepted, in the order in which rows are written.
 
-    The lane's position, roots, budgets, holds, entries, collections, each sorted by key: writers that
-    overlap after all meet at the first row, and none waits for another in a circle.
+    The lane's position comes before them, then roots, budgets, holds, entries, collections, each sorted by
+    key: writers that overlap after all meet at the first row, and none waits for another in a circle.
 
     Args:
         statements: Of the lane.
@@ -48,7 +48,6 @@ def changes(
         entries += one.entries
     after = max((entry.position for entry in entries), default=position)
     return [
-        Step(statements.save_position, {"before": position, "after": after}),
         *_save_budgets(statements, budgets, entries),
         *_save_holds(statements, holds, existing_holds),
         *_add(

@@ -160,7 +160,7 @@ def _load_holds(lane: ColumnElement[int]) -> Executable:
     )
 
 
-def _load_tokens(lane: ColumnElement[int]) -> Executable:
+def _load_tokens(lane: ColumnElement[int]) -> Select[Any]:
     """Who consumed a token, and which open hold has it."""
     keys = _unnested(root_id=_ID, budget_id=_ID, token=LargeBinary())
     consumed = and_(
@@ -296,6 +296,43 @@ def _save_position(lane: ColumnElement[int]) -> Executable:
     return _exactly(change, literal_column("1"))
 
 
+def _advance_position(lane: ColumnElement[int]) -> Executable:
+    """As `save_position`, for what was decided without asking first; the clock is its answer.
+
+    Fails unless the lane is where it was taken to be, the time used lies a little way back, and the
+    flight before, if it has not landed yet, was committed. That one has left its name in the session,
+    from which the database takes it again if it is not committed after all.
+    """
+    previous, own = bindparam("previous", type_=Text()), bindparam("own", type_=Text())
+    name: ColumnElement[str] = literal_column("'peculium.flight'")
+    at = bindparam("at", type_=TIMESTAMP(timezone=True))
+    latest = bindparam("latest", type_=TIMESTAMP(timezone=True))
+    none: ColumnElement[str] = literal_column("''")
+    change = (
+        update(lanes)
+        .where(
+            lanes.c.lane == lane,
+            lanes.c.position == bindparam("before", type_=BigInteger),
+            or_(previous == none, previous == func.current_setting(name, literal_column("true"))),
+        )
+        .values(position=bindparam("after", type_=BigInteger))
+        .returning(literal_column("1"))
+        .cte("changed")
+    )
+    one: ColumnElement[int] = literal_column("1")
+    held = and_(func.count() == one, CLOCK.between(at, latest))
+    verdict = one.op("/")(case((held, one), else_=literal_column("0")))
+    named = func.set_config(name, own, literal_column("false"))
+    return select(CLOCK, verdict, named).select_from(change)
+
+
+def _refuse_seen(lane: ColumnElement[int]) -> Executable:
+    """Fail if one of the tokens was consumed before, or is an open hold's."""
+    one: ColumnElement[int] = literal_column("1")
+    seen = _load_tokens(lane).exists()
+    return select(one.op("/")(case((seen, literal_column("0")), else_=one)))
+
+
 def _save_budgets(lane: ColumnElement[int]) -> Executable:
     keys = _unnested(
         root_id=_ID, budget_id=_ID, before=BigInteger(), **_types(budgets, rows.BUDGET_CHANGES)
@@ -370,6 +407,8 @@ LANE_RECIPES: dict[str, _Recipe] = {
     "load_open_children": _Recipe(_load_open_children),
     "load_position": _Recipe(_load_position),
     "save_position": _Recipe(_save_position),
+    "advance_position": _Recipe(_advance_position),
+    "refuse_seen": _Recipe(_refuse_seen),
     "add_roots": _Recipe(_add_roots),
     "add_budgets": _Recipe(_add_budgets),
     "save_budgets": _Recipe(_save_budgets),
@@ -394,6 +433,8 @@ class LaneStatements(NamedTuple):
     load_open_children: wire.Statement
     load_position: wire.Statement
     save_position: wire.Statement
+    advance_position: wire.Statement
+    refuse_seen: wire.Statement
     add_roots: wire.Statement
     add_budgets: wire.Statement
     save_budgets: wire.Statement

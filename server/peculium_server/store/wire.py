@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, NamedTuple, Self, TypeVar
 
 import psycopg
@@ -193,6 +193,11 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._known_statements: set[bytes] = set()
+        self._asked_statements: set[bytes] = set()
+        """To be prepared by flights that have not landed yet."""
+        self._in_the_air = 0
+        self._landing = asyncio.Lock()
+        self._answers: _Answers | None = None
         self._transformer: abc.Transformer | None = None
         self.unreplicated = False
         """A commit of this session was reported as done, and its synchronous standby may lack it."""
@@ -211,12 +216,36 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
             psycopg.OperationalError: The connection broke, or nothing came back for longer than any
                 statement may take; what was sent may have been done.
         """
+        return await self.launch(*segments)
+
+    def launch(self, *segments: Sequence[Step]) -> Coroutine[Any, Any, list[Flown]]:
+        """Send segments as `fly` does, at once; what is returned waits for what becomes of them.
+
+        Flights may follow each other without waiting. The database takes them in this order, and they
+        land in it. What is returned has to be awaited.
+
+        Raises:
+            psycopg.OperationalError: As of `fly`, here or when it is awaited. All flights that are in
+                the air are lost with the connection.
+        """
         try:
-            return await self._fly(segments)
+            self.pgconn.enter_pipeline_mode()
+            prepares: list[list[bool]] = []
+            for segment in segments:
+                prepares.append([self._send(step) for step in segment])
+                self.pgconn.pipeline_sync()
+            # What the system does not take at once is sent when the flight is about to land.
+            self.pgconn.flush()
         except BaseException:
-            # Cancelled or broken on the way: answers may still come that nobody waits for.
-            self.pgconn.finish()
+            self._break_off()
             raise
+        self._in_the_air += 1
+        return self._landed(segments, prepares)
+
+    async def landed(self) -> None:
+        """Wait until everything that is in the air has landed."""
+        async with self._landing:
+            pass
 
     async def wait(
         self, gen: PQGen[Waited], interval: float = _WAKE_SECONDS, timeout: float | None = None
@@ -242,22 +271,31 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
     def _note(self, notice: Diagnostic) -> None:
         self.unreplicated |= notice.source_function == _WAITS_FOR_STANDBY
 
-    async def _fly(self, segments: Sequence[Sequence[Step]]) -> list[Flown]:
-        pgconn = self.pgconn
-        pgconn.enter_pipeline_mode()
-        asked: set[bytes] = set()
-        prepares: list[list[bool]] = []
-        for segment in segments:
-            prepares.append([self._send(step, asked) for step in segment])
-            pgconn.pipeline_sync()
-        with _Answers(pgconn) as answers:
-            await answers.to_be_asked_for()
-            flown = [
-                await self._land(answers, segment, new)
-                for segment, new in zip(segments, prepares, strict=True)
-            ]
-        pgconn.exit_pipeline_mode()
+    async def _landed(
+        self, segments: Sequence[Sequence[Step]], prepares: Sequence[Sequence[bool]]
+    ) -> list[Flown]:
+        try:
+            async with self._landing:
+                with _Answers(self.pgconn) as self._answers:
+                    await self._answers.to_be_asked_for()
+                    flown = [
+                        await self._land(self._answers, segment, new)
+                        for segment, new in zip(segments, prepares, strict=True)
+                    ]
+                self._in_the_air -= 1
+                if not self._in_the_air:
+                    self.pgconn.exit_pipeline_mode()
+        except BaseException:
+            # Cancelled or broken on the way: answers may still come that nobody waits for.
+            self._break_off()
+            raise
         return flown
+
+    def _break_off(self) -> None:
+        """Close the connection; whoever waits for an answer hears of it."""
+        if self._answers is not None:
+            self._answers.leave()
+        self.pgconn.finish()
 
     async def _land(
         self, answers: _Answers, segment: Sequence[Step], prepares: Sequence[bool]
@@ -267,6 +305,7 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
         failure: errors.Error | None = None
         for step, prepare in zip(segment, prepares, strict=True):
             if prepare:
+                self._asked_statements.discard(step.statement.name)
                 prepared = await answers.next()
                 if prepared.status == _COMMAND_OK:
                     self._known_statements.add(step.statement.name)
@@ -289,13 +328,13 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
         self._transformer.set_pgresult(result)
         return self._transformer.load_rows(0, result.ntuples, statement.row)
 
-    def _send(self, step: Step, asked: set[bytes]) -> bool:
+    def _send(self, step: Step) -> bool:
         """Put a statement into the pipeline, and say whether it had to be prepared before."""
         name, sql, parameters, _ = step.statement
-        prepare = name not in self._known_statements and name not in asked
+        prepare = name not in self._known_statements and name not in self._asked_statements
         if prepare:
             self.pgconn.send_prepare(name, sql)
-            asked.add(name)
+            self._asked_statements.add(name)
         values = step.values
         self.pgconn.send_query_prepared(
             name,
@@ -319,6 +358,7 @@ class _Answers:
         self._loop = asyncio.get_running_loop()
         self._woken: asyncio.Future[None] | None = None
         self._late = False
+        self._watching = True
 
     def __enter__(self) -> Self:
         self._loop.add_reader(self._socket, self._wake)
@@ -326,8 +366,17 @@ class _Answers:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        """Watch no longer; whoever waits is woken, and finds what the connection says."""
+        if not self._watching:
+            return
+        self._watching = False
         self._timer.cancel()
         self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._wake()
 
     async def to_be_asked_for(self) -> None:
         """Hand everything that is asked over to the system."""
@@ -338,7 +387,8 @@ class _Answers:
             try:
                 await self._wait()
             finally:
-                self._loop.remove_writer(self._socket)
+                if self._watching:
+                    self._loop.remove_writer(self._socket)
             pgconn.consume_input()
 
     def next_at_once(self) -> PGresult | None:
