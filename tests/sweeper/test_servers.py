@@ -154,7 +154,9 @@ async def test_what_was_closed_before_there_was_a_list_is_listed_by_the_migratio
         assert listed == [(root, tops[0])]
         async with await psycopg.AsyncConnection.connect(database) as connection:
             await connection.execute("DROP SCHEMA audit CASCADE")
-            await connection.execute("DROP TABLE collections")
+            await connection.execute(
+                "DROP TABLE collections, checkpoints, checkpoint_keys, checkpoint_leaves"
+            )
             await connection.execute("UPDATE alembic_version SET version_num = '0001'")
         await asyncio.to_thread(migrate.upgrade, database)
         assert await fleet.store.collections(lane, limit=10) == listed
