@@ -1,0 +1,136 @@
+"""Checkpoints of an export, compared with what they have sealed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from peculium_server.core.checkpoint import key_id_of
+from peculium_server.core.offline.export import ExportAudit
+from peculium_server.core.offline.records import Counts, Header, LeafOf, SealedBy
+from peculium_server.core.offline.tree import digest_of
+from peculium_server.core.state import Budget, Entry
+from peculium_server.core.verify import Finding
+from tests.core.checkpoints import INCARNATION, KEY, Record, is_signed, public, sealed
+from tests.core.every_kind import lived
+from tests.core.tampering import rehashed
+
+LEDGER, ROOT = lived()
+JOURNAL = LEDGER.journal
+LAST = LEDGER.position
+STOPS = (5, 20, LAST - 3)
+OTHER = Ed25519PrivateKey.generate()
+
+
+def audited(
+    records: Sequence[Record],
+    *,
+    journal: Sequence[Entry] = JOURNAL,
+    budgets: Sequence[Budget] | None = None,
+    key: Ed25519PrivateKey | None = None,
+    told: Mapping[bytes, bytes] | None = None,
+) -> tuple[list[Finding], int | None]:
+    """What is found in an export with checkpoints, and how many entries are not sealed."""
+    keys = None if key is None else {key_id_of(public(key)): public(key)}
+    audit = ExportAudit(public_keys=keys, is_signed=is_signed)
+    position = journal[-1].position
+    audit.header(Header(1, INCARNATION, LEDGER.now, (position,), None))
+    for entry in journal:
+        audit.entry(entry, 0)
+    for row in budgets if budgets is not None else ROOT.tree.known_budgets():
+        audit.budget(row._replace(token=None), digest_of(row.token))
+    for hold in ROOT.tree.known_holds():
+        audit.hold(ROOT.id, hold._replace(token=b""), digest_of(hold.token))
+    for record in records:
+        told_key = (told or {}).get(record.sealed.key_id, public(KEY))
+        audit.checkpoint(SealedBy(record.sealed, told_key))
+        for leaf in record.leaves:
+            audit.leaf(LeafOf(record.sealed.checkpoint.number, leaf))
+    audit.trailer(Counts(*audit.counts))
+    return audit.finish(), audit.unsealed
+
+
+def test_what_was_sealed_and_not_altered_verifies_with_the_right_key() -> None:
+    findings, unsealed = audited(sealed(JOURNAL, STOPS), key=KEY)
+    assert findings == []
+    assert unsealed == sum(entry.position > STOPS[-1] for entry in JOURNAL)
+
+
+def test_without_a_key_those_that_the_export_names_are_used() -> None:
+    assert audited(sealed(JOURNAL, STOPS))[0] == []
+
+
+def test_another_key_is_refused() -> None:
+    [finding] = audited(sealed(JOURNAL, STOPS), key=OTHER)[0]
+    assert finding.rule == "checkpoint"
+    assert "which is not known" in finding.detail
+
+
+def test_a_checkpoint_that_was_signed_again_with_another_key_is_found() -> None:
+    forged = sealed(JOURNAL, STOPS, (OTHER,))
+    assert audited(forged, key=KEY)[0] != []
+    told = {key_id_of(public(OTHER)): public(OTHER)}
+    # By itself such an export is consistent: that is what the key is for.
+    assert audited(forged, told=told)[0] == []
+
+
+def test_a_public_key_that_does_not_belong_to_the_id_is_not_used() -> None:
+    told = {key_id_of(public(KEY)): public(OTHER)}
+    [finding] = audited(sealed(JOURNAL, STOPS), told=told)[0]
+    assert "which is not known" in finding.detail
+
+
+def test_without_checkpoints_nothing_is_said_to_be_sealed() -> None:
+    assert audited([]) == ([], None)
+
+
+@pytest.mark.parametrize("index", [0, 7, 20])
+def test_a_chain_that_was_hashed_again_is_found_at_the_sealed_head(index: int) -> None:
+    """Rows and hashes were all made anew, as an administrator of the database could."""
+    entries = list(JOURNAL)
+    first = JOURNAL[index]
+    for other, entry in enumerate(JOURNAL):
+        if entry.position == first.position:
+            entries[other] = entry._replace(trace_id=b"t" * 16)
+    forged = rehashed(entries)
+    heads = {entry.budget_id: entry.hash for entry in forged}
+    budgets = [row._replace(head=heads[row.budget_id]) for row in ROOT.tree.known_budgets()]
+    assert audited([], journal=forged, budgets=budgets)[0] == []
+    [finding] = audited(sealed(JOURNAL, STOPS), journal=forged, budgets=budgets, key=KEY)[0]
+    sealing = next(stop for stop in STOPS if stop >= first.position)
+    head = [e for e in JOURNAL if e.budget_id == finding.budget_id and e.position <= sealing][-1]
+    assert (finding.rule, finding.seq) == ("checkpoint", head.seq)
+    assert "has another hash" in finding.detail
+
+
+def test_a_truncated_tail_is_found() -> None:
+    cut = [entry for entry in JOURNAL if entry.position <= STOPS[-1] - 2]
+    findings, _ = audited(sealed(JOURNAL, STOPS), journal=cut, key=KEY)
+    assert "checkpoint" in {finding.rule for finding in findings}
+    [seal] = [finding for finding in findings if finding.rule == "checkpoint"]
+    assert f"seals lane 0 up to {STOPS[-1]}, which ends at {STOPS[-1] - 2}" in seal.detail
+
+
+def test_a_missing_leaf_is_found() -> None:
+    records = sealed(JOURNAL, STOPS)
+    records[1] = records[1]._replace(leaves=records[1].leaves[:-1])
+    [finding] = audited(records, key=KEY)[0]
+    assert "leaves" in finding.detail
+
+
+def test_a_budget_that_moved_and_was_not_sealed_is_found() -> None:
+    """Who has the key leaves out what an entry has moved."""
+    moved = next(entry for entry in JOURNAL if entry.position > STOPS[0])
+    fewer = [entry for entry in JOURNAL if entry.budget_id != moved.budget_id]
+    findings, _ = audited(sealed(fewer, STOPS), key=KEY)
+    assert [finding.rule for finding in findings] == ["checkpoint"]
+    assert "is not sealed by checkpoint" in findings[0].detail
+    assert findings[0].budget_id == moved.budget_id
+
+
+def test_a_missing_checkpoint_is_found() -> None:
+    records = sealed(JOURNAL, STOPS)
+    [finding] = audited([records[0], records[2]], key=KEY)[0]
+    assert finding.detail == "checkpoint 3: checkpoint 2 was expected, and is missing"
