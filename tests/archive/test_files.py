@@ -1,0 +1,195 @@
+"""Files that were cut, are old, or were never an export."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from peculium_server.archive import lines
+from peculium_server.archive.files import ExportCut, ExportUnreadable, begun
+from peculium_server.archive.verifying import verify_file
+from peculium_server.archive.writing import CsvSink, JsonlSink, ParquetSink
+from peculium_server.core.offline.records import (
+    BudgetRow,
+    Counts,
+    Header,
+    HoldRow,
+    LeafOf,
+    Record,
+    Recorded,
+    SealedBy,
+)
+from peculium_server.core.offline.tree import digest_of
+from peculium_server.core.state import Effect
+from peculium_server.signing import is_signed
+from tests.core.checkpoints import INCARNATION, KEY, public, sealed
+from tests.core.every_kind import lived
+
+LEDGER, ROOT = lived()
+HEADER = Header(1, INCARNATION, LEDGER.now, (LEDGER.position,), None)
+
+
+def exported(after: int = 0) -> Iterator[Record]:
+    """What a server streams, from behind a position on."""
+    yield HEADER
+    entries = [entry for entry in LEDGER.journal if entry.position > after]
+    for entry in entries:
+        bare = entry._replace(effect=Effect(changes=type(entry.money)()), previous_hash=b"")
+        yield Recorded(0, bare)
+    budgets, holds = ROOT.tree.known_budgets(), ROOT.tree.known_holds()
+    for budget in budgets:
+        yield BudgetRow(budget._replace(token=None), digest_of(budget.token))
+    for hold in holds:
+        digest = digest_of(hold.token)
+        assert digest is not None
+        yield HoldRow(ROOT.id, hold._replace(token=b""), digest)
+    records = sealed(LEDGER.journal, (5, LEDGER.position - 2))
+    for record in records:
+        yield SealedBy(record.sealed, public(KEY))
+        for leaf in record.leaves:
+            yield LeafOf(record.sealed.checkpoint.number, leaf)
+    yield Counts(len(entries), len(budgets), len(holds), len(records))
+
+
+WHOLE = "".join(lines.write(record) + "\n" for record in exported()).encode()
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def findings(path: Path) -> tuple[object, ...]:
+    return verify_file(path, public_keys=None, is_signed=is_signed).findings
+
+
+def test_each_record_is_the_same_after_it_was_written_and_read() -> None:
+    for record in exported():
+        assert lines.read(lines.write(record)) == record
+
+
+def test_a_whole_file_verifies(tmp_path: Path) -> None:
+    assert findings(written(tmp_path / "e.jsonl", WHOLE)) == ()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(WHOLE)))
+def test_a_file_cut_anywhere_is_found_and_gone_on_with(
+    tmp_path_factory: pytest.TempPathFactory, size: int
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "e.jsonl"
+    written(path, WHOLE[:size])
+    if size < len(WHOLE):
+        with pytest.raises(ExportCut):
+            findings(path)
+    with JsonlSink(path, resume=True) as sink:
+        after = sink.begun.after[0] if sink.begun.after else 0
+        for record in exported(after):
+            sink.take(record)
+    assert findings(path) == ()
+    # What was there whole was not asked for again.
+    entries = [line for line in path.read_bytes().splitlines() if b'"record":"entry"' in line]
+    assert len(entries) == len(LEDGER.journal)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (WHOLE + b"\n", "something follows the trailer"),
+        (WHOLE + WHOLE, "something follows the trailer"),
+        (b"hello\n", "line 1: no record"),
+        (b"\xff\xfe\n", "line 1"),
+        (b"[]\n", "line 1"),
+        (b"{}\n", "line 1"),
+        (b'{"record":"entry"}\n', "line 1"),
+        (b'{"record":"song"}\n', "'song'"),
+        (WHOLE.split(b"\n", 1)[1], "begins with its header"),
+        (WHOLE.replace(b'"version":1', b'"version":2', 1), "version 2 of the format is not known"),
+        (WHOLE.replace(b"peculium.export", b"acme.export", 1), "not a peculium.export"),
+        (WHOLE.replace(b'"kind":"SPEND"', b'"kind":"STEAL"', 1), "'STEAL'"),
+        (WHOLE.replace(b'"seq":', b'"seq":-', 1), "beyond 64 bits"),
+        (WHOLE.replace(b'"part":0', b'"part":0.0', 1), "a number is none"),
+        (WHOLE.replace(b'"part":0', b'"part":0,"more":1', 1), "not known"),
+        (b"[" * 100_000 + b"\n", "line 1"),
+    ],
+)
+def test_what_is_no_export_is_told_by_its_line(
+    tmp_path: Path, content: bytes, problem: str
+) -> None:
+    with pytest.raises(ExportUnreadable) as told:
+        findings(written(tmp_path / "e.jsonl", content))
+    assert problem in str(told.value)
+    assert not isinstance(told.value, ExportCut)
+
+
+@pytest.mark.parametrize("content", [b"hello\n", WHOLE.split(b"\n", 1)[1]])
+def test_what_is_no_export_is_not_gone_on_with(tmp_path: Path, content: bytes) -> None:
+    path = written(tmp_path / "e.jsonl", content)
+    with pytest.raises(ExportUnreadable):
+        JsonlSink(path, resume=True)
+    assert path.read_bytes() == content
+
+
+def test_a_file_that_is_not_there_is_begun(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl"
+    with JsonlSink(path, resume=True) as sink:
+        for record in exported():
+            sink.take(record)
+    assert path.read_bytes() == WHOLE
+    with pytest.raises(ExportUnreadable, match="cannot be read"):
+        findings(tmp_path / "other.jsonl")
+
+
+def test_a_cut_compressed_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl.gz"
+    with JsonlSink(path, resume=False) as sink:
+        for record in exported():
+            sink.take(record)
+    assert findings(path) == ()
+    written(path, path.read_bytes()[:-50])
+    with pytest.raises(ExportCut):
+        findings(path)
+    with pytest.raises(ExportUnreadable, match="cannot be gone on with"):
+        JsonlSink(path, resume=True)
+
+
+def test_the_last_operation_is_gone_on_with_from_its_first_part() -> None:
+    several = next(entry for entry in LEDGER.journal if entry.parts > 2)
+    index = LEDGER.journal.index(several)
+    part_of_it = b"".join(WHOLE.splitlines(keepends=True)[: index + 3])
+    found = begun(io.BytesIO(part_of_it))
+    assert found.after == [several.position - 1]
+    assert found.entries == index
+
+
+def test_entries_are_a_table_for_analysis(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    from pyarrow import csv as arrow_csv, parquet
+
+    for sink in (CsvSink(tmp_path / "e.csv"), ParquetSink(tmp_path / "e.parquet")):
+        with sink:
+            for record in exported():
+                sink.take(record)
+    columns = parquet.read_table(tmp_path / "e.parquet").to_pylist()
+    assert [row["kind"] for row in columns] == [entry.kind.name for entry in LEDGER.journal]
+    for row, entry in zip(columns, LEDGER.journal, strict=True):
+        assert row["granted"] == entry.money.granted
+        assert row["change_spent"] == entry.effect.changes.spent
+        assert row["at"].timestamp() * 1_000_000 == entry.at
+    spent = next(row for row in columns if row["reference"] == "call-1")
+    assert (spent["kind"], spent["model"], spent["input_tokens"]) == ("SPEND", "m", 3)
+    assert json.loads(spent["labels"]) == {"model": "m", "run": "7"}
+    assert arrow_csv.read_csv(tmp_path / "e.csv").num_rows == len(LEDGER.journal)
+
+
+@pytest.mark.parametrize("make", [CsvSink, ParquetSink])
+def test_a_table_that_was_cut_leaves_no_file(tmp_path: Path, make: type[CsvSink]) -> None:
+    with make(tmp_path / "e.table") as sink:
+        for record, _ in zip(exported(), range(10), strict=False):
+            sink.take(record)
+    assert list(tmp_path.iterdir()) == []
