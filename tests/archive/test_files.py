@@ -145,6 +145,13 @@ def test_a_file_that_is_not_there_is_begun(tmp_path: Path) -> None:
         findings(tmp_path / "other.jsonl")
 
 
+def test_an_export_that_never_began_leaves_no_file(tmp_path: Path) -> None:
+    for name in ("e.jsonl", "e.jsonl.gz"):
+        with pytest.raises(ConnectionError), JsonlSink(tmp_path / name, resume=False):
+            raise ConnectionError
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_cut_compressed_file_is_found(tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl.gz"
     with JsonlSink(path, resume=False) as sink:

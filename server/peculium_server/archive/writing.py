@@ -103,7 +103,11 @@ class JsonlSink:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close the file, and leave what it has: it can be gone on with."""
+        """Close the file, and leave what it has, which can be gone on with; nothing if it has nothing."""
+        if error is not None and not self._out.tell():
+            self._file.close()
+            self.path.unlink(missing_ok=True)
+            return
         with self._file:
             if self._out is not self._file:
                 self._out.close()
