@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -283,6 +287,23 @@ def test_what_the_ledger_refuses_is_told_and_the_rest_is_booked(
     ]
     assert told[0]["problem"]
     assert (code, summary["booked"]) == (1, 1)
+
+
+def test_the_example_of_the_page_is_what_happens(
+    cli: Cli, running_server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "reconcile.md").read_text()
+    fenced = dict(re.findall(r"^```(\w+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL))
+    subprocess.run(
+        [sys.executable, "-c", fenced["python"]],
+        env={**os.environ, "PECULIUM_TARGET": running_server.address},
+        check=True,
+    )
+    written(tmp_path / "gateway.csv", fenced["csv"])
+    monkeypatch.chdir(tmp_path)
+    finished = cli.run(*fenced["sh"].split()[1:])
+    assert finished.code == 1
+    assert finished.out.endswith(fenced["text"])
 
 
 WRONG = [

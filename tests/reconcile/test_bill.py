@@ -136,7 +136,11 @@ def test_rows_are_found_in_whatever_they_are_wrapped_in(text: str) -> None:
     assert [line.amount for line in said(text)] == [10**9, 2 * 10**9]
 
 
-def test_an_array_is_read_piece_by_piece_wherever_it_is_cut() -> None:
+def test_an_array_is_read_piece_by_piece_wherever_it_is_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # All of it may be on one line, which is longer than a line of another format may be.
+    monkeypatch.setattr("peculium_server.reconcile.rows._LINE_MAX", 1 << 19)
     rows = [{"id": f"réf-{number}", "cost": number, "text": "x" * 997} for number in range(1200)]
     for indent in (None, 1):
         data = json.dumps(rows, ensure_ascii=False, indent=indent).encode()

@@ -157,10 +157,13 @@ class Matching:
         self._by_time = by_time
         self._calls = list(calls)
         self._names = self._named()
-        self._owners: dict[str, list[Call]] = {}
+        # Almost every name has one owner, and there may be a million of them.
+        self._owner: dict[str, Call] = {}
+        self._more_owners: dict[str, list[Call]] = {}
         for call in self._calls:
             for name in self._names_of(call):
-                self._owners.setdefault(name, []).append(call)
+                if self._owner.setdefault(name, call) is not call:
+                    self._more_owners.setdefault(name, []).append(call)
 
     def __iter__(self) -> Iterator[Finding]:
         """Everything that there is to say, what has matched included: calls in order, then lines."""
@@ -174,7 +177,8 @@ class Matching:
                 resolved.append(call)
                 continue
             names, calls = self._together(call)
-            seen.update(map(id, calls))
+            if len(calls) > 1:
+                seen.update(map(id, calls))
             finding = self._compare(names, calls)
             if finding is not None:
                 yield finding
@@ -192,6 +196,8 @@ class Matching:
     def _named(self) -> dict[bytes, list[str]]:
         """The names in the bill by which a hold is known through its id."""
         names: dict[bytes, list[str]] = {}
+        if all(billed.hold_id is None for billed in self._billed.values()):
+            return names
         known = {name for call in self._calls for name in call.references}
         for name, billed in self._billed.items():
             if billed.hold_id is not None and name not in known:
@@ -205,7 +211,7 @@ class Matching:
     def _together(self, first: Call) -> tuple[tuple[str, ...], tuple[Call, ...]]:
         """The names and calls that hang together, from one call on."""
         names = self._names_of(first)
-        if len(names) == 1 and len(self._owners[names[0]]) == 1:
+        if len(names) == 1 and names[0] not in self._more_owners:
             return (names[0],), (first,)
         all_names: dict[str, None] = {}
         all_calls = {id(first): first}
@@ -215,7 +221,7 @@ class Matching:
                 if name in all_names:
                     continue
                 all_names[name] = None
-                for owner in self._owners[name]:
+                for owner in (self._owner[name], *self._more_owners.get(name, ())):
                     if id(owner) not in all_calls:
                         all_calls[id(owner)] = owner
                         pending.append(owner)
@@ -264,7 +270,7 @@ class Matching:
         return Status.EDGE if any(began or ended for began, ended in within) else None
 
     def _unexplained(self, candidates: list[Call]) -> Iterator[Finding]:
-        names = [name for name in self._billed if name not in self._owners]
+        names = [name for name in self._billed if name not in self._owner]
         lines = [
             Unexplained(each.at, rounded(each.amount), each.model)
             for each in map(self._billed.__getitem__, names)

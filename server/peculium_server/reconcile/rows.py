@@ -64,20 +64,21 @@ def read_rows(file: BinaryIO, form: Format | None = None) -> Iterator[Row]:
 
 
 def _detect(file: BinaryIO) -> Format:
-    first = ""
-    for _, text in _lines(file):
-        first = text.strip()
-        if first:
-            break
+    # A whole array may be on one line, so that no line is asked for before it is known to be none.
+    begins = b""
+    while not begins and (chunk := file.read(_CHUNK)):
+        begins = chunk.removeprefix(codecs.BOM_UTF8).lstrip()
     file.seek(0)
-    if not first:
+    if not begins:
         raise BillInvalid("the file is empty")
-    if first[0] == "[":
+    if begins.startswith(b"["):
         return Format.JSON
-    if first[0] != "{":
+    if not begins.startswith(b"{"):
         return Format.CSV
+    first = next(line for line in iter(lambda: file.readline(_LINE_MAX), b"") if line.strip())
+    file.seek(0)
     try:
-        json.loads(first)
+        json.loads(first.decode("utf-8-sig"))
     except (ValueError, RecursionError):
         return Format.JSON
     return Format.JSONL
