@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import typer
 
-from peculium import BudgetInfo, BudgetRef, Client, Reach
+from peculium import BudgetInfo, BudgetRef, Client, EntryFilter, Reach
 from peculium.errors import Malformed, PeculiumError, Refused
 from peculium_server.cli.options import reference
 from peculium_server.reconcile.amounts import rounded
@@ -89,6 +89,7 @@ def read_calls(
     """
     calls: list[Call] = []
     budgets: dict[bytes, BudgetRef] = {}
+    selected = EntryFilter(kinds=sorted(_KINDS))
     read = 0
     for root_id, root in trees.roots.items():
         levels: dict[bytes, Level] = {}
@@ -97,17 +98,16 @@ def read_calls(
             levels[budget.ref.budget_id] = Level(budget.parent_id, budget.labels)
         wanted = _below({top.ref.budget_id for top in trees.tops if _is_in(top, root_id)}, levels)
         found = Calls(levels, label_keys)
-        for entry in client.audit.entries(root, reach=Reach.TREE):
+        for entry in client.audit.entries(root, reach=Reach.TREE, selected=selected):
             read += 1
             if read % _TOLD_EVERY == 0:
                 progress(read)
-            kind = _KINDS.get(entry.kind)
             # A budget made since the levels were read has only calls that are younger than that.
-            if kind is None or not entry.request or entry.budget_id not in wanted:
+            if not entry.request or entry.budget_id not in wanted:
                 continue
             found.add(
                 Recorded(
-                    kind,
+                    _KINDS[entry.kind],
                     entry.budget_id,
                     uuid.UUID(entry.operation_id).bytes,
                     microseconds(entry.at),
