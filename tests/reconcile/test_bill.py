@@ -110,6 +110,15 @@ def test_a_bill_tells_how_long_it_is_and_what_it_sums_up_to() -> None:
     assert bill.extent.whole_days().start == DAY_1
 
 
+def test_the_last_time_of_a_bill_is_in_its_extent() -> None:
+    bill = Bill(io.BytesIO(b"id,cost,time\na,1,2025-11-25T10:00:00Z\n"), DOLLARS)
+    assert list(bill)
+    at = parse_moment("2025-11-25T10:00:00Z").at
+    assert bill.extent.has(at)
+    assert not bill.extent.has(at + 1)
+    assert bill.extent.whole_days() == Period(DAY_1, DAY_2)
+
+
 def test_lines_of_another_time_are_left_out() -> None:
     text = "id,cost,time\na,1,2025-11-24T23:59:59.999999Z\nb,2,2025-11-25\nc,4,2025-11-26\n"
     reading = replace(DOLLARS, period=Period(DAY_1, DAY_2))
