@@ -1,6 +1,6 @@
 """Fixtures: one real Postgres for the whole run, and a database of its own for each test.
 
-The server is an embedded one in a temporary directory, shared by all xdist workers: the first one
+The server is an embedded one in a directory in memory, shared by all xdist workers: the first one
 that needs it starts it. `TEST_DATABASE_URL` names another one to use instead, by a URL of a role
 that may create databases. Databases are copies of a template, which is migrated once.
 """
@@ -26,9 +26,12 @@ from peculium_server.embedded import EmbeddedPostgres
 from peculium_server.store import roles
 
 MIGRATE = "peculium_server.store.migrate"
+MEMORY = Path("/dev/shm")  # noqa: S108 - what is in it ends with the machine, as in any temporary folder
+MEMORY_BYTES_MIN = 4 << 30
 TEMPLATE_LOCK = 0x7065637C  # Advisory: one worker makes the template, the others wait for it.
 
 _run_id = pytest.StashKey[str]()
+_folder = pytest.StashKey[str]()
 
 
 @dataclass(frozen=True)
@@ -154,15 +157,18 @@ def own_postgres() -> Iterator[Path]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Give all workers of a run the same id, by which they find the same server."""
+    """Give all workers of a run the same id and folder, by which they find the same server."""
     given = getattr(config, "workerinput", None)
     config.stash[_run_id] = secrets.token_hex(4) if given is None else given["peculium_run_id"]
+    config.stash[_folder] = _roomy_folder() if given is None else given["peculium_folder"]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: object) -> None:
-    """Hand the id to a worker of xdist."""
-    node.workerinput["peculium_run_id"] = node.config.stash[_run_id]  # type: ignore[attr-defined]
+    """Hand them to a worker of xdist."""
+    config: pytest.Config = node.config  # type: ignore[attr-defined]
+    node.workerinput["peculium_run_id"] = config.stash[_run_id]  # type: ignore[attr-defined]
+    node.workerinput["peculium_folder"] = config.stash[_folder]  # type: ignore[attr-defined]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -180,4 +186,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def _data_dir(config: pytest.Config) -> Path:
-    return Path(tempfile.gettempdir()) / f"peculium-tests-{config.stash[_run_id]}"
+    """In memory where there is enough of it: commits then wait for no disk, and settings stay durable."""
+    return Path(config.stash[_folder]) / f"peculium-tests-{config.stash[_run_id]}"
+
+
+def _roomy_folder() -> str:
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES_MIN:
+        return str(MEMORY)
+    return tempfile.gettempdir()
