@@ -10,11 +10,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import pytest
+
+from tests.forked import Forked
 
 START_SECONDS_MAX = 30
 STOP_SECONDS_MAX = 30
@@ -25,11 +29,33 @@ class ServerFailed(Exception):
     """A server process did not start; carries what it said."""
 
 
+class Process(Protocol):
+    """What runs a server, as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def stderr(self) -> Iterable[str] | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+Launch = Callable[[Sequence[str], Mapping[str, str]], AbstractContextManager[Process]]
+"""Starts the command line with arguments and an environment."""
+
+
 @dataclass
 class RunningServer:
     """A `peculium serve` of one's own."""
 
-    process: subprocess.Popen[str]
+    process: Process
     said: list[str] = field(default_factory=list)
     """Everything that it has written to its error stream, by line."""
     address: str = ""
@@ -65,12 +91,23 @@ StartServer = Callable[..., RunningServer]
 @pytest.fixture
 def start_server(tmp_path: Path) -> Iterator[StartServer]:
     """Starts servers for one test; see `starting`."""
-    with starting(tmp_path) as start:
+    with starting(tmp_path, Forked) as start:
         yield start
 
 
+def program(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start the program as its users do."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "peculium_server", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 @contextlib.contextmanager
-def starting(directory: Path) -> Iterator[StartServer]:
+def starting(directory: Path, launch: Launch = program) -> Iterator[StartServer]:
     """What starts a server with the given flags, and waits until calls are served.
 
     It raises ServerFailed if the server ends instead. What still runs at the end is killed.
@@ -79,17 +116,8 @@ def starting(directory: Path) -> Iterator[StartServer]:
 
         def start(*flags: str, listen: str = "127.0.0.1:0", **variables: str) -> RunningServer:
             ready_file = directory / f"ready-{secrets.token_hex(4)}.json"
-            process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "peculium_server", "serve"),
-                    *("--listen", listen, "--ready-file", str(ready_file), *flags),
-                ],
-                env={**os.environ, **variables},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            started.enter_context(process)
+            arguments = ("serve", "--listen", listen, "--ready-file", str(ready_file), *flags)
+            process = started.enter_context(launch(arguments, {**os.environ, **variables}))
             server = RunningServer(process)
             started.callback(server.end)
             _wait_until_ready(server)

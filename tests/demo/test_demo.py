@@ -24,6 +24,7 @@ import pytest
 from peculium_server.demo import trace
 from peculium_server.demo.prices import actual, upper
 from peculium_server.demo.trace import HEADER, Request
+from tests.forked import Forked
 from tests.postgres import Server
 from tests.server import StartServer, starting
 
@@ -141,7 +142,7 @@ def ledger(postgres: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """The address of a server on a database of its own."""
     with (
         postgres.fresh_database(postgres.migrated_template()) as url,
-        starting(tmp_path_factory.mktemp("ledger")) as start,
+        starting(tmp_path_factory.mktemp("ledger"), Forked) as start,
     ):
         yield start("--database-url", url).address
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from tests.forked import Forked
 from tests.postgres import Server as PostgresServer
 from tests.server import RunningServer, starting
 from tests.system.wire import Wire
@@ -25,7 +26,7 @@ class Shared:
 def shared(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     with (
         postgres.fresh_database(postgres.migrated_template()) as database,
-        starting(tmp_path_factory.mktemp("server")) as start,
+        starting(tmp_path_factory.mktemp("server"), Forked) as start,
     ):
         # What the tests make is not to change behind their backs.
         server = start("--database-url", database, "--sweep-seconds", "0")

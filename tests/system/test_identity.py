@@ -24,6 +24,7 @@ from peculium.errors import (
     TokenConsumed,
     Unauthenticated,
 )
+from tests.forked import Forked
 from tests.postgres import Server as PostgresServer
 from tests.server import RunningServer, ServerFailed, StartServer, starting
 from tests.system.racers import racing
@@ -75,7 +76,7 @@ def guarded(
     )
     with (
         postgres.fresh_database(postgres.migrated_template()) as database,
-        starting(directory) as start,
+        starting(directory, Forked) as start,
     ):
         server = start("--database-url", database, "--keys-file", str(keys_file))
         yield Guarded(server, database, keys)

@@ -13,6 +13,7 @@ import pytest
 from google.protobuf.message import Message
 
 from peculium.v1 import ledger_service_pb2 as ledger, types_pb2
+from tests.forked import Forked
 from tests.postgres import Server as PostgresServer
 from tests.server import starting
 from tests.system.wire import (
@@ -74,7 +75,7 @@ def addresses(
     """Two servers on one database, for all tests."""
     with (
         postgres.fresh_database(postgres.migrated_template()) as database,
-        starting(tmp_path_factory.mktemp("servers")) as start,
+        starting(tmp_path_factory.mktemp("servers"), Forked) as start,
     ):
         yield [start("--database-url", database).address for _ in range(2)]
 

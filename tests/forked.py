@@ -1,0 +1,95 @@
+"""Servers forked from a process that has imported all they need: a second of work less for each.
+
+They differ from `python -m peculium_server` in nothing but that: the command line, environment, limits,
+output and exit code are a program's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+# Whatever a server would import before it serves; nothing of it starts a thread.
+_PRELOADED = ["peculium_server.cli.main", "peculium_server.app", "uvloop", "tests.forked"]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(_PRELOADED)
+
+
+class Forked:
+    """The command line in a process of its own. What it has in common with Popen is as there."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        reading, writing = _context.Pipe(duplex=False)
+        with reading, writing:
+            self._process = _context.Process(
+                target=_run,
+                args=(
+                    *(list(arguments), dict(environment), str(Path.cwd())),
+                    *(resource.getrlimit(resource.RLIMIT_NOFILE), writing),
+                ),
+                daemon=True,
+            )
+            self._process.start()
+            self.stderr = os.fdopen(os.dup(reading.fileno()), encoding="utf-8")
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired("peculium", timeout or 0.0)
+        return code
+
+    def send_signal(self, sig: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, sig)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.wait()
+        self.stderr.close()
+        self._process.close()
+
+
+def _run(
+    arguments: list[str],
+    environment: dict[str, str],
+    directory: str,
+    files: tuple[int, int],
+    writing: Connection,
+) -> None:
+    """Be the program, in the forked process."""
+    with writing, Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(writing.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(directory)
+    resource.setrlimit(resource.RLIMIT_NOFILE, files)
+    sys.argv = ["peculium", *arguments]
+    sys.exit(importlib.import_module("peculium_server.cli.main").run())
