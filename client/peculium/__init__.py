@@ -53,6 +53,7 @@ from peculium.errors import (
 )
 from peculium.journal import Journal
 from peculium.money import USD_NANOS, Price, PriceList, Usage, usd
+from peculium.proofs import Checkpoint, Proof
 from peculium.values import (
     FENCE,
     SKIP,
@@ -92,6 +93,7 @@ __all__ = [
     "Capability",
     "CapabilityMoved",
     "CapabilityUnknown",
+    "Checkpoint",
     "Child",
     "Client",
     "Custody",
@@ -118,6 +120,7 @@ __all__ = [
     "Price",
     "PriceList",
     "PriceUnknown",
+    "Proof",
     "Reach",
     "Receipt",
     "Receiver",

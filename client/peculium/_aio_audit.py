@@ -26,6 +26,7 @@ from peculium.audit import (
 )
 from peculium.capability import BudgetRef
 from peculium.exports import ExportPiece
+from peculium.proofs import Checkpoint, Proof
 from peculium.v1 import audit_service_pb2
 from peculium.values import BudgetInfo, EntryInfo, Verification
 
@@ -307,3 +308,48 @@ class Audit:
         async for message in self._sender.stream(self._sender.audit.Export, request, timeout):
             for piece in pieces(message):
                 yield piece
+
+    async def checkpoints(
+        self,
+        *,
+        descending: bool = False,
+        page_size: int = PAGE_SIZE_MAX,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Checkpoint]:
+        """List the sealed checkpoints by number.
+
+        Args:
+            descending: The latest first.
+            page_size: How many are fetched at once, 1 to 1000.
+            timeout: For each page, in seconds.
+        """
+        request = audit_service_pb2.ListCheckpointsRequest(
+            page_size=page_size, descending=descending
+        )
+        while True:
+            page = await self._sender.unary(self._sender.audit.ListCheckpoints, request, timeout)
+            for checkpoint in page.checkpoints:
+                yield told.checkpoint(checkpoint)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def prove(
+        self, budget: str | BudgetRef, seq: int, *, timeout: float | None = None
+    ) -> Proof:
+        """Get the proof that an entry is under a sealed checkpoint: ask its `flaw`, and check the signature.
+
+        Args:
+            budget: Its path, or its reference.
+            seq: The entry: 1, 2, 3, … within the budget.
+            timeout: In seconds.
+
+        Raises:
+            BudgetUnknown: There is none.
+            NotSealed: No checkpoint seals the entry yet.
+        """
+        request = audit_service_pb2.ProveEntryRequest(budget=requests.budget_ref(budget), seq=seq)
+        response = await self._sender.unary(
+            self._sender.audit.ProveEntry, request, timeout, budget=str(budget)
+        )
+        return told.proof(response)

@@ -15,6 +15,7 @@ from peculium.audit import (
     UsageReport,
     Watched,
 )
+from peculium.proofs import Checkpoint, Link, MerkleStep, Proof
 from peculium.v1 import audit_service_pb2 as audit
 from peculium.values import BudgetInfo
 
@@ -105,4 +106,33 @@ def _group(message: audit.UsageGroup) -> UsageGroup:
         input_tokens=message.input_tokens,
         output_tokens=message.output_tokens,
         cached_tokens=message.cached_tokens,
+    )
+
+
+def checkpoint(message: audit.Checkpoint) -> Checkpoint:
+    """A checkpoint."""
+    return Checkpoint(
+        number=message.number,
+        sealed_at=codec.at(message.sealed_at),
+        incarnation=message.incarnation,
+        positions=tuple(message.positions),
+        merkle_root=message.merkle_root,
+        leaves=message.leaves,
+        previous_hash=message.previous_hash,
+        hash=message.hash,
+        key_id=message.key_id,
+        signature=message.signature,
+        public_key=message.public_key,
+    )
+
+
+def proof(message: audit.ProveEntryResponse) -> Proof:
+    """The proof of an entry."""
+    return Proof(
+        entry=codec.entry_info(message.entry),
+        others=tuple(codec.entry_info(part) for part in message.others),
+        links=tuple(Link(link.digest, link.part) for link in message.links),
+        sealed_seq=message.sealed_seq,
+        path=tuple(MerkleStep(step.sibling, step.left) for step in message.path),
+        checkpoint=checkpoint(message.checkpoint),
     )

@@ -26,6 +26,7 @@
     │   ├── AmountOverflow
     │   ├── BatchRefused
     │   ├── BudgetChanged           it is not as it was when it was looked at
+    │   ├── NotSealed               no checkpoint seals the entry yet
     │   └── BudgetHeld              .used_at .holds_live
     ├── Invalid                     the caller's mistake, whoever noticed it; nothing has changed
     │   ├── Malformed               .field .problem
@@ -369,6 +370,18 @@ class BudgetChanged(Refused):
 
     reason = "BUDGET_CHANGED"
     advice = "look again"
+
+
+class NotSealed(Refused):
+    """No checkpoint seals the entry yet."""
+
+    reason = "NOT_SEALED"
+    advice = "ask again after the next checkpoint"
+
+    @property
+    def sealed_seq(self) -> int:
+        """The budget's last entry that is sealed; 0 if none is."""
+        return self._number("sealed_seq")
 
 
 class BudgetHeld(Refused):

@@ -30,6 +30,9 @@ from peculium_server.store.store import Store
 
 OPERATIONS_MAX: Final = 16_384
 """Operations that one checkpoint seals; more of them are sealed by the next one, at once."""
+ENTRIES_EXTRA: Final = 1_024
+"""So many entries more than twice its operations are looked at in a lane: most have one or two, and some
+have hundreds. What is beyond is left to the next checkpoint."""
 _HASHES_AT_A_TIME: Final = 512
 """Leaves that are hashed before other calls get their turn: a millisecond or two."""
 UNAVAILABLE_SECONDS: Final = 5.0
@@ -157,7 +160,12 @@ class Sealer:
 
         if await self._store.seals.add(last, seal, self._key.public_key, leaves) is None:
             return Round.OVERTAKEN
-        return Round.MORE if waiting > OPERATIONS_MAX else Round.SEALED
+        more = any(
+            position < unsealed.positions[lane]
+            for lane, position in enumerate(positions)
+            if lane not in self._stuck
+        )
+        return Round.MORE if more else Round.SEALED
 
     async def _moved(self, unsealed: Unsealed) -> tuple[Sequence[int], Mapping[int, list[Leaf]]]:
         """Up to where each lane is to be sealed, and the heads that moved since, by lane."""
@@ -179,10 +187,9 @@ class Sealer:
 
     async def _whole(self, lane: int, after: int, until: int) -> int | None:
         """Up to where a lane's operations can be sealed at once; None if some of them are missing."""
-        limit = until - after
+        limit = 2 * (until - after) + ENTRIES_EXTRA
         covered = await self._store.seals.covered(lane, after=after, until=until, limit=limit)
         if covered.rows == limit:
-            # There may be more entries than operations: what is left has its turn next.
             until = covered.until or after
         counted = until - after
         whole = covered.until == until and covered.positions == covered.operations == counted

@@ -29,8 +29,9 @@ from tests.core.ledger import HOUR, MINUTE, Answer, Ledger, Node
 
 R = Refusal
 
-NOT_OF_THE_CORE = {R.UNAUTHENTICATED, R.BATCH_REFUSED}
-"""Who the caller is, and whether all of an atomic batch may happen, is found out around the core."""
+NOT_OF_THE_CORE = {R.UNAUTHENTICATED, R.BATCH_REFUSED, R.NOT_SEALED}
+"""Who the caller is, whether all of an atomic batch may happen, and what is sealed is found out around the
+core."""
 
 NEVER_TOGETHER = (
     {R.CAPABILITY_UNKNOWN, R.TOKEN_CONSUMED},

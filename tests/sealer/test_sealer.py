@@ -99,6 +99,7 @@ async def test_an_operation_with_more_parts_than_may_be_looked_at_is_sealed_whol
     fleet: Fleet, sealing: Sealing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sealer_module, "OPERATIONS_MAX", 2)
+    monkeypatch.setattr(sealer_module, "ENTRIES_EXTRA", 0)
     root = await fleet.root()
     await fleet.children(root, root, 30)
     await fleet.ask(fleet.spend(root))

@@ -22,6 +22,9 @@ from peculium.v1 import (
     ledger_service_pb2 as ledger,
     types_pb2,
 )
+from peculium_server.sealer import Round, Sealer
+from peculium_server.signing import SigningKey
+from peculium_server.store.store import Store
 from tests.server import RunningServer
 from tests.system.conftest import Shared
 from tests.system.wire import (
@@ -84,8 +87,20 @@ SOMETIMES = {"fenced_by"}
 
 
 @pytest.fixture(scope="module")
-def world(shared: Shared) -> World:
-    return make_world(shared.wire)
+def world(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> World:
+    made = make_world(shared.wire)
+    key = SigningKey.make(tmp_path_factory.mktemp("keys") / "key.pem")
+    assert asyncio.run(_seal(shared.database, key)) is Round.SEALED
+    shared.wire.admin.Grant(grant_of("unsealed", 1, holder="dev"))
+    return made
+
+
+async def _seal(database: str, key: SigningKey) -> Round:
+    store = await Store.open(database)
+    try:
+        return await Sealer(store, key, 0).round()
+    finally:
+        await store.close()
 
 
 @pytest.fixture
@@ -247,6 +262,8 @@ def _with_bad_text(method: str, data: bytes) -> bytes:
     field = b"\x3a" if method.startswith((LEDGER, ADMIN)) else b"\x1a"  # traceparent, or path
     if method in {LEDGER + "GetBudget", LEDGER + "ListHolds"}:
         field = b"\x1a"
+    if method == AUDIT + "ListCheckpoints":
+        return data + b"\x12\x02\xff\xfe"  # It names no budget; this is its page token.
     if method == LEDGER + "Batch":
         return data + b"\x0a\x0a\x2a\x08\x0a\x06\x3a\x04ok\xff\xfe"
     return data + b"\x0a\x04" + field + b"\x02\xff\xfe"
@@ -281,7 +298,7 @@ def test_an_empty_request_is_refused_unless_it_asks_for_everything(
     shared: Shared, world: World, unchanged: None, method: str
 ) -> None:
     answer = shared.wire.send(method, b"")
-    if method in {AUDIT + "ListBudgets", AUDIT + "Verify", AUDIT + "WatchEntries"}:
+    if method.removeprefix(AUDIT) in {"ListBudgets", "ListCheckpoints", "Verify", "WatchEntries"}:
         assert isinstance(answer, bytes)
     else:
         assert isinstance(answer, Told)
@@ -530,6 +547,20 @@ def a_recovery_of_what_was_used_since_it_was_seen(world: World) -> tuple[str, Me
         header=header(world.owned.root_id, world.owned.budget_id, HOLDER),
         next_token_id=token_id(new_secret()),
         if_seq=1_000_000,
+    )
+
+
+@case("NOT_SEALED")
+def a_proof_of_what_no_checkpoint_seals(world: World) -> tuple[str, Message]:
+    return AUDIT + "ProveEntry", audit.ProveEntryRequest(
+        budget=types_pb2.BudgetRef(path="unsealed"), seq=1
+    )
+
+
+@case("MALFORMED")
+def a_proof_of_an_entry_that_there_is_not(world: World) -> tuple[str, Message]:
+    return AUDIT + "ProveEntry", audit.ProveEntryRequest(
+        budget=types_pb2.BudgetRef(path="acme"), seq=-1
     )
 
 

@@ -400,6 +400,8 @@ def _by_auditors(world: World) -> Iterator[tuple[str, Message]]:
     yield AUDIT + "GetUsage", audit.GetUsageRequest(budget=by_path, group_by=[by_day])
     yield AUDIT + "WatchEntries", audit.WatchEntriesRequest(budget=acme, reach=audit.REACH_SUBTREE)
     yield AUDIT + "Verify", audit.VerifyRequest(tree=acme)
+    yield AUDIT + "ListCheckpoints", audit.ListCheckpointsRequest(page_size=10)
+    yield AUDIT + "ProveEntry", audit.ProveEntryRequest(budget=acme, seq=1)
 
 
 _TABLES = sql.SQL(

@@ -1294,8 +1294,9 @@ Global___ProveEntryRequest: _TypeAlias = ProveEntryRequest  # noqa: Y015
 
 @_typing.final
 class ProveEntryResponse(_message.Message):
-    """The proof that an entry is under a checkpoint: hash the entry, follow the links to the sealed head, hash the head's
-    leaf, follow the path to the Merkle root, and check the signature.
+    """The proof that an entry is under a checkpoint: make the operation's digest of all its parts, hash the entry, follow
+    the links to the sealed head, hash the head's leaf, follow the path to the Merkle root, hash the checkpoint, and check
+    the signature.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1305,11 +1306,12 @@ class ProveEntryResponse(_message.Message):
     SEALED_SEQ_FIELD_NUMBER: _builtins.int
     PATH_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    OTHERS_FIELD_NUMBER: _builtins.int
     sealed_seq: _builtins.int
     """The seq of the sealed head."""
     @_builtins.property
     def entry(self) -> Global___Entry:
-        """The entry, with everything that its hash covers."""
+        """The entry."""
 
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChainLink]:
@@ -1323,6 +1325,10 @@ class ProveEntryResponse(_message.Message):
     def checkpoint(self) -> Global___Checkpoint:
         """The checkpoint that seals it, the first one that does."""
 
+    @_builtins.property
+    def others(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
+        """The other parts of its operation, in order: the digest covers all of them. Their previous hashes are left out."""
+
     def __init__(
         self,
         *,
@@ -1331,10 +1337,11 @@ class ProveEntryResponse(_message.Message):
         sealed_seq: _builtins.int = ...,
         path: _abc.Iterable[Global___MerkleStep] | None = ...,
         checkpoint: Global___Checkpoint | None = ...,
+        others: _abc.Iterable[Global___Entry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "entry", b"entry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "entry", b"entry", "links", b"links", "path", b"path", "sealed_seq", b"sealed_seq"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "entry", b"entry", "links", b"links", "others", b"others", "path", b"path", "sealed_seq", b"sealed_seq"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -353,6 +353,10 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     """Recover with `if_seq`: the budget has another number of entries by now.
     {"budget": "0192...", "path": "acme/run-7", "if_seq": "1", "seq": "3"}
     """
+    REFUSAL_REASON_NOT_SEALED: _RefusalReason.ValueType  # 32
+    """ProveEntry: no checkpoint seals the entry yet, but those up to `sealed_seq`; the next one may.
+    {"budget": "0192...", "path": "acme/run-7", "seq": "7", "sealed_seq": "5"}
+    """
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
     """Why an operation was refused, in order of precedence: if several apply, the first one is the answer. Numbers are
@@ -486,6 +490,10 @@ REFUSAL_REASON_BATCH_REFUSED: RefusalReason.ValueType  # 30
 REFUSAL_REASON_BUDGET_CHANGED: RefusalReason.ValueType  # 31
 """Recover with `if_seq`: the budget has another number of entries by now.
 {"budget": "0192...", "path": "acme/run-7", "if_seq": "1", "seq": "3"}
+"""
+REFUSAL_REASON_NOT_SEALED: RefusalReason.ValueType  # 32
+"""ProveEntry: no checkpoint seals the entry yet, but those up to `sealed_seq`; the next one may.
+{"budget": "0192...", "path": "acme/run-7", "seq": "7", "sealed_seq": "5"}
 """
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 

@@ -59,6 +59,8 @@ app = typer.Typer(no_args_is_help=True, help="Read, sum up and verify what was r
 app.command()(sums.statement)
 app.command()(sums.usage)
 app.command()(sums.watch)
+app.command("checkpoints")(checkpoints.checkpoints)
+app.command()(checkpoints.prove)
 app.command()(checkpoints.new_key)
 app.command()(export)
 

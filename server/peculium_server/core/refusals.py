@@ -48,6 +48,7 @@ class Refusal(IntEnum):
     AMOUNT_OVERFLOW = 29
     BATCH_REFUSED = 30
     BUDGET_CHANGED = 31
+    NOT_SEALED = 32
 
 
 class Rule(NamedTuple):
@@ -145,6 +146,9 @@ RULES: dict[Refusal, Rule] = {
     Refusal.BUDGET_CHANGED: Rule(
         transient=False,
         sentence="The budget has changed since it was looked at; look again.",
+    ),
+    Refusal.NOT_SEALED: Rule(
+        transient=True, sentence="No checkpoint seals the entry yet; the next one may."
     ),
 }
 

@@ -7,8 +7,6 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any, Final
 
-import grpc
-
 from peculium.v1 import audit_service_pb2_grpc
 from peculium.v1.audit_service_pb2 import (
     ExportRequest,
@@ -23,8 +21,12 @@ from peculium.v1.audit_service_pb2 import (
     GetUsageResponse,
     ListBudgetsRequest,
     ListBudgetsResponse,
+    ListCheckpointsRequest,
+    ListCheckpointsResponse,
     ListEntriesRequest,
     ListEntriesResponse,
+    ProveEntryRequest,
+    ProveEntryResponse,
     VerifyRequest,
     VerifyResponse,
     WatchEntriesRequest,
@@ -36,6 +38,7 @@ from peculium_server.rpc.listing import Listing
 from peculium_server.rpc.past import Past
 from peculium_server.rpc.reading import Reader
 from peculium_server.rpc.responses import write_finding
+from peculium_server.rpc.sealing import Sealing
 from peculium_server.rpc.verifying import Verification
 from peculium_server.rpc.watching import Watching
 from peculium_server.store.store import Store
@@ -52,6 +55,8 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         self._store = store
         self._accounting = Accounting(reader, store)
         self._exporting = Exporting(reader, store)
+
+        self._sealing = Sealing(reader, store)
         self._watching = Watching(reader, store)
         self._listing = Listing(reader, store)
         self._past = Past(reader, store)
@@ -103,13 +108,15 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         """Attribute what was spent in a period."""
         return await self._accounting.usage(request)
 
-    async def ListCheckpoints(self, request: Any, context: Any) -> Any:
-        """Refuse: not there yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+    async def ListCheckpoints(
+        self, request: ListCheckpointsRequest, context: Any
+    ) -> ListCheckpointsResponse:
+        """List the sealed checkpoints."""
+        return await self._sealing.checkpoints(request)
 
-    async def ProveEntry(self, request: Any, context: Any) -> Any:
-        """Refuse: not there yet."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not there yet")
+    async def ProveEntry(self, request: ProveEntryRequest, context: Any) -> ProveEntryResponse:
+        """Prove that an entry is under a sealed checkpoint."""
+        return await self._sealing.proof(request)
 
     def WatchEntries(
         self, request: WatchEntriesRequest, context: Any

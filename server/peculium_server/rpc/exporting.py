@@ -11,7 +11,6 @@ from typing import Final, TypeVar
 from peculium.v1.audit_service_pb2 import (
     ExportedBudget,
     ExportedBudgets,
-    ExportedCheckpoint,
     ExportedCheckpoints,
     ExportedEntries,
     ExportedHold,
@@ -29,11 +28,11 @@ from peculium_server.rpc.reading import Reader
 from peculium_server.rpc.responses import (
     entry_bytes,
     write_budget,
+    write_checkpoint,
     write_entry,
     write_hold,
     write_time,
 )
-from peculium_server.store.checkpoints import Kept
 from peculium_server.store.snapshot import Snapshot
 from peculium_server.store.store import Store
 
@@ -151,7 +150,7 @@ async def _checkpoints(snapshot: Snapshot, after: int) -> AsyncIterator[Exported
         piece, rows = ExportedCheckpoints(), 0
         async for number, leaf in snapshot.seals.leaves(after=after, until=until):
             while waiting and waiting[0].sealed.checkpoint.number <= number:
-                _write_checkpoint(waiting.popleft(), piece.checkpoints.add())
+                write_checkpoint(waiting.popleft(), piece.checkpoints.add().checkpoint)
             if not piece.checkpoints:
                 more = piece.checkpoints.add(continued=True)
                 more.checkpoint.number = number
@@ -163,26 +162,10 @@ async def _checkpoints(snapshot: Snapshot, after: int) -> AsyncIterator[Exported
                 yield piece
                 piece = ExportedCheckpoints()
         for kept in waiting:
-            _write_checkpoint(kept, piece.checkpoints.add())
+            write_checkpoint(kept, piece.checkpoints.add().checkpoint)
         if piece.checkpoints:
             yield piece
         after = until
-
-
-def _write_checkpoint(kept: Kept, message: ExportedCheckpoint) -> None:
-    checkpoint, hash_, key_id, signature = kept.sealed
-    sealed = message.checkpoint
-    sealed.number = checkpoint.number
-    write_time(checkpoint.sealed_at, sealed.sealed_at)
-    sealed.incarnation = checkpoint.incarnation
-    sealed.positions.extend(checkpoint.positions)
-    sealed.merkle_root = checkpoint.merkle_root
-    sealed.leaves = checkpoint.leaves
-    sealed.previous_hash = checkpoint.previous_hash
-    sealed.hash = hash_
-    sealed.key_id = key_id
-    sealed.signature = signature
-    sealed.public_key = kept.public_key
 
 
 async def _in_pieces(rows: AsyncIterator[Row]) -> AsyncIterator[list[Row]]:

@@ -19,6 +19,7 @@ from peculium_server.core.refusals import Refused
 from peculium_server.core.state import Balances, Budget, BudgetState, Entry, Hold
 from peculium_server.core.verify import Finding
 from peculium_server.lanes.answers import Answer, Position, Unanswered
+from peculium_server.store.checkpoints import Kept
 
 _NANOS_PER_US: Final = 1000
 _ENTRY_BYTES: Final = 512
@@ -215,6 +216,23 @@ def write_entry(entry: Entry, lane: int, message: audit_service_pb2.Entry) -> No
 def entry_bytes(entry: Entry) -> int:
     """About how much an entry takes in a message."""
     return _ENTRY_BYTES + len(entry.request or b"") + len(entry.effect_bytes)
+
+
+def write_checkpoint(kept: Kept, message: audit_service_pb2.Checkpoint) -> None:
+    """Write a checkpoint as it is recorded."""
+    sealed = kept.sealed
+    checkpoint = sealed.checkpoint
+    message.number = checkpoint.number
+    write_time(checkpoint.sealed_at, message.sealed_at)
+    message.merkle_root = checkpoint.merkle_root
+    message.leaves = checkpoint.leaves
+    message.previous_hash = checkpoint.previous_hash
+    message.hash = sealed.hash
+    message.key_id = sealed.key_id
+    message.signature = sealed.signature
+    message.public_key = kept.public_key
+    message.positions.extend(checkpoint.positions)
+    message.incarnation = checkpoint.incarnation
 
 
 def write_finding(finding: Finding, message: audit_service_pb2.Finding) -> None:

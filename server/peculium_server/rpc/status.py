@@ -54,6 +54,7 @@ CODES: Final[dict[Refusal, grpc.StatusCode]] = {
     # Not ABORTED, for the same reason.
     Refusal.BATCH_REFUSED: grpc.StatusCode.FAILED_PRECONDITION,
     Refusal.BUDGET_CHANGED: grpc.StatusCode.FAILED_PRECONDITION,
+    Refusal.NOT_SEALED: grpc.StatusCode.FAILED_PRECONDITION,
 }
 
 

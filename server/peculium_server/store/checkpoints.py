@@ -25,12 +25,16 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from peculium_server.core.checkpoint import Checkpoint, Leaf, Sealed
+from peculium_server.core.state import GENESIS
+from peculium_server.store import rows
+from peculium_server.store.reads import previous_hash
 from peculium_server.store.schema import (
     checkpoint_keys,
     checkpoint_leaves,
     checkpoints,
     entries,
     ledger,
+    seq_group,
 )
 from peculium_server.store.statements import CLOCK, compiled, inserted
 from peculium_server.store.wire import Statement
@@ -125,6 +129,47 @@ def _first_leaf_over() -> Executable:
         )
         .order_by(leaf.seq)
         .limit(literal_column("1"))
+    )
+
+
+def _last_leaf() -> Executable:
+    """The last leaf that seals anything of a budget."""
+    leaf = checkpoint_leaves.c
+    return (
+        select(*_leaf_columns())
+        .where(leaf.lane == _LANE, leaf.root_id == _ROOT, leaf.budget_id == _BUDGET)
+        .order_by(leaf.seq.desc())
+        .limit(literal_column("1"))
+    )
+
+
+def _chain() -> Executable:
+    """A budget's entries by seq, group for group, as the index has them."""
+    entry, group = entries.c, seq_group(entries.c.seq)
+    return (
+        select(*(entry[name] for name in rows.ENTRY_COLUMNS), previous_hash())
+        .where(
+            entry.lane == _LANE,
+            entry.root_id == _ROOT,
+            entry.budget_id == _BUDGET,
+            group >= seq_group(_AFTER),
+            entry.seq > _AFTER,
+        )
+        .order_by(group, entry.seq)
+        .limit(_LIMIT)
+    )
+
+
+def _operation() -> Executable:
+    """All parts of an operation."""
+    return (
+        select(*(entries.c[name] for name in rows.ENTRY_COLUMNS))
+        .where(
+            entries.c.lane == _LANE,
+            entries.c.root_id == _ROOT,
+            entries.c.operation_id == bindparam("operation_id", type_=Uuid(as_uuid=False)),
+        )
+        .order_by(entries.c.part)
     )
 
 
@@ -245,6 +290,9 @@ RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "list_checkpoints": (_list_checkpoints(descending=False), _to_kept),
     "list_checkpoints_descending": (_list_checkpoints(descending=True), _to_kept),
     "first_leaf_over": (_first_leaf_over(), _to_leaf),
+    "last_leaf": (_last_leaf(), _to_leaf),
+    "chain": (_chain(), lambda row: rows.to_entry(row, previous_hash=row[-1] or GENESIS)),
+    "operation": (_operation(), rows.to_entry),
     "leaves": (_leaves(), _to_leaf),
     "leaves_of_tree": (_leaves_of_tree(), _to_leaf),
     "sealed_roots": (_sealed_roots(), lambda row: row[0]),

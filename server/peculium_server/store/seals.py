@@ -15,6 +15,7 @@ import psycopg
 from psycopg import AsyncRawCursor
 
 from peculium_server.core.checkpoint import Leaf, Sealed
+from peculium_server.core.state import Entry
 from peculium_server.store import tail
 from peculium_server.store.checkpoints import (
     STATEMENTS,
@@ -171,6 +172,33 @@ class Seals:
         async with self._connection() as connection:
             found = await connection.fetch(Step(STATEMENTS["first_leaf_over"], values))
         return found[0] if found else None
+
+    async def sealed_seq(self, lane: int, root_id: bytes, budget_id: bytes) -> int:
+        """The seq of a budget's last entry that is sealed; 0 if none is."""
+        values = {"lane": lane, "root_id": root_id, "budget_id": budget_id}
+        async with self._connection() as connection:
+            found = await connection.fetch(Step(STATEMENTS["last_leaf"], values))
+        return found[0][1].seq if found else 0
+
+    async def chain(
+        self, lane: int, root_id: bytes, budget_id: bytes, *, after: int, limit: int
+    ) -> list[Entry]:
+        """Some entries of a budget by seq."""
+        values = {
+            "lane": lane,
+            "root_id": root_id,
+            "budget_id": budget_id,
+            "after": after,
+            "limit": limit,
+        }
+        async with self._connection() as connection:
+            return await connection.fetch(Step(STATEMENTS["chain"], values))
+
+    async def operation(self, lane: int, root_id: bytes, operation_id: bytes) -> list[Entry]:
+        """All parts of an operation. Their previous hashes are left empty."""
+        values = {"lane": lane, "root_id": root_id, "operation_id": operation_id}
+        async with self._connection() as connection:
+            return await connection.fetch(Step(STATEMENTS["operation"], values))
 
     async def leaves(self, number: int) -> list[Leaf]:
         """The leaves of a checkpoint, in order."""
