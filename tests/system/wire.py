@@ -25,7 +25,7 @@ HOLDER = types_pb2.Authority(holder=types_pb2.Holder())
 _DETAILS_KEY = "grpc-status-details-bin"
 _CONNECTION_OF_ITS_OWN = ("grpc.use_local_subchannel_pool", 1)
 _ENDLESS = "/WatchEntries"
-_STREAMS = ("/Verify", _ENDLESS)
+_STREAMS = ("/Export", "/Verify", _ENDLESS)
 _NO_RETRIES = ("grpc.enable_retries", 0)
 
 

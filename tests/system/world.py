@@ -398,8 +398,10 @@ def _by_auditors(world: World) -> Iterator[tuple[str, Message]]:
     yield AUDIT + "GetStatement", audit.GetStatementRequest(budget=acme, reach=audit.REACH_TREE)
     by_day = audit.UsageGrouping(by=audit.UsageGrouping.BY_DAY)
     yield AUDIT + "GetUsage", audit.GetUsageRequest(budget=by_path, group_by=[by_day])
+    yield AUDIT + "GetLineage", audit.GetLineageRequest(budget=by_path, page_size=10)
     yield AUDIT + "WatchEntries", audit.WatchEntriesRequest(budget=acme, reach=audit.REACH_SUBTREE)
     yield AUDIT + "Verify", audit.VerifyRequest(tree=acme)
+    yield AUDIT + "Export", audit.ExportRequest(tree=acme)
     yield AUDIT + "ListCheckpoints", audit.ListCheckpointsRequest(page_size=10)
     yield AUDIT + "ProveEntry", audit.ProveEntryRequest(budget=acme, seq=1)
 
