@@ -287,7 +287,9 @@ def test_a_key_under_another_keys_id_is_not_believed() -> None:
     forged = records[0].sealed._replace(key_id=key_id_of(public(KEY)))
     chain = Chain(INCARNATION, 1, {forged.key_id: public(OTHER_KEY)}, is_signed)
     chain.checkpoint(forged)
-    assert chain.finish() is not None
+    finding = chain.finish()
+    assert finding is not None
+    assert "which is not known" in finding.detail
 
 
 def test_a_leaf_belongs_to_a_checkpoint() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from peculium import Proof
+from peculium import Proof, proofs
 from peculium._audit_codec import checkpoint as to_checkpoint, proof as to_proof
 from peculium.v1 import audit_service_pb2 as audit, types_pb2
 from peculium.v1.audit_service_pb2_grpc import AuditServiceStub
@@ -136,6 +136,26 @@ async def test_a_proof_of_which_anything_is_altered_does_not_hold(
     assert len(proof.links) == 2
     for what, tamper in TAMPERINGS.items():
         assert replace(proof, **tamper(proof)).flaw() is not None, what
+
+
+async def test_a_proof_whose_entry_and_sealed_head_are_not_as_far_apart_as_it_says_does_not_hold(
+    fleet: Fleet, sealing: Sealing, auditor: Any
+) -> None:
+    root = await fleet.root()
+    await sealing.seal_all()
+    proof = await proven(auditor, root, root, 1)
+    # All hashes are made anew, as who writes a ledger of his own can.
+    entry = replace(proof.entry, seq=7)
+    digest = proofs._digest([entry])
+    entry = replace(
+        entry, digest=digest, hash=proofs._link(entry.previous_hash, digest, entry.part)
+    )
+    root_of_one = proofs._sha256(
+        proofs._LEAF_DOMAIN, root, root, proof.sealed_seq.to_bytes(8), entry.hash
+    )
+    checkpoint = replace(proof.checkpoint, merkle_root=root_of_one)
+    forged = replace(proof, entry=entry, path=(), checkpoint=checkpoint)
+    assert forged.flaw() == "the links do not lead from the entry to the sealed one"
 
 
 async def refused(auditor: Any, request: audit.ProveEntryRequest) -> tuple[str, Any]:
