@@ -44,7 +44,7 @@ _NO_EFFECT: Final = Effect(changes=Balances())
 _BALANCES: Final = len(Balances._fields)
 
 _dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_loads = json.loads
+_scan = json.scanner.make_scanner(json.JSONDecoder())  # type: ignore[attr-defined]
 _from_hex = bytes.fromhex
 
 
@@ -206,17 +206,21 @@ def read(line: str) -> Record:
         LineInvalid: It is none.
     """
     try:
-        said = _loads(line)
+        said, end = _scan(line, 0)
         reader, fields = _READERS[said["record"]]
         record = reader(said)
     except LineInvalid:
         raise
     except KeyError as error:
         raise LineInvalid(f"a record without, or with an unknown, {error}") from error
+    except StopIteration as error:
+        raise LineInvalid("no record of an export: no JSON") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LineInvalid(f"no record of an export: {error}") from error
     if len(said) != fields:
         raise LineInvalid("a record with fields that are not known")
+    if line[end:] not in ("", "\n"):
+        raise LineInvalid("something follows the record")
     return record
 
 
@@ -309,17 +313,20 @@ def _read_budget(said: dict[str, Any]) -> BudgetRow:
 
 
 def _read_hold(said: dict[str, Any]) -> HoldRow:
-    hold = Hold(
-        budget_id=_from_hex(said["budget_id"]),
-        hold_id=_from_hex(said["hold_id"]),
-        token=b"",
-        state=_HOLD_STATES[said["state"]],
-        amount=said["amount"],
-        remaining=said["remaining"],
-        booked=said["booked"],
-        disputed=said["disputed"],
-        created_at=said["created_at"],
-        expires_at=said["expires_at"],
+    hold = new(
+        Hold,
+        (
+            _from_hex(said["budget_id"]),
+            _from_hex(said["hold_id"]),
+            b"",
+            _HOLD_STATES[said["state"]],
+            said["amount"],
+            said["remaining"],
+            said["booked"],
+            said["disputed"],
+            said["created_at"],
+            said["expires_at"],
+        ),
     )
     return HoldRow(_from_hex(said["root_id"]), hold, _from_hex(said["token_digest"]))
 

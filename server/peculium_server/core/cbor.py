@@ -205,7 +205,7 @@ def _argument(data: bytes, at: int, info: int) -> tuple[int, int]:
 def _pairs(data: bytes, at: int, size: int, levels: int) -> tuple[dict[Key, Value], int]:
     """A map of so many pairs, and where it ends.
 
-    Small keys, and values that are numbers or short, which are most, need no further call.
+    What is small or short, and so most of everything, is read here and not by a call of `_item`.
     """
     pairs: dict[Key, Value] = {}
     length = len(data)
@@ -220,50 +220,57 @@ def _pairs(data: bytes, at: int, size: int, levels: int) -> tuple[dict[Key, Valu
                 raise ValueError("keys are out of order")
             least = key + 1
         else:
-            key, at = _item(data, start, levels)
-            if isinstance(key, bool) or not isinstance(key, int | str):
-                raise ValueError("keys are integers or text")
+            if _SHORT_TEXT <= key < _SHORT_TEXT_END:
+                at += 1 + key - _SHORT_TEXT
+                # If it is cut short, there is no value behind it.
+                key = data[start + 1 : at].decode()
+            else:
+                key, at = _item(data, start, levels)
+                if isinstance(key, bool) or not isinstance(key, int | str):
+                    raise ValueError("keys are integers or text")
             encoded = data[start:at]
             if encoded <= previous:
                 raise ValueError("keys are out of order")
             previous = encoded
             least = _ONE_BYTE_MORE
         value: Any = data[at]
+        at += 1
         if value < _ONE_BYTE_MORE:
-            at += 1
-        elif value == _OF_64_BITS and at + 9 <= length:
-            end = at + 9
-            value = int.from_bytes(data[at + 1 : end])
-            if value < 1 << 32:
+            pass
+        elif value < _LONG_NUMBER_END:
+            start, at = at, at + (1 << value - _ONE_BYTE_MORE)
+            number = int.from_bytes(data[start:at])
+            if number < _LEAST[value]:
                 raise ValueError("not in the shortest form")
-            at = end
-        elif value == _OF_32_BITS and at + 5 <= length:
-            end = at + 5
-            value = int.from_bytes(data[at + 1 : end])
-            if value < 1 << 16:
-                raise ValueError("not in the shortest form")
-            at = end
-        elif _SHORT_TEXT <= value < _SHORT_TEXT_END:
-            start = at + 1
-            at = start + value - _SHORT_TEXT
-            if at > length:
-                raise ValueError("cut short")
-            value = data[start:at].decode()
+            value = number
         elif _SHORT_BYTES <= value < _SHORT_BYTES_END:
-            start = at + 1
-            at = start + value - _SHORT_BYTES
-            if at > length:
-                raise ValueError("cut short")
+            start, at = at, at + value - _SHORT_BYTES
             value = data[start:at]
+        elif value == _BYTES_OF_ONE:
+            start = at + 1
+            at = start + data[at]
+            if at - start < _ONE_BYTE_MORE:
+                raise ValueError("not in the shortest form")
+            value = data[start:at]
+        elif _SHORT_TEXT <= value < _SHORT_TEXT_END:
+            start, at = at, at + value - _SHORT_TEXT
+            value = data[start:at].decode()
+        elif _SMALL_MAP <= value < _SMALL_MAP_END and levels:
+            value, at = _pairs(data, at, value - _SMALL_MAP, levels - 1)
         else:
-            value, at = _item(data, at, levels)
+            value, at = _item(data, at - 1, levels)
+        if at > length:
+            raise ValueError("cut short")
         pairs[key] = value
     return pairs, at
 
 
-_OF_32_BITS, _OF_64_BITS = 0x1A, 0x1B
+_LONG_NUMBER_END = 0x1C
 _SHORT_BYTES, _SHORT_BYTES_END = 0x40, 0x58
+_BYTES_OF_ONE = 0x58
+"""A byte string of a length of one byte."""
 _SHORT_TEXT, _SHORT_TEXT_END = 0x60, 0x78
+_SMALL_MAP, _SMALL_MAP_END = 0xA0, 0xB8
 _LEVELS_MAX = 16
 """Arrays and maps within each other; entries have five."""
 _ONE_BYTE_MORE = 24

@@ -83,7 +83,10 @@ def _write_labels(labels: Labels) -> bytes:
 
 
 def _unpack_labels(labels: Any) -> Labels:
-    return tuple(sorted((_str(key), _str(value)) for key, value in _dict(labels).items()))
+    said = _dict(labels)
+    if {*map(type, said), *map(type, said.values())} - {str}:
+        raise TypeError("labels are texts")
+    return tuple(sorted(said.items()))
 
 
 def _write_usage(usage: Usage) -> bytes:
@@ -232,11 +235,13 @@ _AUTHORITIES: dict[type[Authority], bytes] = {
 }
 
 
-_Readers = dict[Any, tuple[str, Callable[[Any], Any]]]
+_Readers = dict[Any, tuple[str, type | None, Callable[[Any], Any]]]
+_PLAIN = {_int: int, _str: str, _bytes: bytes, _bool: bool}
 
 
 def _readers(fields: Sequence[_Field]) -> _Readers:
-    return {field.key: (field.name, field.unpack) for field in fields}
+    """By the keys; a value of the plain type, if there is one, needs no unpacking."""
+    return {field.key: (field.name, _PLAIN.get(field.unpack), field.unpack) for field in fields}
 
 
 _READERS = {kind: _readers(fields) for kind, fields in FIELDS.items()}
@@ -249,8 +254,8 @@ def _unpack(readers: _Readers, packed: Any) -> dict[str, Any]:
         reader = readers.get(key)
         if reader is None:
             raise TypeError(f"there is no field {key}")
-        name, unpack = reader
-        unpacked[name] = unpack(value)
+        name, plain, unpack = reader
+        unpacked[name] = value if type(value) is plain else unpack(value)
     return unpacked
 
 
@@ -372,42 +377,39 @@ def decode_effect(data: bytes, budget_id: bytes) -> Effect:
     """
     packed: Any = cbor.decode(data)
     try:
-        _check_types(packed, _EFFECT_TYPES)
-        get = packed.get
-        changes, hold, holds = get(1), get(11), get(14)
-        return new(
-            Effect,
-            (
-                _NO_CHANGES if changes is None else _unpack_changes(changes),
-                get(2, 0),
-                get(3, 0),
-                get(4, 0),
-                get(5, False),
-                get(6, False),
-                get(7),
-                get(8),
-                get(9, 0),
-                tuple(map(_int, get(10, ()))),
-                None if hold is None else _unpack_hold(hold, budget_id),
-                get(12, 0),
-                get(13, 0),
-                () if holds is None else tuple([_unpack_hold(one, budget_id) for one in holds]),
-                get(15, False),
-            ),
-        )
+        slots = _EMPTY_EFFECT[:]
+        for key, value in packed.items():
+            # What is absent is zero, false or null: a value that is there is none of these.
+            if type(value) is not _EFFECT_TYPES[key] or not value:
+                raise TypeError(f"the value of {key} is none")  # noqa: TRY301 - as others here
+            slots[key - 1] = value
+        if slots[0] is not None:
+            slots[0] = new(Balances, _numbers(slots[0], _BALANCES, 1))
+        else:
+            slots[0] = _NO_CHANGES
+        if slots[9]:
+            slots[9] = tuple(map(_int, slots[9]))
+        if slots[10] is not None:
+            slots[10] = _unpack_hold(slots[10], budget_id)
+        if slots[13]:
+            slots[13] = tuple([_unpack_hold(one, budget_id) for one in slots[13]])
+        return new(Effect, slots)
     except (AttributeError, TypeError, LookupError) as error:
         raise ValueError(f"not an effect: {error}") from error
 
 
-def _check_types(packed: Any, types: dict[Any, type]) -> None:
-    """What is absent is zero, false or null: a value that is there is none of these, and of its type."""
+def _numbers(packed: Any, size: int, first: int) -> list[int]:
+    """The numbers of a map by their keys from the first one on; those that are absent are zero."""
+    slots = [0] * size
     for key, value in packed.items():
-        if type(value) is not types[key] or not value:
+        if type(value) is not int or not value or key < first:
             raise TypeError(f"the value of {key} is none")
+        slots[key - first] = value
+    return slots
 
 
 _NO_CHANGES = Balances()
-_CHANGE_TYPES: dict[Any, type] = dict.fromkeys(range(1, 9), int)
+_BALANCES = len(Balances._fields)
 _EFFECT_TYPES: dict[Any, type] = {
     1: dict,
     5: bool,
@@ -417,37 +419,16 @@ _EFFECT_TYPES: dict[Any, type] = {
     14: list,
     15: bool,
 } | dict.fromkeys((2, 3, 4, 7, 8, 9, 12, 13), int)
-_HOLD_TYPES: dict[Any, type] = {1: bytes} | dict.fromkeys(range(2, 9), int)
+_EMPTY_EFFECT: list[Any] = [None, 0, 0, 0, False, False, None, None, 0, (), None, 0, 0, (), False]
+"""By the keys, from 1 on, which are in the order of an effect's fields."""
 _HOLD_STATES = {int(state): state for state in HoldState}
-
-
-def _unpack_changes(packed: Any) -> Balances:
-    _check_types(packed, _CHANGE_TYPES)
-    get = packed.get
-    return new(
-        Balances,
-        (get(1, 0), get(2, 0), get(3, 0), get(4, 0), get(5, 0), get(6, 0), get(7, 0), get(8, 0)),
-    )
+_HOLD_NUMBERS = 7
 
 
 def _unpack_hold(packed: Any, budget_id: bytes) -> Hold:
-    _check_types(packed, _HOLD_TYPES)
-    get = packed.get
-    return new(
-        Hold,
-        (
-            budget_id,
-            packed[1],
-            b"",
-            _HOLD_STATES[packed[2]],
-            get(3, 0),
-            get(4, 0),
-            get(5, 0),
-            get(6, 0),
-            get(7, 0),
-            get(8, 0),
-        ),
-    )
+    hold_id = _bytes(packed.pop(1))
+    state, *numbers = _numbers(packed, _HOLD_NUMBERS, 2)
+    return new(Hold, (budget_id, hold_id, b"", _HOLD_STATES[state], *numbers))
 
 
 class Part(NamedTuple):
@@ -495,7 +476,8 @@ def operation_digest(
             cbor.byte_string(budget_id),
             cbor.integer(seq),
             cbor.NULL if consumed is None else cbor.byte_string(consumed),
-            cbor.array([integer(balance) for balance in money]),
+            _OF_BALANCES,
+            *map(integer, money),
             cbor.byte_string(effect),
         )
     return hashlib.sha256(b"".join(pieces)).digest()
@@ -504,6 +486,7 @@ def operation_digest(
 _ARRAY = 4
 """The major type of arrays."""
 _RECORD, _PART = cbor.head(_ARRAY, 10), cbor.head(_ARRAY, 5)
+_OF_BALANCES = cbor.head(_ARRAY, len(Balances._fields))
 
 
 def entry_hash(previous_hash: bytes, digest: bytes, part: int) -> bytes:

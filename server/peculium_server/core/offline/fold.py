@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 
 from peculium_server.core.operations import Labels
 from peculium_server.core.state import (
@@ -132,14 +131,13 @@ class Folded:
         )
 
 
-def gate(effect: Effect, money: Sequence[int]) -> tuple[bool, bool, int | None, bool]:
-    """Everything of a budget that a decision below may read; its version counts the changes."""
+def gate_changed(
+    before: Effect, money_before: Balances, after: Effect, money_after: Balances
+) -> bool:
+    """Say whether anything of a budget changed that a decision below may read: its version counts that."""
     return (
-        effect.closed,
-        effect.frozen or effect.disputes > 0,
-        effect.lease_until,
-        money[_OVERRUN] > 0,
+        before.closed is not after.closed
+        or (before.frozen or before.disputes > 0) is not (after.frozen or after.disputes > 0)
+        or before.lease_until != after.lease_until
+        or (money_before.overrun > 0) is not (money_after.overrun > 0)
     )
-
-
-_OVERRUN = Balances._fields.index("overrun")

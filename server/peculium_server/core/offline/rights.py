@@ -29,6 +29,20 @@ def check_rights(steps: list[Step], asked: dict[str, Any], holds: dict[bytes, Ho
     by = asked["authority"]
     _check_authority(entry, budget, by)
     needed = _needed(entry, budget, asked, holds)
+    if len(steps) == 1:
+        consumed = entry.consumed
+        if (needed != [consumed]) if consumed is not None else needed:
+            raise Broken("token", _NOT_LIVE)
+    else:
+        _check_consumed(steps, budget, needed)
+    if entry.kind is Kind.RECOVER or (by == BY_TOKEN and entry.kind not in BY_HOLD):
+        _rotate(entry, budget, asked, by)
+    elif asked.get("next_token_id") is not None:
+        raise Broken("token", "it may not produce a token")
+
+
+def _check_consumed(steps: list[Step], budget: Folded, needed: list[bytes]) -> None:
+    """Each of the first entries of the budget concerned consumes what is needed; no other one anything."""
     own = [step.entry.consumed for step in steps if step.budget is budget]
     told = [token for token in own if token is not None]
     if told != needed:
@@ -36,14 +50,13 @@ def check_rights(steps: list[Step], asked: dict[str, Any], holds: dict[bytes, Ho
             (at for at, pair in enumerate(zip(told, needed, strict=False)) if pair[0] != pair[1]),
             min(len(told), len(needed), len(own) - 1),
         )
-        raise Broken("token", "the token that it consumed is not the live one", index)
+        raise Broken("token", _NOT_LIVE, index)
     for index, step in enumerate(steps):
         if step.budget is not budget and step.entry.consumed is not None:
             raise Broken("token", "only the budget concerned is operated on by token", index)
-    if entry.kind is Kind.RECOVER or (by == BY_TOKEN and entry.kind not in BY_HOLD):
-        _rotate(entry, budget, asked, by)
-    elif asked.get("next_token_id") is not None:
-        raise Broken("token", "it may not produce a token")
+
+
+_NOT_LIVE: Final = "the token that it consumed is not the live one"
 
 
 def _rotate(entry: Entry, budget: Folded, asked: dict[str, Any], by: int) -> None:
