@@ -25,7 +25,6 @@ from peculium_server.core.operations import (
     Child,
     Delegate,
     Grant,
-    Lapse,
     Operation,
     Reserve,
     Role,
@@ -35,6 +34,7 @@ from peculium_server.core.operations import (
 )
 from peculium_server.core.rules import decide
 from peculium_server.core.state import Accepted, Entry
+from peculium_server.core.sweeping import lapse
 from tests.core.ledger import WholeTree
 
 LANES = 16
@@ -174,14 +174,7 @@ class Made:
         self.now += 700 * 10**6
         for root_id, tree in self.trees.items():
             for hold in [each for each in tree.known_holds() if each.remaining]:
-                lapse = Lapse(
-                    operation_id=self.id(),
-                    root_id=root_id,
-                    budget_id=hold.budget_id,
-                    authority=ByRole(),
-                    hold_id=hold.hold_id,
-                )
-                self.do(lapse, SYSTEM)
+                self.do(lapse(root_id, hold.budget_id, hold.hold_id), SYSTEM)
 
     def records(self) -> Iterator[str]:
         """The export."""
