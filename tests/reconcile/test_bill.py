@@ -119,6 +119,24 @@ def test_the_last_time_of_a_bill_is_in_its_extent() -> None:
     assert bill.extent.whole_days() == Period(DAY_1, DAY_2)
 
 
+@pytest.mark.parametrize("text", ["9999-12-31T23:59:59-10:00", "0001-01-01T00:00+14:00"])
+def test_a_time_in_a_year_that_no_date_has_is_none(text: str) -> None:
+    with pytest.raises(BillInvalid, match=r"line 2, column time: .* is no time"):
+        said(f"id,cost,time\na,1,{text}\n")
+
+
+@pytest.mark.parametrize("last", ["9999-12-31", "9999-12-31T23:59:59.999999Z", "253402214400000"])
+def test_the_extent_of_any_bill_can_be_told_in_whole_days(last: str) -> None:
+    rows = f"id,1,0001-01-01T00:00Z\nid,1,{last}\n"
+    bill = Bill(io.BytesIO(f"id,cost,time\n{rows}".encode()), DOLLARS)
+    assert len(list(bill)) == 2
+    start, end = bill.extent.whole_days()
+    assert start is not None
+    assert end is not None
+    told = (time_text(start), time_text(end))
+    assert told == ("0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z")
+
+
 def test_lines_of_another_time_are_left_out() -> None:
     text = "id,cost,time\na,1,2025-11-24T23:59:59.999999Z\nb,2,2025-11-25\nc,4,2025-11-26\n"
     reading = replace(DOLLARS, period=Period(DAY_1, DAY_2))

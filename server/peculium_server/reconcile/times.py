@@ -7,13 +7,18 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
-DAY_US: Final = 86_400_000_000
+from peculium_server.core.limits import SECOND_US
+
+DAY_US: Final = 86_400 * SECOND_US
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
-_SECOND_US: Final = 1_000_000
 _MILLISECONDS_FROM: Final = 100_000_000_000
 """Seconds since the epoch have fewer digits for three thousand years: from here on it is milliseconds."""
-_LAST_US: Final = (datetime(9999, 12, 31, tzinfo=UTC) - _EPOCH) // _MICROSECOND
+_MILLISECONDS_MAX: Final = (datetime(9999, 12, 31, tzinfo=UTC) - _EPOCH) // timedelta(
+    milliseconds=1
+)
+_FIRST_US: Final = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
+_LAST_US: Final = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
 _NUMBER: Final = re.compile(r"[0-9]{9,16}(\.[0-9]{1,9})?")
 _DAY: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
@@ -67,9 +72,9 @@ def parse_moment(value: Any) -> Moment:
         value = Decimal(text)
     if isinstance(value, bool) or not isinstance(value, int | Decimal):
         raise ValueError(f"{str(value)[:40]!r} is no time")  # noqa: TRY004 - of a file
-    if not 0 <= value <= _LAST_US // 1000:
+    if not 0 <= value <= _MILLISECONDS_MAX:
         raise ValueError(f"{str(value)[:40]} is no time")
-    factor = 1000 if value >= _MILLISECONDS_FROM else _SECOND_US
+    factor = 1000 if value >= _MILLISECONDS_FROM else SECOND_US
     return Moment(int(value * factor), whole_day=False)
 
 
@@ -86,10 +91,11 @@ def _iso(text: str) -> datetime:
 
 def _microseconds(moment: datetime) -> int:
     aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
-    try:
-        return (aware - _EPOCH) // _MICROSECOND
-    except OverflowError:
-        raise ValueError(f"{moment} is no time of a bill") from None
+    at = microseconds(aware)
+    # In UTC it may be in a year that no date has.
+    if not _FIRST_US <= at <= _LAST_US:
+        raise ValueError(f"{moment} is no time of a bill")
+    return at
 
 
 def microseconds(moment: datetime) -> int:
@@ -103,5 +109,5 @@ def day_text(at: int) -> str:
 
 
 def time_text(at: int) -> str:
-    """A time in UTC, ISO 8601."""
-    return (_EPOCH + timedelta(microseconds=at)).isoformat().replace("+00:00", "Z")
+    """A time in UTC, ISO 8601. What is after the last year, as its end, is told as the last moment of it."""
+    return (_EPOCH + timedelta(microseconds=min(at, _LAST_US))).isoformat().replace("+00:00", "Z")
