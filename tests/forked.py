@@ -7,7 +7,6 @@ output and exit code are a program's.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import multiprocessing
 import os
 import resource
@@ -20,8 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from peculium_server.cli import main
+
 # Whatever a server would import before it serves; nothing of it starts a thread.
-_PRELOADED = ["peculium_server.cli.main", "peculium_server.app", "uvloop", "tests.forked"]
+_PRELOADED = ["peculium_server.cli.verbs", "peculium_server.app", "uvloop", "tests.forked"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOADED)
@@ -94,4 +95,4 @@ def _run(
     os.chdir(directory)
     resource.setrlimit(resource.RLIMIT_NOFILE, files)
     sys.argv = ["peculium", *arguments]
-    sys.exit(importlib.import_module("peculium_server.cli.main").run())
+    main()

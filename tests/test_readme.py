@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 import peculium
-from peculium_server.cli.main import app
+from peculium_server.cli.verbs import app
 from tests.server import RunningServer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -17,7 +17,7 @@ import typer
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from grpc_tools import protoc
 
-from peculium_server.cli.main import app
+from peculium_server.cli.verbs import app
 from peculium_server.config import CLIENT_SETTINGS, SERVER_SETTINGS, Setting
 from peculium_server.core.refusals import RULES, Refusal
 from peculium_server.rpc.status import CODES

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
+import inspect
 import io
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +20,7 @@ import psycopg
 import pytest
 
 import peculium
+import peculium_server.cli
 from peculium_server.cli import main
 from tests.server import RunningServer, StartServer
 
@@ -69,11 +73,6 @@ class Cli:
         """The exit code, and what it says about it."""
         finished = self.run(*arguments)
         return finished.code, finished.err
-
-
-@pytest.fixture
-def cli(running_server: RunningServer) -> Cli:
-    return Cli(running_server.address)
 
 
 def test_a_root_is_granted_topped_up_shown_and_verified(cli: Cli) -> None:
@@ -229,6 +228,12 @@ def test_the_command_line_is_a_program_whose_exit_code_tells(running_server: Run
         )
         assert finished.returncode == code, finished.stderr
         assert "Traceback" not in finished.stderr
+
+
+def test_what_runs_it_has_the_name_of_no_module_that_may_be_imported_first() -> None:
+    for module in pkgutil.iter_modules(peculium_server.cli.__path__):
+        importlib.import_module(f"peculium_server.cli.{module.name}")
+    assert inspect.isfunction(peculium_server.cli.main)
 
 
 def test_help_teaches_every_verb() -> None:

@@ -10,12 +10,7 @@ import pytest
 
 from peculium_server.signing import SigningKey, public_pem
 from tests.cli.test_cli import Cli
-from tests.server import RunningServer, StartServer
-
-
-@pytest.fixture
-def cli(running_server: RunningServer) -> Cli:
-    return Cli(running_server.address)
+from tests.server import StartServer
 
 
 def test_an_export_is_verified_brought_up_to_date_and_never_overwritten(

@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command line."""
     try:
-        from peculium_server.cli.main import run  # noqa: PLC0415 - to say what is missing, if it is
+        from peculium_server.cli.verbs import run  # noqa: PLC0415 - to say what is missing, if it is
     except ModuleNotFoundError as error:
         if error.name is not None and error.name.startswith("peculium"):
             raise
