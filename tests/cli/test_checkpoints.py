@@ -55,6 +55,8 @@ def test_checkpoints_are_listed_and_prove_an_entry(sealed: Sealed) -> None:
     said = cli.says("audit", "prove", "acme", "2", "--public-key", str(sealed.public))
     assert "entry 2 is under checkpoint" in said
     assert "signed with the public key that was given" in said
+    digits = sealed.key.public_key.hex()
+    assert "that was given" in cli.says("audit", "prove", "acme", "2", "--public-key", digits)
     assert "compare it with what was published" in cli.says("audit", "prove", "acme", "1")
     proof: dict[str, Any]
     [proof] = cli.lines("audit", "prove", "acme", "2", "--public-key", str(sealed.public))

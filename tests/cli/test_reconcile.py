@@ -23,11 +23,6 @@ from tests.server import RunningServer, StartServer
 
 
 @pytest.fixture
-def cli(running_server: RunningServer) -> Cli:
-    return Cli(running_server.address)
-
-
-@pytest.fixture
 def acme(cli: Cli, running_server: RunningServer) -> Iterator[peculium.Budget]:
     """A budget of a hundred dollars, with one below it."""
     cli.says("grant", "acme", "100usd", "--holder", "dev", "--label", "team=core")
@@ -318,6 +313,7 @@ WRONG = [
     (("--tolerance", "1"), None),
     (("--tolerance", "x"), "no amount"),
     (("--from", "yesterday"), "--from: 'yesterday' is no time"),
+    (("--since", "2025-11-26", "--until", "2025-11-26"), "has to be before"),
     (("--from", "2025-11-26", "--until", "2025-11-26"), "has to be before"),
     (("--label", "team"), "key=value"),
     (("--amount", "price"), "line 2, column price: is not there"),

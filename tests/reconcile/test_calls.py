@@ -149,7 +149,7 @@ def test_what_is_no_record_of_a_call_is_refused() -> None:
         with pytest.raises(ValueError, match=r"recorded|cut"):
             calls.add(Recorded(Kind.SETTLE, b"b", b"o", 1, request, effect))
     calls.add(Recorded(Kind.GRANT, b"b", b"o", 1, b"", b""))
-    assert len(calls) == 0
+    assert list(calls) == []
 
 
 # -- Planted differences ------------------------------------------------------------------------------

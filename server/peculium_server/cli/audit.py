@@ -32,13 +32,17 @@ from peculium_server.cli.options import (
     Budget,
     Insecure,
     Json,
+    Kinds,
     Labels,
+    Principals,
     Since,
     Target,
     Timeout,
+    Tree,
     Until,
     connect,
     parse_id,
+    parse_kinds,
     parse_labels,
     parse_time,
     reference,
@@ -63,6 +67,7 @@ app.command("checkpoints")(checkpoints.checkpoints)
 app.command()(checkpoints.prove)
 app.command()(checkpoints.new_key)
 app.command()(export)
+app.command()(reconcile)
 
 
 class State(Enum):
@@ -72,9 +77,6 @@ class State(Enum):
     FROZEN = "frozen"
     EXPIRED = "expired"
     CLOSED = "closed"
-
-
-app.command()(reconcile)
 
 
 @app.command()
@@ -140,14 +142,8 @@ def entries(
     subtree: Annotated[
         bool, typer.Option("--subtree", help="Of the budget and everything below it.")
     ] = False,
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(help="Of this kind, as settle; may be repeated: any of them."),
-    ] = None,
-    principal: Annotated[
-        list[str] | None,
-        typer.Option(help="By this principal, or system; may be repeated: any of them."),
-    ] = None,
+    kind: Kinds = None,
+    principal: Principals = None,
     operation: Annotated[str | None, typer.Option(help="Of this operation: its id.")] = None,
     trace: Annotated[str | None, typer.Option(help="Of this trace: 32 hexadecimal digits.")] = None,
     hold: Annotated[str | None, typer.Option(help="About this hold: its id.")] = None,
@@ -179,7 +175,7 @@ def entries(
         raise typer.BadParameter("--tree and --subtree exclude each other")
     reach = Reach.TREE if whole_tree else Reach.SUBTREE if subtree else Reach.BUDGET
     selected = EntryFilter(
-        kinds=[each.upper() for each in kind or ()],
+        kinds=parse_kinds(kind),
         principals=principal or (),
         operation_id=operation,
         trace_id=trace,
@@ -237,12 +233,7 @@ def lineage(
 @app.command()
 def verify(
     *,
-    of: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[TREE]", help="A root, or any budget of its tree. Absent: the whole ledger."
-        ),
-    ] = None,
+    tree: Tree = None,
     file: Annotated[
         Path | None,
         typer.Option("--export", help="Verify this file instead, without any server."),
@@ -266,14 +257,16 @@ def verify(
 ) -> None:
     """Make every recorded decision again, from the entries alone, and compare. Fails if one differs.
 
-    peculium audit verify
+    Of an export, hashes, checkpoints, money, tokens and holds are checked; decisions with --decide.
 
-    peculium audit verify acme
+    peculium verify
 
-    peculium audit verify --export ledger.jsonl --public-key ledger.pub
+    peculium verify acme
+
+    peculium verify --export ledger.jsonl --public-key ledger.pub
     """
     if file is not None:
-        if of is not None:
+        if tree is not None:
             raise typer.BadParameter("an export is verified as a whole: name no tree")
         verify_export(file, public_keys=public_key or [], decide=decide, json=json)
         return
@@ -284,7 +277,7 @@ def verify(
         connect(target, api_key, allow_insecure, timeout) as client,
         Console(stderr=True).status("verifying") as status,
     ):
-        for last in client.audit.verify(None if of is None else reference(of)):
+        for last in client.audit.verify(None if tree is None else reference(tree)):
             status.update(f"verifying: {last.entries:,} entries of {last.trees:,} trees")
     if last is None or last.verified is None:
         raise LedgerUnavailable("the server ended the verification without a verdict")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from peculium import Checkpoint, Proof
 from peculium_server.cli.options import (
@@ -19,10 +18,12 @@ from peculium_server.cli.options import (
     Target,
     Timeout,
     connect,
+    parse_public_key,
     reference,
 )
 from peculium_server.cli.output import (
     entry_json,
+    new_table,
     print_json,
     print_line,
     time_text,
@@ -63,9 +64,9 @@ def prove(
     budget: Budget,
     seq: Annotated[int, typer.Argument(min=1, help="Which of its entries.", show_default=False)],
     public_key: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="The file of the public key that was published: PEM, or 64 hexadecimal digits."
+            help="The one that was published: a file of it, or its 64 hexadecimal digits."
         ),
     ] = None,
     target: Target = None,
@@ -79,9 +80,9 @@ def prove(
     peculium audit prove acme/research 12 --public-key published.pem
     """
     # Here, so that the other verbs do not wait for it.
-    from peculium_server.signing import is_signed, load_public_key  # noqa: PLC0415
+    from peculium_server.signing import is_signed  # noqa: PLC0415
 
-    given = None if public_key is None else load_public_key(public_key)
+    given = None if public_key is None else parse_public_key(public_key)
     with connect(target, api_key, allow_insecure, timeout) as client:
         proof = client.audit.prove(reference(budget), seq)
     checkpoint = proof.checkpoint
@@ -123,11 +124,7 @@ def new_key(
 
 
 def _print_checkpoints(listed: Iterable[Checkpoint]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("number", "operations", "leaves"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for name in ("sealed at", "key", "hash"):
-        table.add_column(name, no_wrap=True)
+    table = new_table(right=("number", "operations", "leaves"), whole=("sealed at", "key", "hash"))
     for checkpoint in listed:
         table.add_row(
             str(checkpoint.number),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 from uuid import UUID
 
@@ -31,9 +30,8 @@ from peculium_server.core.offline.records import (
 )
 from peculium_server.core.operations import Kind
 from peculium_server.core.state import Balances, Budget, Custody, Effect, Entry, Hold, HoldState
+from peculium_server.reconcile.times import microseconds
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 _NO_EFFECT: Final = Effect(changes=Balances())
 
 
@@ -46,7 +44,7 @@ def _header(header: ExportHeader) -> Header:
     return Header(
         header.encoding_version,
         header.incarnation,
-        _time(header.at),
+        microseconds(header.at),
         header.positions,
         header.root_id,
     )
@@ -64,7 +62,7 @@ def _entry(entry: EntryInfo) -> Recorded:
             parts=entry.parts,
             operation_id=UUID(entry.operation_id).bytes,
             kind=Kind[entry.kind],
-            at=_time(entry.at),
+            at=microseconds(entry.at),
             principal=entry.actor,
             trace_id=None if entry.trace_id is None else bytes.fromhex(entry.trace_id),
             consumed=entry.consumed,
@@ -92,18 +90,18 @@ def _budget(row: ExportedBudget) -> BudgetRow:
         token=None,
         overrun_factor=row.overrun_factor,
         labels=tuple(sorted(row.labels.items())),
-        created_at=_time(row.created_at),
+        created_at=microseconds(row.created_at),
         money=_balances(row.balances),
         disputed=row.disputed,
         disputes=row.disputes,
         holds_live=row.holds_live,
         closed=row.closed,
         frozen=row.frozen,
-        lease_until=None if row.lease_until is None else _time(row.lease_until),
-        lease_latest=None if row.lease_latest is None else _time(row.lease_latest),
+        lease_until=None if row.lease_until is None else microseconds(row.lease_until),
+        lease_latest=None if row.lease_latest is None else microseconds(row.lease_latest),
         version=row.version,
         seq=row.seq,
-        last_at=_time(row.last_at),
+        last_at=microseconds(row.last_at),
         head=row.head,
     )
     return BudgetRow(budget, row.token_digest)
@@ -122,8 +120,8 @@ def _hold(row: ExportedHold) -> HoldRow:
             remaining=hold.remaining,
             booked=hold.booked,
             disputed=hold.disputed,
-            created_at=_time(hold.created_at),
-            expires_at=_time(hold.expires_at),
+            created_at=microseconds(hold.created_at),
+            expires_at=microseconds(hold.expires_at),
         ),
         row.token_digest,
     )
@@ -132,7 +130,7 @@ def _hold(row: ExportedHold) -> HoldRow:
 def _checkpoint(sealed: ExportedCheckpoint) -> SealedBy:
     checkpoint = Checkpoint(
         number=sealed.number,
-        sealed_at=_time(sealed.sealed_at),
+        sealed_at=microseconds(sealed.sealed_at),
         incarnation=sealed.incarnation,
         positions=sealed.positions,
         merkle_root=sealed.merkle_root,
@@ -174,7 +172,3 @@ def _balances(money: BalancesInfo) -> Balances:
         money.overrun,
         money.advanced,
     )
-
-
-def _time(at: datetime) -> int:
-    return (at - _EPOCH) // _MICROSECOND

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Final
@@ -21,17 +20,21 @@ from peculium_server.cli.options import (
     Json,
     Target,
     Timeout,
+    Tree,
     connect,
+    parse_public_key,
     reference,
 )
-from peculium_server.cli.output import id_text, print_json, print_line
+from peculium_server.cli.output import (
+    TOLD_EVERY,
+    finding_json,
+    print_findings,
+    print_json,
+    print_line,
+)
 from peculium_server.cli.problems import REFUSED
 from peculium_server.core.checkpoint import key_id_of
 from peculium_server.core.offline.records import Counts, Recorded
-from peculium_server.core.verify import Finding
-
-_PROGRESS_ENTRIES: Final = 1_000
-_HEX_KEY: Final = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 
 
 class Format(StrEnum):
@@ -44,12 +47,7 @@ class Format(StrEnum):
 
 def export(
     *,
-    of: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[TREE]", help="A root, or any budget of its tree. Absent: the whole ledger."
-        ),
-    ] = None,
+    tree: Tree = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The file to write.", show_default=False)
     ],
@@ -67,7 +65,7 @@ def export(
     timeout: Timeout = 10,
     json: Json = False,
 ) -> None:
-    """Take everything away that proves itself without a server, as it is at one instant.
+    """Write a tree, or the whole ledger, into a file that is verified without a server, as it is at one instant.
 
     peculium audit export --output ledger.jsonl
 
@@ -86,13 +84,13 @@ def export(
         connect(target, api_key, allow_insecure, timeout) as client,
         Console(stderr=True).status("exporting") as status,
     ):
-        tree = None if of is None else reference(of)
-        for piece in client.audit.export(tree, after=after):
+        exported = client.audit.export(None if tree is None else reference(tree), after=after)
+        for piece in exported:
             record = record_of(piece)
             sink.take(record)
             if isinstance(record, Recorded):
                 read += 1
-                if read % _PROGRESS_ENTRIES == 0:
+                if read % TOLD_EVERY == 0:
                     status.update(f"exporting: {read:,} entries")
             elif isinstance(record, Counts):
                 counts = record
@@ -117,7 +115,7 @@ def verify_export(path: Path, *, public_keys: list[str], decide: bool, json: boo
     """
     from peculium_server.signing import is_signed  # noqa: PLC0415 - takes long to import
 
-    keys = [_public_key(each) for each in public_keys]
+    keys = [parse_public_key(each) for each in public_keys]
     errors = Console(stderr=True)
     if not keys:
         errors.print(Text(_NO_KEY), soft_wrap=True)
@@ -143,12 +141,6 @@ _NO_KEY: Final = (
 )
 
 
-def _public_key(said: str) -> bytes:
-    from peculium_server.signing import load_public_key  # noqa: PLC0415 - takes long to import
-
-    return bytes.fromhex(said) if _HEX_KEY.fullmatch(said) else load_public_key(Path(said))
-
-
 def _verified_json(verified: Verified, *, trusted: bool) -> dict[str, object]:
     return {
         "verified": not verified.findings,
@@ -156,16 +148,7 @@ def _verified_json(verified: Verified, *, trusted: bool) -> dict[str, object]:
         **verified.counts._asdict(),
         "trees": verified.trees,
         "unsealed": verified.unsealed,
-        "findings": [
-            {
-                "root_id": _id(finding.root_id),
-                "budget_id": _id(finding.budget_id),
-                "seq": finding.seq,
-                "rule": finding.rule,
-                "detail": finding.detail,
-            }
-            for finding in verified.findings
-        ],
+        "findings": [finding_json(finding) for finding in verified.findings],
     }
 
 
@@ -180,19 +163,4 @@ def _print_verified(verified: Verified) -> None:
         print_line(f"verified: {counted}: hashes, money, tokens, holds and rows hold")
         print_line(sealed)
         return
-    print_line(f"NOT verified: {counted}; the first finding of each tree:")
-    for finding in verified.findings:
-        print_line(f"  {_where(finding)}{finding.rule}: {finding.detail}")
-
-
-def _where(finding: Finding) -> str:
-    ids = [text for text in (_id(finding.root_id), _id(finding.budget_id)) if text is not None]
-    at = f" entry {finding.seq}" if finding.seq else ""
-    return f"{'/'.join(ids)}{at}: " if ids else ""
-
-
-def _id(value: bytes) -> str | None:
-    return id_text(value) if len(value) == _ID_BYTES else value.hex() or None
-
-
-_ID_BYTES: Final = 16
+    print_findings(counted, verified.findings)

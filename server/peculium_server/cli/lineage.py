@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from peculium import Delegation, TokenStep
 from peculium_server.cli.amounts import show_amount
-from peculium_server.cli.output import id_text, print_line, time_text, wide_console
+from peculium_server.cli.output import new_table, print_line, time_text, wide_console
+from peculium_server.core.refusals import id_text
 
 
 def delegation_json(delegation: Delegation) -> dict[str, Any]:
@@ -44,11 +44,9 @@ def token_step_json(step: TokenStep) -> dict[str, Any]:
 
 def print_delegations(delegations: Sequence[Delegation]) -> None:
     """Print who made each level, from the root downwards."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("budget", "made", "by", "by right of"):
-        table.add_column(name, overflow="fold")
-    table.add_column("with", justify="right", no_wrap=True)
-    table.add_column("operation", no_wrap=True)
+    table = new_table(
+        *("budget", "made", "by", "by right of"), right=("with",), whole=("operation",)
+    )
     for each in delegations:
         table.add_row(
             Text(each.budget.path),
@@ -64,10 +62,9 @@ def print_delegations(delegations: Sequence[Delegation]) -> None:
 def print_token_steps(steps: Iterable[TokenStep]) -> None:
     """Print what was done to the token and the holder."""
     print_line("")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("at", "seq", "kind", "by", "consumed", "holder from then on"):
-        table.add_column(name, overflow="fold")
-    table.add_column("operation", no_wrap=True)
+    table = new_table(
+        *("at", "seq", "kind", "by", "consumed", "holder from then on"), whole=("operation",)
+    )
     for step in steps:
         table.add_row(
             time_text(step.at),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Annotated, Final
 
 import typer
@@ -12,6 +14,7 @@ import peculium
 from peculium import BudgetRef, Client
 
 _ID_PARTS_MAX: Final = 2
+_HEX_KEY: Final = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 
 Target = Annotated[
     str | None,
@@ -39,6 +42,20 @@ Budget = Annotated[
     typer.Argument(
         help="Its path, such as acme/research; or ids, as ROOT or ROOT/BUDGET.", show_default=False
     ),
+]
+Tree = Annotated[
+    str | None,
+    typer.Argument(
+        help="A root, or any budget of its tree. Absent: the whole ledger.", show_default=False
+    ),
+]
+Kinds = Annotated[
+    list[str] | None,
+    typer.Option("--kind", help="Of this kind, as settle; may be repeated: any of them."),
+]
+Principals = Annotated[
+    list[str] | None,
+    typer.Option("--principal", help="By this principal, or system; may be repeated: any of them."),
 ]
 Labels = Annotated[
     list[str] | None, typer.Option("--label", help="key=value; may be repeated: all of them.")
@@ -88,6 +105,23 @@ def parse_id(text: str | None) -> bytes | None:
         return None if text is None else uuid.UUID(text).bytes
     except ValueError:
         raise typer.BadParameter(f"{text!r} is no id: write a UUID") from None
+
+
+def parse_kinds(given: list[str] | None) -> list[str]:
+    """Kinds of operations as the ledger names them."""
+    return [each.upper() for each in given or ()]
+
+
+def parse_public_key(text: str) -> bytes:
+    """A public key: its hexadecimal digits, or a file that has it.
+
+    Raises:
+        SigningKeyInvalid: The file has none.
+    """
+    # Here, so that the other verbs do not wait for it.
+    from peculium_server.signing import load_public_key  # noqa: PLC0415
+
+    return bytes.fromhex(text) if _HEX_KEY.fullmatch(text) else load_public_key(Path(text))
 
 
 def parse_labels(given: list[str] | None) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
@@ -13,14 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from peculium import BudgetInfo, BudgetState, EntryInfo, Receipt, Verification
-from peculium.values import Balances
+from peculium.values import Balances, Finding
 from peculium_server.cli.amounts import show_amount
+from peculium_server.core.refusals import id_text
+from peculium_server.core.verify import Finding as FindingInExport
 
 _STATE_STYLES: Final = {
     BudgetState.FROZEN: "cyan",
     BudgetState.EXPIRED: "yellow",
     BudgetState.CLOSED: "dim",
 }
+TOLD_EVERY: Final = 1_000
+"""Lines or entries after which progress is told again."""
 _BALANCE_NAMES: Final = tuple(Balances.__dataclass_fields__)
 
 
@@ -32,6 +35,24 @@ def print_json(value: Mapping[str, Any]) -> None:
 def print_line(text: str) -> None:
     """Print a sentence, as it is."""
     Console(soft_wrap=True, highlight=False).print(Text(text))
+
+
+def new_table(*folded: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """A table without lines, by the names of its columns in this order.
+
+    Args:
+        folded: What may go over several lines.
+        right: Numbers and amounts.
+        whole: What is to be copied, as ids.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in folded:
+        table.add_column(Text(name), overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in whole:
+        table.add_column(name, no_wrap=True)
+    return table
 
 
 def budget_json(budget: BudgetInfo) -> dict[str, Any]:
@@ -104,17 +125,13 @@ def _budget_facts(budget: BudgetInfo) -> Iterator[tuple[str, str]]:
 
 def print_tree(budgets: Sequence[BudgetInfo]) -> None:
     """Print budgets as a tree, with where their money is."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("budget", overflow="fold")
-    table.add_column("state")
     amounts = ("granted", "available", "held", "delegated", "spent")
     rare = [
         name
         for name in ("forfeited", "overrun", "advanced")
         if any(getattr(budget.balances, name) for budget in budgets)
     ]
-    for name in (*amounts, *rare):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table("budget", "state", right=(*amounts, *rare))
     table.add_column("held by", overflow="fold")
     for depth, budget in _in_depth(budgets):
         style = _STATE_STYLES.get(budget.state, "")
@@ -180,12 +197,11 @@ def entry_json(entry: EntryInfo) -> dict[str, Any]:
 
 def print_entries(entries: Iterable[EntryInfo], unit: str, paths: Mapping[bytes, str]) -> None:
     """Print entries, each with what it changed and what it left available."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("at", "budget", "seq", "kind", "actor"):
-        table.add_column(name, overflow="fold")
-    for name in ("amount", "available", "held", "spent"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("operation", no_wrap=True)
+    table = new_table(
+        *("at", "budget", "seq", "kind", "actor"),
+        right=("amount", "available", "held", "spent"),
+        whole=("operation",),
+    )
     for entry in entries:
         table.add_row(
             time_text(entry.at),
@@ -220,16 +236,7 @@ def verification_json(verification: Verification) -> dict[str, Any]:
         "verified": verification.verified,
         "entries": verification.entries,
         "trees": verification.trees,
-        "findings": [
-            {
-                "root_id": id_text(finding.root_id),
-                "budget_id": None if finding.budget_id is None else id_text(finding.budget_id),
-                "seq": finding.seq,
-                "rule": finding.rule,
-                "detail": finding.detail,
-            }
-            for finding in verification.findings
-        ],
+        "findings": [finding_json(finding) for finding in verification.findings],
     }
 
 
@@ -239,18 +246,38 @@ def print_verification(verification: Verification) -> None:
     if verification.verified:
         print_line(f"verified: {counted}; every hash, every decision and every balance holds")
         return
+    print_findings(counted, verification.findings)
+
+
+def finding_json(finding: Finding | FindingInExport) -> dict[str, Any]:
+    """A finding for machines."""
+    return {
+        "root_id": _id_said(finding.root_id),
+        "budget_id": _id_said(finding.budget_id),
+        "seq": finding.seq,
+        "rule": finding.rule,
+        "detail": finding.detail,
+    }
+
+
+def print_findings(counted: str, findings: Iterable[Finding | FindingInExport]) -> None:
+    """Print that something does not verify, and what."""
     print_line(f"NOT verified: {counted}; the first finding of each tree:")
-    for finding in verification.findings:
-        where = id_text(finding.root_id)
-        if finding.budget_id is not None:
-            where += f"/{id_text(finding.budget_id)}"
-        at = f" entry {finding.seq}" if finding.seq else ""
-        print_line(f"  {where}{at}: {finding.rule}: {finding.detail}")
+    for finding in findings:
+        ids = filter(None, (_id_said(finding.root_id), _id_said(finding.budget_id)))
+        at = f"entry {finding.seq}" if finding.seq else ""
+        where = " ".join(filter(None, ("/".join(ids), at)))
+        print_line(f"  {where}{': ' if where else ''}{finding.rule}: {finding.detail}")
 
 
-def id_text(value: bytes) -> str:
-    """An id as people write it."""
-    return str(uuid.UUID(bytes=value))
+def _id_said(value: bytes | None) -> str | None:
+    """An id that was found somewhere: there may be none, or what is in a file may not be one."""
+    if not value:
+        return None
+    return id_text(value) if len(value) == _ID_BYTES else value.hex()
+
+
+_ID_BYTES: Final = 16
 
 
 def _held_by(budget: BudgetInfo) -> str:

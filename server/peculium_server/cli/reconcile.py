@@ -27,7 +27,7 @@ from peculium_server.cli.options import (
     connect,
     parse_labels,
 )
-from peculium_server.cli.output import print_json, print_line
+from peculium_server.cli.output import TOLD_EVERY, print_json, print_line
 from peculium_server.cli.problems import REFUSED
 from peculium_server.cli.reconcile_ledger import Booking, Known, Trees, book, find_trees, read_calls
 from peculium_server.cli.reconcile_output import (
@@ -46,7 +46,6 @@ from peculium_server.reconcile.rows import Format
 from peculium_server.reconcile.times import Period, parse_moment
 
 _REASON_BYTES_MAX: Final = 512
-_TOLD_EVERY: Final = 1000
 
 
 class By(StrEnum):
@@ -78,7 +77,6 @@ def reconcile(
     budgets: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[BUDGET]...",
             help="Whose calls it is about, with all below: paths or ids. Absent: all roots.",
             show_default=False,
         ),
@@ -91,22 +89,33 @@ def reconcile(
         Format | None, typer.Option("--format", help="How the file is written. Default: found out.")
     ] = None,
     reference: Annotated[
-        str, typer.Option(metavar="COLUMN", help="Has the provider's id of the call.")
+        str, typer.Option(metavar="COLUMN", help="The column with the provider's id of the call.")
     ] = "",
     hold: Annotated[
         str,
-        typer.Option(metavar="COLUMN", help="Has the id of the hold, if a gateway was told it."),
+        typer.Option(
+            metavar="COLUMN", help="The column with the id of the hold, if a gateway was told it."
+        ),
     ] = "",
-    amount: Annotated[str, typer.Option(metavar="COLUMN", help="Has what was billed.")] = "",
-    currency: Annotated[str, typer.Option(metavar="COLUMN", help="Has the currency.")] = "",
+    amount: Annotated[
+        str, typer.Option(metavar="COLUMN", help="The column with what was billed.")
+    ] = "",
+    currency: Annotated[
+        str, typer.Option(metavar="COLUMN", help="The column with the currency.")
+    ] = "",
     day: Annotated[
         str,
-        typer.Option(metavar="COLUMN", help="Has the day or time, in UTC where it says no zone."),
+        typer.Option(
+            metavar="COLUMN", help="The column with the day or time, in UTC where it says no zone."
+        ),
     ] = "",
-    model: Annotated[str, typer.Option(metavar="COLUMN", help="Has the model.")] = "",
+    model: Annotated[str, typer.Option(metavar="COLUMN", help="The column with the model.")] = "",
     label: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=COLUMN", help="Group by this label, too; may be repeated."),
+        typer.Option(
+            metavar="KEY=COLUMN",
+            help="Group by this label, too, whose values a column has; may be repeated.",
+        ),
     ] = None,
     rename_model: Annotated[
         list[str] | None,
@@ -128,7 +137,9 @@ def reconcile(
     ] = None,
     since: Annotated[
         str | None,
-        typer.Option("--from", help="From this day or time on. Default: the bill's first."),
+        typer.Option(
+            "--from", "--since", help="From this day or time on. Default: the bill's first."
+        ),
     ] = None,
     until: Annotated[
         str | None,
@@ -243,7 +254,7 @@ class _Run:
     def lines(self) -> Iterator[Line]:
         """The lines of the bill, with progress."""
         for number, line in enumerate(self.bill, 1):
-            if number % _TOLD_EVERY == 0:
+            if number % TOLD_EVERY == 0:
                 self.spinner.update(f"reading the bill: {number:,} lines")
             yield line
 
@@ -295,13 +306,13 @@ class _Run:
         groups = Groups(self.label_keys)
         groups.bill(lines)
         known = self._known()
-        groups.book(known.calls, self._period(whole_days=True))
+        period = self._period(whole_days=True)
+        groups.book(known.calls, period)
         self.spinner.stop()
         judged = groups.judged(self.tolerance)
         everything = total(judged, self.tolerance)
         done = all(group.reconciled for group in judged)
         shown = Shown(self.trees.unit, known.budgets)
-        period = self._period(whole_days=True)
         if self.json:
             shown.groups_json(groups.names, judged)
             summary = {
@@ -349,11 +360,11 @@ class _Run:
                 print_line("nothing was booked")
                 return []
         bookings: list[Booking] = []
-        tell = shown.bookings_json if self.json else shown.bookings
+        tell = shown.booking_json if self.json else shown.booking
         try:
             for booking in book(self.client, bookable, known.budgets, applying.reason):
                 bookings.append(booking)
-                tell([booking])
+                tell(booking)
         except PeculiumError as error:
             error.add_note(f"{len(bookings):,} of {len(bookable):,} were dealt with before that")
             raise

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import typer
 
 from peculium import BudgetInfo, BudgetRef, Client, EntryFilter, Reach
-from peculium.errors import Malformed, PeculiumError, Refused
+from peculium.errors import Malformed, Refused
 from peculium_server.cli.options import reference
+from peculium_server.cli.output import TOLD_EVERY
 from peculium_server.reconcile.amounts import rounded
 from peculium_server.reconcile.calls import CONCERNED, Call, Calls, Level, Recorded
 from peculium_server.reconcile.references import Finding
@@ -96,11 +97,12 @@ def read_calls(
         for budget in client.audit.budgets(root):
             budgets[budget.ref.budget_id] = budget.ref
             levels[budget.ref.budget_id] = Level(budget.parent_id, budget.labels)
-        wanted = _below({top.ref.budget_id for top in trees.tops if _is_in(top, root_id)}, levels)
+        tops = {top.ref.budget_id for top in trees.tops if top.ref.root_id == root_id}
+        wanted = _below(tops, levels)
         found = Calls(levels, label_keys)
         for entry in client.audit.entries(root, reach=Reach.TREE, selected=selected):
             read += 1
-            if read % _TOLD_EVERY == 0:
+            if read % TOLD_EVERY == 0:
                 progress(read)
             # A budget made since the levels were read has only calls that are younger than that.
             if not entry.request or entry.budget_id not in wanted:
@@ -117,13 +119,6 @@ def read_calls(
             )
         calls += (call for call in found if provider is None or call.provider in (provider, ""))
     return Known(calls, budgets)
-
-
-_TOLD_EVERY = 1000
-
-
-def _is_in(budget: BudgetInfo, root_id: bytes) -> bool:
-    return budget.ref.root_id == root_id
 
 
 def _below(tops: set[bytes], levels: dict[bytes, Level]) -> set[bytes]:
@@ -156,10 +151,6 @@ def book(
                 budgets[call.budget_id], call.hold_id, rounded(finding.billed), reason
             )
         except (Refused, Malformed) as error:
-            yield Booking(finding, None, _told(error))
+            yield Booking(finding, None, str(error))
         else:
             yield Booking(finding, receipt.operation_id, "")
-
-
-def _told(error: PeculiumError) -> str:
-    return str(error)

@@ -12,8 +12,9 @@ from rich.text import Text
 
 from peculium import BudgetRef
 from peculium_server.cli.amounts import show_amount
-from peculium_server.cli.output import id_text, print_json, print_line, wide_console
+from peculium_server.cli.output import new_table, print_json, print_line, wide_console
 from peculium_server.cli.reconcile_ledger import Booking
+from peculium_server.core.refusals import id_text
 from peculium_server.reconcile.amounts import Amount, add, rounded
 from peculium_server.reconcile.bill import Bill
 from peculium_server.reconcile.groups import Group
@@ -107,9 +108,10 @@ class Shown:
         """Print findings for people, the first of many."""
         if not findings:
             return
-        table = _table("status", "line", "reference", "budget", "hold")
-        for name in ("billed", "booked", "difference"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table = new_table(
+            *("status", "line", "reference", "budget", "hold"),
+            right=("billed", "booked", "difference"),
+        )
         for finding in findings[:ROWS_MAX]:
             calls = finding.calls or (() if finding.fits is None else (finding.fits,))
             holds = [id_text(call.hold_id) for call in calls if call.hold_id is not None]
@@ -140,30 +142,30 @@ class Shown:
             )
         self._bill(bill, period)
 
-    def bookings(self, bookings: Sequence[Booking]) -> None:
+    def booking(self, booking: Booking) -> None:
         """Print what became of what was to be booked, for people."""
-        for finding, operation_id, problem in bookings:
-            name = ", ".join(finding.references) or f"line {finding.line}"
-            if operation_id is None:
-                print_line(f"NOT booked: {name}: {problem}")
-            else:
-                amount = self._amount(rounded(finding.billed))
-                print_line(f"booked: {name} has cost {amount} (operation {operation_id})")
+        finding, operation_id, problem = booking
+        name = ", ".join(finding.references) or f"line {finding.line}"
+        if operation_id is None:
+            print_line(f"NOT booked: {name}: {problem}")
+        else:
+            amount = self._amount(rounded(finding.billed))
+            print_line(f"booked: {name} has cost {amount} (operation {operation_id})")
 
-    def bookings_json(self, bookings: Sequence[Booking]) -> None:
+    def booking_json(self, booking: Booking) -> None:
         """Print what became of what was to be booked, for machines."""
-        for finding, operation_id, problem in bookings:
-            [call] = finding.calls
-            print_json(
-                {
-                    "status": "not_booked" if operation_id is None else "booked",
-                    "references": list(finding.references),
-                    "hold_id": None if call.hold_id is None else id_text(call.hold_id),
-                    "actual": rounded(finding.billed),
-                    "operation_id": operation_id,
-                    "problem": problem or None,
-                }
-            )
+        finding, operation_id, problem = booking
+        [call] = finding.calls
+        print_json(
+            {
+                "status": "not_booked" if operation_id is None else "booked",
+                "references": list(finding.references),
+                "hold_id": None if call.hold_id is None else id_text(call.hold_id),
+                "actual": rounded(finding.billed),
+                "operation_id": operation_id,
+                "problem": problem or None,
+            }
+        )
 
     # -- by group -----------------------------------------------------------------------------------
 
@@ -180,9 +182,10 @@ class Shown:
 
     def groups(self, names: Sequence[str], groups: Sequence[Group], total: Group) -> None:
         """Print groups for people, and what they add up to."""
-        table = _table("status", *names)
-        for name in ("billed", "booked", "difference", "left open", "unexplained"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table = new_table(
+            *("status", *names),
+            right=("billed", "booked", "difference", "left open", "unexplained"),
+        )
         for group in groups[:ROWS_MAX]:
             self._group_row(table, group, group.key)
         total_key = ("total", *("" for _ in names[1:])) if names else ()
@@ -272,10 +275,3 @@ def _period_text(period: Period) -> str:
     start = "the beginning" if period.start is None else time_text(period.start)
     end = "now" if period.end is None else time_text(period.end)
     return f"from {start} until {end}"
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        table.add_column(name, overflow="fold")
-    return table

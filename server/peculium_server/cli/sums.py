@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from peculium import (
@@ -28,11 +27,15 @@ from peculium_server.cli.options import (
     Budget,
     Insecure,
     Json,
+    Kinds,
+    Labels,
+    Principals,
     Since,
     Target,
     Timeout,
     Until,
     connect,
+    parse_kinds,
     parse_labels,
     parse_time,
     reference,
@@ -40,12 +43,13 @@ from peculium_server.cli.options import (
 from peculium_server.cli.output import (
     balances_json,
     entry_json,
-    id_text,
+    new_table,
     print_json,
     print_line,
     time_text,
     wide_console,
 )
+from peculium_server.core.refusals import id_text
 
 _BUDGETS_MAX = 10_000
 """Budgets whose paths are remembered while they are followed."""
@@ -135,15 +139,9 @@ def watch(
         ),
     ] = None,
     alone: Alone = False,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="Only of this kind, such as settle; may be repeated.")
-    ] = None,
-    principal: Annotated[
-        list[str] | None, typer.Option(help="Only by this principal; may be repeated.")
-    ] = None,
-    label: Annotated[
-        list[str] | None, typer.Option(help="key=value: only with this label; may be repeated.")
-    ] = None,
+    kind: Kinds = None,
+    principal: Principals = None,
+    label: Labels = None,
     from_beginning: Annotated[
         bool, typer.Option("--from-beginning", help="Everything that was recorded, first.")
     ] = False,
@@ -167,7 +165,7 @@ def watch(
     peculium audit watch acme --kind settle --kind spend
     """
     selected = EntryFilter(
-        kinds=[each.upper() for each in kind or ()],
+        kinds=parse_kinds(kind),
         principals=principal or (),
         labels=parse_labels(label),
     )
@@ -287,10 +285,7 @@ def _print_statement(told: Statement) -> None:
         for name in balances_json(told.closing)
         if any(getattr(money, name) for _, _, money in rows)
     ]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in ("operations", *names):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table("", right=("operations", *names))
     for number, (what, operations, money) in enumerate(rows):
         style = "bold" if number in (0, len(rows) - 1) else ""
         table.add_row(Text(what), operations, *_amounts(money, names, told.unit), style=style)
@@ -324,13 +319,10 @@ def _group_json(group: UsageGroup, groupings: list[str], unit: str) -> dict[str,
 
 
 def _print_usage(told: UsageReport, groupings: list[str]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for grouping in groupings:
-        table.add_column(Text(grouping), overflow="fold")
-    if not groupings:
-        table.add_column("")
-    for name in ("operations", "spent", "forfeited", "input tokens", "output tokens"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = new_table(
+        *(groupings or [""]),
+        right=("operations", "spent", "forfeited", "input tokens", "output tokens"),
+    )
     for group in told.groups if groupings else ():
         table.add_row(*(Text(key or "-") for key in group.keys), *_figures(group, told.unit))
     first = ("total", *[""] * (len(groupings) - 1))

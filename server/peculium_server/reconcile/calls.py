@@ -104,9 +104,6 @@ class Calls:
         yield from self._holds.values()
         yield from self._spends
 
-    def __len__(self) -> int:
-        return len(self._holds) + len(self._spends)
-
     def add(self, recorded: Recorded) -> None:
         """Take in the next operation; of those that concern no call nothing is taken.
 

@@ -39,7 +39,7 @@ class Status(StrEnum):
 
 
 _HARMLESS: Final = frozenset({Status.MATCHED, Status.EDGE})
-BOOKABLE: Final = frozenset({Status.DIFFERENT, Status.LAPSED})
+_BOOKABLE: Final = frozenset({Status.DIFFERENT, Status.LAPSED})
 """What Resolve can settle."""
 
 
@@ -96,7 +96,7 @@ class Finding:
     def bookable(self) -> bool:
         """An admin may resolve the hold to what was billed."""
         return (
-            self.status in BOOKABLE and len(self.calls) == 1 and self.calls[0].hold_id is not None
+            self.status in _BOOKABLE and len(self.calls) == 1 and self.calls[0].hold_id is not None
         )
 
 
