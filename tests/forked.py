@@ -1,7 +1,8 @@
 """Servers forked from a process that has imported all they need: a second of work less for each.
 
 They differ from `python -m peculium_server` in nothing but that: the command line, environment, limits,
-output and exit code are a program's.
+output and exit code are a program's. What the system's loader reads in the environment comes too late
+for them, and is refused.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from peculium_server.cli import main
 # Whatever a server would import before it serves; nothing of it starts a thread.
 _PRELOADED = ["peculium_server.cli.verbs", "peculium_server.app", "uvloop", "tests.forked"]
 
+_LOADED_FIRST = "LD_PRELOAD"
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(_PRELOADED)
 
@@ -32,6 +35,8 @@ class Forked:
     """The command line in a process of its own. What it has in common with Popen is as there."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        if environment.get(_LOADED_FIRST) != os.environ.get(_LOADED_FIRST):
+            raise ValueError(f"{_LOADED_FIRST} says nothing to a process that is forked")
         reading, writing = _context.Pipe(duplex=False)
         with reading, writing:
             self._process = _context.Process(

@@ -18,8 +18,8 @@ import pytest
 
 from tests.faults import clock
 from tests.faults.clock import HOUR, OFF, Fleet, Wrong
-from tests.faults.liar import Liar
-from tests.server import StartServer, starting
+from tests.faults.liar import Liar, library
+from tests.server import RunningServer, StartServer, starting
 
 pytestmark = [
     pytest.mark.timeout(240),
@@ -37,10 +37,23 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def fleet(start_server: StartServer, database: str, folder: Path) -> Fleet:
+def start_lied_to(tmp_path: Path) -> Iterator[StartServer]:
+    """Starts servers that believe a liar: as programs of their own, since that is when it is loaded."""
+    with starting(tmp_path) as start:
+
+        def start_lied_to(liar: Liar, *flags: str) -> RunningServer:
+            server = start(*flags, **liar.environment())
+            assert str(library()) in Path(f"/proc/{server.process.pid}/maps").read_text()
+            return server
+
+        yield start_lied_to
+
+
+@pytest.fixture
+def fleet(start_lied_to: StartServer, database: str, folder: Path) -> Fleet:
     """A server that is an hour ahead, and one whose clock jumps, beginning an hour behind."""
     liars = [Liar.off_by(seconds, folder / f"clock-{number}") for number, seconds in enumerate(OFF)]
-    servers = [start_server("--database-url", database, **liar.environment()) for liar in liars]
+    servers = [start_lied_to(liar, "--database-url", database) for liar in liars]
     return Fleet([server.address for server in servers], database, liars[-1])
 
 
@@ -89,10 +102,10 @@ async def test_servers_whose_clocks_are_off_serve_by_the_databases(fleet: Fleet)
 
 @pytest.mark.parametrize("seconds", OFF)
 async def test_a_server_whose_clock_is_off_ends_holds_and_leases_by_the_databases(
-    start_server: StartServer, database: str, folder: Path, seconds: float
+    start_lied_to: StartServer, database: str, folder: Path, seconds: float
 ) -> None:
     liar = Liar.off_by(seconds, folder / "clock")
-    server = start_server("--database-url", database, "--sweep-seconds", "1", **liar.environment())
+    server = start_lied_to(liar, "--database-url", database, "--sweep-seconds", "1")
     assert await clock.holds_and_leases_end_by_the_database(
         Fleet([server.address], database), "acme"
     )
