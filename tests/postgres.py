@@ -8,6 +8,7 @@ that may create databases. Databases are copies of a template, which is migrated
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import os
 import secrets
@@ -16,13 +17,15 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
+import psutil
 import psycopg
 import pytest
 from psycopg import sql
 
-from peculium_server.embedded import EmbeddedPostgres
+from peculium_server.embedded import EmbeddedPostgres, EmbeddedPostgresError
 from peculium_server.store import roles
 
 MIGRATE = "peculium_server.store.migrate"
@@ -32,6 +35,11 @@ TEMPLATE_LOCK = 0x7065637C  # Advisory: one worker makes the template, the other
 
 _run_id = pytest.StashKey[str]()
 _folder = pytest.StashKey[str]()
+_running = pytest.StashKey[BinaryIO]()
+
+_NAME = "peculium-tests-{}"
+_MARK = ".running"
+"""The suffix of a file beside a run's data, locked for as long as the run lives."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,10 @@ def pytest_configure(config: pytest.Config) -> None:
     given = getattr(config, "workerinput", None)
     config.stash[_run_id] = secrets.token_hex(4) if given is None else given["peculium_run_id"]
     config.stash[_folder] = _roomy_folder() if given is None else given["peculium_folder"]
+    if given is None and "TEST_DATABASE_URL" not in os.environ:
+        remove_what_killed_runs_left(Path(config.stash[_folder]))
+        config.stash[_running] = _data_dir(config).with_suffix(_MARK).open("wb")
+        fcntl.flock(config.stash[_running], fcntl.LOCK_SH)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -179,18 +191,37 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if given is not None:
         Server(given, f"peculium_test_{config.stash[_run_id]}_").drop_all()
         return
-    data_dir = _data_dir(config)
+    _remove(_data_dir(config))
+
+
+def remove_what_killed_runs_left(folder: Path) -> None:
+    """Stop the servers of runs that were killed, and remove their data, which may be in memory."""
+    for mark in folder.glob(f"{_NAME.format('*')}{_MARK}"):
+        # One that another user's run has left, or that somebody else is just removing.
+        with contextlib.suppress(OSError, EmbeddedPostgresError), mark.open("rb") as running:
+            fcntl.flock(running, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(mark.with_suffix(""))
+
+
+def _remove(data_dir: Path) -> None:
     if (data_dir / "cluster" / "postmaster.pid").exists():
-        EmbeddedPostgres.start(data_dir).stop()
+        server = EmbeddedPostgres.start(data_dir)
+        server.stop()
+        if server.running:
+            return
     shutil.rmtree(data_dir, ignore_errors=True)
+    data_dir.with_suffix(_MARK).unlink(missing_ok=True)
 
 
 def _data_dir(config: pytest.Config) -> Path:
     """In memory where there is enough of it: commits then wait for no disk, and settings stay durable."""
-    return Path(config.stash[_folder]) / f"peculium-tests-{config.stash[_run_id]}"
+    return Path(config.stash[_folder]) / _NAME.format(config.stash[_run_id])
 
 
 def _roomy_folder() -> str:
-    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES_MIN:
-        return str(MEMORY)
+    if MEMORY.is_dir():
+        # The folder may promise more than there is.
+        room = min(shutil.disk_usage(MEMORY).free, psutil.virtual_memory().available)
+        if room >= MEMORY_BYTES_MIN:
+            return str(MEMORY)
     return tempfile.gettempdir()

@@ -1,0 +1,41 @@
+"""The tests' own Postgres: a run that is killed leaves it behind, and the next one removes it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from tests.postgres import remove_what_killed_runs_left
+
+A_RUN = """
+import fcntl, signal, sys
+from peculium_server.embedded import EmbeddedPostgres
+
+with open(sys.argv[1] + ".running", "wb") as running:
+    fcntl.flock(running, fcntl.LOCK_SH)
+    server = EmbeddedPostgres.start(sys.argv[1])
+    print(server.pid, flush=True)
+    signal.pause()
+"""
+
+
+def test_what_a_killed_run_has_left_is_removed_and_what_a_living_one_has_is_not(
+    own_postgres: Path,
+) -> None:
+    folder = own_postgres.parent
+    data_dir = folder / "peculium-tests-abc"
+    with subprocess.Popen(
+        [sys.executable, "-c", A_RUN, str(data_dir)], stdout=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        postmaster = psutil.Process(int(run.stdout.readline()))
+        remove_what_killed_runs_left(folder)
+        assert postmaster.is_running()
+        assert data_dir.exists()
+        run.kill()
+    remove_what_killed_runs_left(folder)
+    assert not postmaster.is_running()
+    assert list(folder.iterdir()) == []
