@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 from peculium_server.core.operations import Kind, Operation
+from peculium_server.core.selection import Period
 from peculium_server.core.state import Balances, Budget, Entry
 from peculium_server.core.usage import Booked, By, Grouping, Usage
-from peculium_server.store.accounts import Account, Movement, Period, Totals
+from peculium_server.store.accounts import Account, Movement, Totals
 from peculium_server.store.store import Store
 from tests.audit.histories import History, record
 from tests.core.ledger import Ledger, requested

@@ -14,11 +14,10 @@ import pytest
 from psycopg.rows import dict_row
 
 from peculium_server.core.operations import Kind
-from peculium_server.core.selection import Selection
+from peculium_server.core.selection import Period, Selection
 from peculium_server.core.state import Balances, Budget, BudgetState, Custody, Entry
 from peculium_server.store.lists import (
     BudgetSelection,
-    Period,
     Reach,
     list_budgets,
     list_entries,

@@ -14,7 +14,7 @@ from peculium_server import sealer as sealer_module
 from peculium_server.core.state import GENESIS
 from peculium_server.sealer import Round
 from peculium_server.signing import SigningKey
-from peculium_server.store import seals as seals_module
+from peculium_server.store import reading, seals as seals_module
 from peculium_server.store.errors import StoreError
 from peculium_server.store.store import Store
 from peculium_server.store.wire import Connection, Flown, Step
@@ -151,7 +151,7 @@ async def test_two_that_have_seen_the_same_last_checkpoint_do_not_both_commit(
     await sealing.seal_all()
     await fleet.ask(fleet.spend(root))
     both_have_looked = asyncio.Barrier(2)
-    fly = seals_module._fly
+    fly = reading.fetch_together
 
     async def fly_together(connection: Connection, *steps: Step) -> list[list[object]]:
         results = await fly(connection, *steps)
@@ -159,7 +159,7 @@ async def test_two_that_have_seen_the_same_last_checkpoint_do_not_both_commit(
             await both_have_looked.wait()
         return results
 
-    monkeypatch.setattr(seals_module, "_fly", fly_together)
+    monkeypatch.setattr(seals_module, "fetch_together", fly_together)
     outcomes = await asyncio.gather(sealing.sealer.round(), other_sealing.sealer.round())
     assert sorted(outcome.name for outcome in outcomes) == ["OVERTAKEN", "SEALED"]
     assert len(await sealing.checkpoints()) == 2

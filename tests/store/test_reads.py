@@ -11,12 +11,13 @@ import psycopg
 import pytest
 
 from peculium_server.core.operations import ByHolder
-from peculium_server.core.selection import Selection
+from peculium_server.core.selection import Period, Selection
 from peculium_server.core.state import GENESIS, Budget, Entry, Hold
+from peculium_server.store.accounts import Account
 from peculium_server.store.errors import LedgerCorrupt
+from peculium_server.store.history import line_at, makings, used_at
 from peculium_server.store.lists import (
     BudgetSelection,
-    Period,
     Reach,
     list_budgets,
     list_entries,
@@ -289,6 +290,46 @@ async def test_bytes_that_are_no_entry_are_shown_to_the_verifier_and_refused_to_
     assert (finding.budget_id, finding.seq) == (root.id, 2)
     with pytest.raises(LedgerCorrupt, match="entry 2"):
         await list_entries(ledger.store, root.budget, Reach.BUDGET, EVERY_ENTRY, EVER, limit=5)
+
+
+async def test_sums_of_what_an_unreadable_effect_says_are_refused(
+    ledger: StoredLedger, root: Node, database: str
+) -> None:
+    await ledger.accept(root.spend(1))
+    at = ledger.now
+    await ledger.accept(root.spend(1))
+    async with await psycopg.AsyncConnection.connect(database) as tamperer:
+        await tamperer.execute(r"UPDATE entries SET effect = '\xff' WHERE seq = 2")
+    with pytest.raises(LedgerCorrupt, match=root.id.hex()):
+        await used_at(ledger.store, root.root_id, root.id, at)
+    account = Account(root.root_id, root.id, subtree=False)
+    with pytest.raises(LedgerCorrupt, match=root.id.hex()):
+        async with ledger.store.accounts(root.root_id, seconds_max=30) as accounts:
+            await accounts.totals(account, Period(None, at + 1))
+
+
+@pytest.mark.parametrize("taken", ["position = 1", "position = 2 AND part = 0"])
+async def test_a_budget_whose_making_is_not_recorded_any_more_is_told_by_nobody(
+    ledger: StoredLedger, root: Node, database: str, taken: str
+) -> None:
+    child = await ledger.below(root)
+    await ledger.accept(child.spend(1))
+    async with await psycopg.AsyncConnection.connect(database) as tamperer:
+        await tamperer.execute(f"DELETE FROM entries WHERE {taken}".encode())  # noqa: S608
+    with pytest.raises(LedgerCorrupt):
+        await makings(ledger.store, root.root_id, [root.id, child.id])
+
+
+async def test_a_line_of_which_an_ancestor_has_no_entry_is_not_told(
+    ledger: StoredLedger, root: Node, database: str
+) -> None:
+    child = await ledger.below(root)
+    line = await ledger.store.budget(root.root_id, child.id)
+    assert [budget.seq for budget in await line_at(ledger.store, line, ledger.now)] == [1, 2]
+    async with await psycopg.AsyncConnection.connect(database) as tamperer:
+        await tamperer.execute("DELETE FROM entries WHERE budget_id = root_id")
+    with pytest.raises(LedgerCorrupt, match=child.id.hex()):
+        await line_at(ledger.store, line, ledger.now)
 
 
 async def test_where_a_lane_stands_is_told_with_the_time(ledger: StoredLedger, root: Node) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from peculium_server.core import cbor
 from peculium_server.core.operations import Kind, Labels
@@ -12,6 +12,15 @@ from peculium_server.core.state import Entry
 _LABELS: Final = 2
 _REFERENCE: Final = 11
 """Keys of the entry encoding."""
+
+
+class Period(NamedTuple):
+    """A time: decided from the first instant on, and before the last. Microseconds since the epoch."""
+
+    since: int | None = None
+    """None: from the beginning."""
+    until: int | None = None
+    """None: without end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

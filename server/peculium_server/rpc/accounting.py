@@ -19,6 +19,7 @@ from peculium.v1.audit_service_pb2 import (
 )
 from peculium_server.core.limits import LABEL_KEY_BYTES_MAX
 from peculium_server.core.refusals import Refusal, Refused, id_text
+from peculium_server.core.selection import Period
 from peculium_server.core.state import Balances
 from peculium_server.core.usage import (
     Booked,
@@ -35,7 +36,7 @@ from peculium_server.rpc.calls import CallRefused, deadline
 from peculium_server.rpc.reading import Line, Reader
 from peculium_server.rpc.responses import write_balances, write_position, write_time
 from peculium_server.rpc.times import read_time
-from peculium_server.store.accounts import Account, Accounts, Period, Totals
+from peculium_server.store.accounts import Account, Accounts, Totals
 from peculium_server.store.errors import LedgerCorrupt
 from peculium_server.store.store import Store
 

@@ -12,12 +12,12 @@ from peculium.v1.audit_service_pb2 import BudgetFilter, EntryFilter
 from peculium_server.core import limits
 from peculium_server.core.operations import Kind, Labels
 from peculium_server.core.refusals import Refusal, Refused
-from peculium_server.core.selection import Selection
+from peculium_server.core.selection import Period, Selection
 from peculium_server.core.shape import labels_problem, text_problem
 from peculium_server.core.state import BudgetState
 from peculium_server.rpc.calls import CallRefused
 from peculium_server.rpc.times import read_time
-from peculium_server.store.lists import BudgetSelection, Period, Reach
+from peculium_server.store.lists import BudgetSelection, Reach
 
 PRINCIPALS_MAX: Final = 100
 """Principals that one filter names."""

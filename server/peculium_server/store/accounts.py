@@ -17,14 +17,11 @@ from itertools import groupby
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
-import psycopg
 from psycopg import AsyncRawCursor, AsyncRawServerCursor
 from sqlalchemy import (
     ColumnElement,
     Executable,
     Select,
-    SmallInteger,
-    Uuid,
     and_,
     any_,
     bindparam,
@@ -37,12 +34,14 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
-from peculium_server.core.encoding import decode_effect
 from peculium_server.core.lanes import lane_of
 from peculium_server.core.operations import Kind
+from peculium_server.core.selection import Period
 from peculium_server.core.state import Balances
 from peculium_server.core.usage import Booking, Level
-from peculium_server.store.errors import LedgerCorrupt, translate
+from peculium_server.store.clauses import BUDGET, ID, in_subtree, in_tree, of_subtree
+from peculium_server.store.errors import LedgerCorrupt
+from peculium_server.store.rows import to_effect
 from peculium_server.store.schema import SPARSE, budgets, entries
 from peculium_server.store.statements import compiled
 from peculium_server.store.wire import Connection, Statement, Step
@@ -73,15 +72,6 @@ class Account(NamedTuple):
     """Everything below the budget too."""
 
 
-class Period(NamedTuple):
-    """A time: decided from the first instant on, and before the last. Microseconds since the epoch."""
-
-    since: int | None = None
-    """None: from the beginning."""
-    until: int | None = None
-    """None: without end."""
-
-
 class Movement(NamedTuple):
     """What the operations of one kind have moved."""
 
@@ -110,10 +100,7 @@ class Totals(NamedTuple):
 
 # -- Statements ---------------------------------------------------------------------------------------
 
-_LANE = bindparam("lane", type_=SmallInteger)
-_ROOT = bindparam("root_id", type_=Uuid(as_uuid=False))
-_BUDGET = bindparam("budget_id", type_=Uuid(as_uuid=False))
-_IDS = bindparam("budget_ids", type_=ARRAY(Uuid(as_uuid=False)))
+_IDS = bindparam("budget_ids", type_=ARRAY(ID))
 _SINCE = bindparam("since", type_=TIMESTAMP(timezone=True))
 _UNTIL = bindparam("until", type_=TIMESTAMP(timezone=True))
 _ZERO: ColumnElement[int] = literal_column("0")
@@ -129,19 +116,10 @@ def _of_previous(value: ColumnElement[Any]) -> ColumnElement[Any]:
     return func.lag(value).over(partition_by=entries.c.budget_id, order_by=entries.c.seq)
 
 
-def _in_subtree() -> ColumnElement[bool]:
-    return or_(budgets.c.budget_id == _BUDGET, any_(budgets.c.ancestors) == _BUDGET)
-
-
 def _concerned(*, subtree: bool) -> tuple[ColumnElement[bool], ...]:
     """Which entries are of the account."""
-    of_tree = entries.c.lane == _LANE, entries.c.root_id == _ROOT
-    if not subtree:
-        return (*of_tree, entries.c.budget_id == _BUDGET)
-    of_account = select(budgets.c.budget_id).where(
-        budgets.c.lane == _LANE, budgets.c.root_id == _ROOT, _in_subtree()
-    )
-    return (*of_tree, entries.c.budget_id.in_(of_account))
+    of_account = of_subtree() if subtree else entries.c.budget_id == BUDGET
+    return (*in_tree(entries), of_account)
 
 
 def _balance(name: str, *, subtree: bool) -> ColumnElement[int]:
@@ -151,7 +129,7 @@ def _balance(name: str, *, subtree: bool) -> ColumnElement[int]:
     column: ColumnElement[int] = entries.c[name]
     value = func.coalesce(column, _ZERO) if name in SPARSE else column
     if subtree and name in _OF_TOP:
-        return case((entries.c.budget_id == _BUDGET, value), else_=_ZERO)
+        return case((entries.c.budget_id == BUDGET, value), else_=_ZERO)
     return value
 
 
@@ -196,10 +174,9 @@ def _totals(*, subtree: bool) -> Executable:
 
 def _disputed_still(*, subtree: bool) -> Executable:
     """What is disputed in those budgets of which nothing was decided since."""
-    of_account = _in_subtree() if subtree else budgets.c.budget_id == _BUDGET
+    of_account = in_subtree() if subtree else budgets.c.budget_id == BUDGET
     return select(func.sum(budgets.c.disputed)).where(
-        budgets.c.lane == _LANE,
-        budgets.c.root_id == _ROOT,
+        *in_tree(budgets),
         of_account,
         budgets.c.last_at < _UNTIL,
     )
@@ -207,9 +184,7 @@ def _disputed_still(*, subtree: bool) -> Executable:
 
 def _changed_since(*, subtree: bool) -> Executable:
     """Of the other budgets, the last effect before the period's end."""
-    later = select(budgets.c.budget_id).where(
-        budgets.c.lane == _LANE, budgets.c.root_id == _ROOT, budgets.c.last_at >= _UNTIL
-    )
+    later = select(budgets.c.budget_id).where(*in_tree(budgets), budgets.c.last_at >= _UNTIL)
     history = (
         select(
             entries.c.budget_id,
@@ -247,14 +222,11 @@ def _lines() -> Executable:
         .join(
             level,
             and_(
-                level.c.lane == _LANE,
-                level.c.root_id == _ROOT,
+                *in_tree(level),
                 level.c.budget_id == any_(line),
             ),
         )
-        .where(
-            budgets.c.lane == _LANE, budgets.c.root_id == _ROOT, budgets.c.budget_id == any_(_IDS)
-        )
+        .where(*in_tree(budgets), budgets.c.budget_id == any_(_IDS))
         .order_by(budgets.c.budget_id, func.cardinality(level.c.ancestors).desc())
     )
 
@@ -330,10 +302,7 @@ class Accounts:
     ) -> dict[bytes, tuple[Level, ...]]:
         """Of some budgets of a tree the levels above them, from each itself up to the root."""
         key = {"lane": self._lane(root_id), "root_id": root_id, "budget_ids": list(budget_ids)}
-        try:
-            rows = await self._connection.fetch(Step(STATEMENTS["lines"], key))
-        except psycopg.Error as error:
-            raise translate(error) from error
+        rows = await self._connection.fetch(Step(STATEMENTS["lines"], key))
         return {
             budget_id: tuple(Level(name, labels) for _, name, labels in levels)
             for budget_id, levels in groupby(rows, key=lambda row: row[0])
@@ -346,36 +315,25 @@ class Accounts:
             return disputed
         async for portion in self._portions("changed_since", account, period):
             for budget_id, effect in portion:
-                try:
-                    disputed += decode_effect(effect, budget_id).disputed
-                except ValueError as error:
-                    raise LedgerCorrupt(
-                        f"an entry of budget {budget_id.hex()} is unreadable"
-                    ) from error
+                disputed += to_effect(budget_id, effect).disputed
         return disputed
 
     async def _all(self, name: str, account: Account, period: Period) -> list[Any]:
         """All rows of a statement that may take its time."""
         statement, values = self._asked(name, account, period)
-        try:
-            # Not as a flight, which has to be answered within seconds.
-            cursor = AsyncRawCursor(self._connection)
-            await cursor.execute(statement.sql, values, binary=True)
-            return await cursor.fetchall()
-        except psycopg.Error as error:
-            raise translate(error) from error
+        # Not as a flight, which has to be answered within seconds.
+        cursor = AsyncRawCursor(self._connection)
+        await cursor.execute(statement.sql, values, binary=True)
+        return await cursor.fetchall()
 
     async def _portions(
         self, name: str, account: Account, period: Period
     ) -> AsyncGenerator[list[Any]]:
         statement, values = self._asked(name, account, period)
-        try:
-            async with AsyncRawServerCursor(self._connection, name) as cursor:
-                await cursor.execute(statement.sql, values, binary=True)
-                while rows := await cursor.fetchmany(_PORTION_ROWS):
-                    yield [statement.row(row) for row in rows]
-        except psycopg.Error as error:
-            raise translate(error) from error
+        async with AsyncRawServerCursor(self._connection, name) as cursor:
+            await cursor.execute(statement.sql, values, binary=True)
+            while rows := await cursor.fetchmany(_PORTION_ROWS):
+                yield [statement.row(row) for row in rows]
 
     def _asked(
         self, name: str, account: Account, period: Period

@@ -17,10 +17,8 @@ from sqlalchemy import (
     ColumnElement,
     Executable,
     LargeBinary,
-    Select,
     SmallInteger,
     Text,
-    Uuid,
     and_,
     any_,
     bindparam,
@@ -39,39 +37,32 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from peculium_server.core.operations import HOLD_OPERATIONS, Kind
 from peculium_server.core.state import GENESIS, Entry
 from peculium_server.store import rows
-from peculium_server.store.reads import previous_hash
+from peculium_server.store.clauses import (
+    AFTER,
+    BUDGET,
+    ID,
+    LIMIT,
+    UNTIL,
+    chained,
+    columns,
+    first,
+    in_positions,
+    in_subtree,
+    in_tree,
+    to_chained_entry,
+)
 from peculium_server.store.schema import SEQ_GROUP_BITS, budgets, entries, holds, roots, seq_group
 from peculium_server.store.statements import compiled
 from peculium_server.store.wire import Statement
 
-_ID = Uuid(as_uuid=False)
-_LANE = bindparam("lane", type_=SmallInteger)
-_ROOT = bindparam("root_id", type_=_ID)
-_BUDGET = bindparam("budget_id", type_=_ID)
-_IDS = bindparam("ids", type_=ARRAY(_ID))
+_IDS = bindparam("ids", type_=ARRAY(ID))
 _AT = bindparam("at", type_=TIMESTAMP(timezone=True))
-_AFTER = bindparam("after", type_=BigInteger)
-_UNTIL = bindparam("until", type_=BigInteger)
-_LIMIT = bindparam("limit", type_=BigInteger)
 _SKIPPED = bindparam("skipped", type_=BigInteger)
 _ZERO, _ONE, _TWO = (literal_column(number, BigInteger) for number in "012")
 _SEQ_GROUP_BITS = literal_column(str(SEQ_GROUP_BITS), BigInteger)
 _NOTHING = literal_column("''", Text)
 
 _BIGINT_MAX = literal_column(str(2**63 - 1), BigInteger)
-
-
-def _in_tree(table: Any) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    return table.c.lane == _LANE, table.c.root_id == _ROOT
-
-
-def _columns(table: Any, names: Sequence[str]) -> list[ColumnElement[Any]]:
-    return [table.c[name] for name in names]
-
-
-def _below(top: ColumnElement[Any]) -> ColumnElement[bool]:
-    """Of a budget's row: it is the top, or below it."""
-    return or_(budgets.c.budget_id == top, any_(budgets.c.ancestors) == top)
 
 
 # -- What is said of a subtree ------------------------------------------------------------------------
@@ -82,8 +73,8 @@ def _with_totals() -> Executable:
     named, below = budgets.alias("named"), budgets.alias("below")
     line = func.array_append(named.c.ancestors, named.c.budget_id)
     subtree = (
-        *_in_tree(below),
-        or_(below.c.budget_id == _BUDGET, any_(below.c.ancestors) == _BUDGET),
+        *in_tree(below),
+        in_subtree(below),
     )
     totals = [
         select(cast(func.least(func.coalesce(func.sum(amount), _ZERO), _BIGINT_MAX), BigInteger))
@@ -92,10 +83,10 @@ def _with_totals() -> Executable:
         for amount in (below.c.spent + below.c.forfeited, below.c.disputed)
     ]
     return (
-        select(*_columns(budgets, rows.BUDGET_COLUMNS), *totals)
+        select(*columns(budgets, rows.BUDGET_COLUMNS), *totals)
         .select_from(named)
-        .join(budgets, and_(*_in_tree(budgets), budgets.c.budget_id == any_(line)))
-        .where(*_in_tree(named), named.c.budget_id == _BUDGET)
+        .join(budgets, and_(*in_tree(budgets), budgets.c.budget_id == any_(line)))
+        .where(*in_tree(named), named.c.budget_id == BUDGET)
         .order_by(func.cardinality(budgets.c.ancestors).desc())
     )
 
@@ -116,7 +107,7 @@ def _groups_at(*which: ColumnElement[bool]) -> CTE:
             case((budgets.c.last_at <= _AT, last), else_=_ZERO).label("low"),
             last.label("high"),
         )
-        .where(*_in_tree(budgets), budgets.c.created_at <= _AT, *which)
+        .where(*in_tree(budgets), budgets.c.created_at <= _AT, *which)
         .cte("search", recursive=True)
     )
     low, high = search.c.low, search.c.high
@@ -132,7 +123,7 @@ def _groups_at(*which: ColumnElement[bool]) -> CTE:
             search.join(
                 entries,
                 and_(
-                    *_in_tree(entries),
+                    *in_tree(entries),
                     entries.c.budget_id == search.c.budget_id,
                     seq_group(entries.c.seq) == middle,
                     # The first one of the group.
@@ -153,7 +144,7 @@ def _last_at(
     last = (
         select(*(column.label(f"c{index}") for index, column in enumerate(columns)))
         .where(
-            *_in_tree(entries),
+            *in_tree(entries),
             entries.c.budget_id == found.c.budget_id,
             seq_group(entries.c.seq) == found.c.low,
             entries.c.at <= _AT,
@@ -167,19 +158,19 @@ def _last_at(
 
 def _line_at() -> Executable:
     """The last entries, by a time, of a budget and its ancestors that there were."""
-    return _last_at([budgets.c.budget_id == any_(_IDS)], _columns(entries, rows.ENTRY_COLUMNS))
+    return _last_at([budgets.c.budget_id == any_(_IDS)], columns(entries, rows.ENTRY_COLUMNS))
 
 
 def _seq_at() -> Executable:
     """The seq that a budget had at a time."""
-    return _last_at([budgets.c.budget_id == _BUDGET], [entries.c.seq])
+    return _last_at([budgets.c.budget_id == BUDGET], [entries.c.seq])
 
 
 def _used_at() -> Executable:
     """What budgets in a window of ids had used by a time, with the effect that says what is disputed."""
-    after, until = bindparam("after", type_=_ID), bindparam("until", type_=_ID)
+    after, until = bindparam("after", type_=ID), bindparam("until", type_=ID)
     return _last_at(
-        [budgets.c.budget_id > after, budgets.c.budget_id <= until, _below(_BUDGET)],
+        [budgets.c.budget_id > after, budgets.c.budget_id <= until, in_subtree()],
         [
             entries.c.budget_id,
             entries.c.spent + func.coalesce(entries.c.forfeited, _ZERO),
@@ -206,7 +197,7 @@ def _holder_told() -> Executable:
     """Of a budget's entries in a window of seqs the last one that says, or changes, who holds it."""
     group = seq_group(entries.c.seq)
     return (
-        select(*_columns(entries, rows.ENTRY_COLUMNS))
+        select(*columns(entries, rows.ENTRY_COLUMNS))
         .where(
             *_in_window_of_budget(),
             entries.c.request.is_not(None),
@@ -223,7 +214,7 @@ def _token_steps() -> Executable:
         _authority() == _BY_TOKEN, ~_of_kind([operation.kind for operation in HOLD_OPERATIONS])
     )
     return (
-        select(*_columns(entries, rows.ENTRY_COLUMNS))
+        select(*columns(entries, rows.ENTRY_COLUMNS))
         .where(
             *_in_window_of_budget(),
             or_(
@@ -232,19 +223,19 @@ def _token_steps() -> Executable:
             ),
         )
         .order_by(seq_group(entries.c.seq), entries.c.seq)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
 def _in_window_of_budget() -> tuple[ColumnElement[bool], ...]:
     seq, group = entries.c.seq, seq_group(entries.c.seq)
     return (
-        *_in_tree(entries),
-        entries.c.budget_id == _BUDGET,
-        group >= seq_group(_AFTER),
-        group <= seq_group(_UNTIL),
-        seq > _AFTER,
-        seq <= _UNTIL,
+        *in_tree(entries),
+        entries.c.budget_id == BUDGET,
+        group >= seq_group(AFTER),
+        group <= seq_group(UNTIL),
+        seq > AFTER,
+        seq <= UNTIL,
     )
 
 
@@ -267,13 +258,13 @@ def _selected() -> list[ColumnElement[bool]]:
     kinds = bindparam("kinds", type_=ARRAY(SmallInteger))
     principals = bindparam("principals", type_=ARRAY(Text))
     traces = bindparam("traces", type_=ARRAY(LargeBinary))
-    among = bindparam("among", type_=ARRAY(_ID))
+    among = bindparam("among", type_=ARRAY(ID))
     first = entries.alias("first")
     # That of an operation's part 0, which says what was asked for.
     request = (
         select(first.c.request)
         .where(
-            *_in_tree(first),
+            *in_tree(first),
             first.c.operation_id == entries.c.operation_id,
             first.c.part == _ZERO,
         )
@@ -291,57 +282,52 @@ def _selected() -> list[ColumnElement[bool]]:
     ]
 
 
-def _chained() -> Select[Any]:
-    """Entries, each with the hash before it of its budget."""
-    return select(*_columns(entries, rows.ENTRY_COLUMNS), previous_hash())
-
-
 def _budget_entries(*, descending: bool) -> Executable:
     """A budget's entries in a window of seqs, as far as they are selected."""
     order = [seq_group(entries.c.seq), entries.c.seq]
     return (
-        _chained()
+        chained()
         .where(*_in_window_of_budget(), *_selected())
         .order_by(*(key.desc() if descending else key for key in order))
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
 def _lane_entries(*, subtree: bool, descending: bool) -> Executable:
     """A tree's or subtree's entries in a window of positions, as far as they are selected."""
     position = entries.c.position
-    wanted = [*_in_tree(entries), position > _AFTER, position <= _UNTIL, *_selected()]
+    wanted = [*in_tree(entries), *in_positions(), *_selected()]
     if subtree:
         # Not as a join, which the planner would turn around: it is looked up for what is left.
         wanted.append(
             func.coalesce(
-                select(_below(_BUDGET))
-                .where(*_in_tree(budgets), budgets.c.budget_id == entries.c.budget_id)
+                select(in_subtree())
+                .where(*in_tree(budgets), budgets.c.budget_id == entries.c.budget_id)
                 .scalar_subquery(),
                 false(),
             )
         )
     return (
-        _chained()
+        chained()
         .where(*wanted)
         .order_by(position.desc() if descending else position, entries.c.part)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
 def _parts() -> Executable:
     """All parts of some operations."""
     return (
-        select(*_columns(entries, rows.ENTRY_COLUMNS))
-        .where(*_in_tree(entries), entries.c.operation_id == any_(_IDS))
+        select(*columns(entries, rows.ENTRY_COLUMNS))
+        .where(*in_tree(entries), entries.c.operation_id == any_(_IDS))
         .order_by(entries.c.operation_id, entries.c.part)
     )
 
 
 def _first_parts() -> Executable:
     """Part 0 of some operations."""
-    return select(*_columns(entries, rows.ENTRY_COLUMNS)).where(
-        *_in_tree(entries),
+    return select(*columns(entries, rows.ENTRY_COLUMNS)).where(
+        *in_tree(entries),
         entries.c.operation_id == any_(_IDS),
         entries.c.part == _ZERO,
     )
@@ -349,8 +335,8 @@ def _first_parts() -> Executable:
 
 def _first_entries() -> Executable:
     """The entries of some budgets' making, each with the hash before it: none."""
-    return select(*_columns(entries, rows.ENTRY_COLUMNS)).where(
-        *_in_tree(entries),
+    return select(*columns(entries, rows.ENTRY_COLUMNS)).where(
+        *in_tree(entries),
         entries.c.budget_id == any_(_IDS),
         seq_group(entries.c.seq) == seq_group(_ONE),
         entries.c.seq == _ONE,
@@ -358,8 +344,8 @@ def _first_entries() -> Executable:
 
 
 def _hold() -> Executable:
-    return select(*_columns(holds, rows.HOLD_COLUMNS)).where(
-        *_in_tree(holds), holds.c.hold_id == bindparam("hold_id", type_=_ID)
+    return select(*columns(holds, rows.HOLD_COLUMNS)).where(
+        *in_tree(holds), holds.c.hold_id == bindparam("hold_id", type_=ID)
     )
 
 
@@ -384,7 +370,7 @@ def _window_of_budgets() -> Executable:
     """The last id of a window of a tree's budgets."""
     return (
         select(budgets.c.budget_id)
-        .where(*_in_tree(budgets), budgets.c.budget_id > bindparam("after", type_=_ID))
+        .where(*in_tree(budgets), budgets.c.budget_id > bindparam("after", type_=ID))
         .order_by(budgets.c.budget_id)
         .offset(_SKIPPED)
         .limit(_ONE)
@@ -393,24 +379,24 @@ def _window_of_budgets() -> Executable:
 
 def _budgets() -> Executable:
     """The top, if it is named, and what is below it in a window of ids, as far as it is selected."""
-    after, until = bindparam("after", type_=_ID), bindparam("until", type_=_ID)
-    chosen = select(*_columns(budgets, rows.BUDGET_COLUMNS)).where(*_in_tree(budgets), *_chosen())
-    top = chosen.where(budgets.c.budget_id == bindparam("top_id", type_=_ID))
+    after, until = bindparam("after", type_=ID), bindparam("until", type_=ID)
+    chosen = select(*columns(budgets, rows.BUDGET_COLUMNS)).where(*in_tree(budgets), *_chosen())
+    top = chosen.where(budgets.c.budget_id == bindparam("top_id", type_=ID))
     below = (
         chosen.where(
-            any_(budgets.c.ancestors) == _BUDGET,
+            any_(budgets.c.ancestors) == BUDGET,
             budgets.c.budget_id > after,
             budgets.c.budget_id <= until,
         )
         .order_by(budgets.c.budget_id)
-        .limit(_LIMIT)
+        .limit(LIMIT)
         .subquery("below")
     )
     listed = union_all(top, select(below)).subquery("listed")
     return (
-        select(*_columns(listed, rows.BUDGET_COLUMNS))
-        .order_by(listed.c.budget_id != _BUDGET, listed.c.budget_id)
-        .limit(_LIMIT)
+        select(*columns(listed, rows.BUDGET_COLUMNS))
+        .order_by(listed.c.budget_id != BUDGET, listed.c.budget_id)
+        .limit(LIMIT)
     )
 
 
@@ -429,7 +415,7 @@ def _roots() -> Executable:
     """Roots in a window of names, as far as they are selected."""
     name = roots.c.name
     return (
-        select(*_columns(budgets, rows.BUDGET_COLUMNS))
+        select(*columns(budgets, rows.BUDGET_COLUMNS))
         .select_from(roots)
         .join(
             budgets,
@@ -443,12 +429,8 @@ def _roots() -> Executable:
             *_chosen(),
         )
         .order_by(name)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
-
-
-def _to_chained_entry(row: Sequence[Any]) -> Entry:
-    return rows.to_entry(row, previous_hash=row[-1] or GENESIS)
 
 
 def _to_first_entry(row: Sequence[Any]) -> Entry:
@@ -459,33 +441,29 @@ def _to_totals(row: Sequence[Any]) -> tuple[Any, int, int]:
     return rows.to_budget(row[:-2]), row[-2], row[-1]
 
 
-def _first(row: Sequence[Any]) -> Any:
-    return row[0]
-
-
 RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "with_totals": (_with_totals(), _to_totals),
     "line_at": (_line_at(), rows.to_entry),
-    "seq_at": (_seq_at(), _first),
+    "seq_at": (_seq_at(), first),
     "used_at": (_used_at(), tuple),
     "holder_told": (_holder_told(), rows.to_entry),
     "token_steps": (_token_steps(), rows.to_entry),
-    "budget_entries": (_budget_entries(descending=False), _to_chained_entry),
-    "budget_entries_descending": (_budget_entries(descending=True), _to_chained_entry),
-    "tree_entries": (_lane_entries(subtree=False, descending=False), _to_chained_entry),
-    "tree_entries_descending": (_lane_entries(subtree=False, descending=True), _to_chained_entry),
-    "subtree_entries": (_lane_entries(subtree=True, descending=False), _to_chained_entry),
+    "budget_entries": (_budget_entries(descending=False), to_chained_entry),
+    "budget_entries_descending": (_budget_entries(descending=True), to_chained_entry),
+    "tree_entries": (_lane_entries(subtree=False, descending=False), to_chained_entry),
+    "tree_entries_descending": (_lane_entries(subtree=False, descending=True), to_chained_entry),
+    "subtree_entries": (_lane_entries(subtree=True, descending=False), to_chained_entry),
     "subtree_entries_descending": (
         _lane_entries(subtree=True, descending=True),
-        _to_chained_entry,
+        to_chained_entry,
     ),
     "parts": (_parts(), rows.to_entry),
     "first_parts": (_first_parts(), rows.to_entry),
     "first_entries": (_first_entries(), _to_first_entry),
     "hold": (_hold(), rows.to_hold),
-    "window_of_budgets": (_window_of_budgets(), _first),
+    "window_of_budgets": (_window_of_budgets(), first),
     "budgets": (_budgets(), rows.to_budget),
-    "window_of_roots": (_window_of_roots(), _first),
+    "window_of_roots": (_window_of_roots(), first),
     "roots": (_roots(), rows.to_budget),
 }
 

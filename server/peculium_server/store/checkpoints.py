@@ -12,7 +12,6 @@ from sqlalchemy import (
     LargeBinary,
     Select,
     SmallInteger,
-    Uuid,
     any_,
     bindparam,
     cast,
@@ -25,9 +24,21 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY
 
 from peculium_server.core.checkpoint import Checkpoint, Leaf, Sealed
-from peculium_server.core.state import GENESIS
 from peculium_server.store import rows
-from peculium_server.store.reads import previous_hash
+from peculium_server.store.clauses import (
+    AFTER,
+    BUDGET,
+    ID,
+    LANE,
+    LIMIT,
+    UNTIL,
+    chained,
+    columns,
+    first,
+    in_positions,
+    in_tree,
+    to_chained_entry,
+)
 from peculium_server.store.schema import (
     checkpoint_keys,
     checkpoint_leaves,
@@ -39,14 +50,8 @@ from peculium_server.store.schema import (
 from peculium_server.store.statements import CLOCK, compiled, inserted
 from peculium_server.store.wire import Statement
 
-_LANE = bindparam("lane", type_=SmallInteger)
 _LANES = bindparam("lanes", type_=ARRAY(SmallInteger))
-_ROOT = bindparam("root_id", type_=Uuid(as_uuid=False))
-_BUDGET = bindparam("budget_id", type_=Uuid(as_uuid=False))
 _SEQ = bindparam("seq", type_=BigInteger)
-_AFTER = bindparam("after", type_=BigInteger)
-_UNTIL = bindparam("until", type_=BigInteger)
-_LIMIT = bindparam("limit", type_=BigInteger)
 
 LEAF_COLUMNS = ("root_id", "budget_id", "seq", "head")
 
@@ -107,12 +112,12 @@ def _last_checkpoint() -> Executable:
 def _list_checkpoints(*, descending: bool) -> Executable:
     number = checkpoints.c.number
     if descending:
-        return _kept().where(number < _AFTER).order_by(number.desc()).limit(_LIMIT)
-    return _kept().where(number > _AFTER).order_by(number).limit(_LIMIT)
+        return _kept().where(number < AFTER).order_by(number.desc()).limit(LIMIT)
+    return _kept().where(number > AFTER).order_by(number).limit(LIMIT)
 
 
 def _leaf_columns() -> list[ColumnElement[Any]]:
-    return [checkpoint_leaves.c[name] for name in ("number", *LEAF_COLUMNS)]
+    return columns(checkpoint_leaves, ("number", *LEAF_COLUMNS))
 
 
 def _to_leaf(row: Sequence[Any]) -> tuple[int, Leaf]:
@@ -124,9 +129,7 @@ def _first_leaf_over() -> Executable:
     leaf = checkpoint_leaves.c
     return (
         select(*_leaf_columns())
-        .where(
-            leaf.lane == _LANE, leaf.root_id == _ROOT, leaf.budget_id == _BUDGET, leaf.seq >= _SEQ
-        )
+        .where(*in_tree(checkpoint_leaves), leaf.budget_id == BUDGET, leaf.seq >= _SEQ)
         .order_by(leaf.seq)
         .limit(literal_column("1"))
     )
@@ -137,7 +140,7 @@ def _last_leaf() -> Executable:
     leaf = checkpoint_leaves.c
     return (
         select(*_leaf_columns())
-        .where(leaf.lane == _LANE, leaf.root_id == _ROOT, leaf.budget_id == _BUDGET)
+        .where(*in_tree(checkpoint_leaves), leaf.budget_id == BUDGET)
         .order_by(leaf.seq.desc())
         .limit(literal_column("1"))
     )
@@ -147,27 +150,25 @@ def _chain() -> Executable:
     """A budget's entries by seq, group for group, as the index has them."""
     entry, group = entries.c, seq_group(entries.c.seq)
     return (
-        select(*(entry[name] for name in rows.ENTRY_COLUMNS), previous_hash())
+        chained()
         .where(
-            entry.lane == _LANE,
-            entry.root_id == _ROOT,
-            entry.budget_id == _BUDGET,
-            group >= seq_group(_AFTER),
-            entry.seq > _AFTER,
+            *in_tree(entries),
+            entry.budget_id == BUDGET,
+            group >= seq_group(AFTER),
+            entry.seq > AFTER,
         )
         .order_by(group, entry.seq)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
 def _operation() -> Executable:
     """All parts of an operation."""
     return (
-        select(*(entries.c[name] for name in rows.ENTRY_COLUMNS))
+        select(*columns(entries, rows.ENTRY_COLUMNS))
         .where(
-            entries.c.lane == _LANE,
-            entries.c.root_id == _ROOT,
-            entries.c.operation_id == bindparam("operation_id", type_=Uuid(as_uuid=False)),
+            *in_tree(entries),
+            entries.c.operation_id == bindparam("operation_id", type_=ID),
         )
         .order_by(entries.c.part)
     )
@@ -178,7 +179,7 @@ def _leaves() -> Executable:
     leaf = checkpoint_leaves.c
     return (
         select(*_leaf_columns())
-        .where(leaf.lane == any_(_LANES), leaf.number > _AFTER, leaf.number <= _UNTIL)
+        .where(leaf.lane == any_(_LANES), leaf.number > AFTER, leaf.number <= UNTIL)
         .order_by(leaf.number, leaf.root_id, leaf.budget_id)
     )
 
@@ -187,7 +188,7 @@ def _leaves_of_tree() -> Executable:
     leaf = checkpoint_leaves.c
     return (
         select(*_leaf_columns())
-        .where(leaf.lane == _LANE, leaf.root_id == _ROOT)
+        .where(*in_tree(checkpoint_leaves))
         .order_by(leaf.number, leaf.budget_id)
     )
 
@@ -202,7 +203,7 @@ def _public_keys() -> Executable:
 
 # -- What is to be sealed ----------------------------------------------------------------------------
 
-_BETWEEN = (entries.c.lane == _LANE, entries.c.position > _AFTER, entries.c.position <= _UNTIL)
+_BETWEEN = (entries.c.lane == LANE, *in_positions())
 
 
 def _decided_at() -> Executable:
@@ -219,7 +220,7 @@ def _covered() -> Executable:
         select(entries.c.position, entries.c.part)
         .where(*_BETWEEN)
         .order_by(entries.c.position, entries.c.part)
-        .limit(_LIMIT)
+        .limit(LIMIT)
         .subquery("some")
     )
     return select(
@@ -285,24 +286,24 @@ def leaf_values(lane: int, number: int, leaves: Sequence[Leaf]) -> dict[str, Any
 
 
 RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
-    "sealing_clock": (select(CLOCK), lambda row: row[0]),
+    "sealing_clock": (select(CLOCK), first),
     "last_checkpoint": (_last_checkpoint(), _to_kept),
     "list_checkpoints": (_list_checkpoints(descending=False), _to_kept),
     "list_checkpoints_descending": (_list_checkpoints(descending=True), _to_kept),
     "first_leaf_over": (_first_leaf_over(), _to_leaf),
     "last_leaf": (_last_leaf(), _to_leaf),
-    "chain": (_chain(), lambda row: rows.to_entry(row, previous_hash=row[-1] or GENESIS)),
+    "chain": (_chain(), to_chained_entry),
     "operation": (_operation(), rows.to_entry),
     "leaves": (_leaves(), _to_leaf),
     "leaves_of_tree": (_leaves_of_tree(), _to_leaf),
-    "sealed_roots": (_sealed_roots(), lambda row: row[0]),
-    "public_keys": (_public_keys(), lambda row: row[0]),
-    "decided_at": (_decided_at(), lambda row: row[0]),
+    "sealed_roots": (_sealed_roots(), first),
+    "public_keys": (_public_keys(), first),
+    "decided_at": (_decided_at(), first),
     "covered": (_covered(), Covered._make),
     "heads": (_heads(), Leaf._make),
     "add_key": (_add_key(), tuple),
     "add_checkpoint": (_add_checkpoint(), tuple),
-    "add_leaves": (inserted(checkpoint_leaves, ("number", *LEAF_COLUMNS), _LANE), tuple),
+    "add_leaves": (inserted(checkpoint_leaves, ("number", *LEAF_COLUMNS), LANE), tuple),
 }
 
 STATEMENTS: dict[str, Statement] = {

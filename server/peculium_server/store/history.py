@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from peculium_server.core.encoding import decode_effect
 from peculium_server.core.operations import (
     Accept,
     ByRole,
@@ -23,7 +22,8 @@ from peculium_server.core.operations import (
 from peculium_server.core.state import Budget, Custody, Entry
 from peculium_server.store.audit_reads import STATEMENTS
 from peculium_server.store.errors import LedgerCorrupt
-from peculium_server.store.rows import asked_for
+from peculium_server.store.lists import NIL, window_of_budgets
+from peculium_server.store.rows import asked_for, to_effect
 from peculium_server.store.store import Page, Store
 
 _SEQS_AT_ONCE: Final = 65_536
@@ -31,9 +31,6 @@ _SEQS_AT_ONCE: Final = 65_536
 _WINDOWS_MAX: Final = 4
 """Statements for one page."""
 _BUDGETS_AT_ONCE: Final = 1_000
-
-_NIL: Final = bytes(16)
-_LAST_ID: Final = b"\xff" * 16
 
 
 class Used(NamedTuple):
@@ -122,6 +119,8 @@ async def line_at(store: Store, line: Sequence[Budget], at: int) -> tuple[Budget
     entries = {entry.budget_id: entry for entry in found}
     if line[0].budget_id not in entries:
         return ()
+    if len(entries) < len(line):
+        raise LedgerCorrupt(f"what budget {line[0].budget_id.hex()} is below has no entry by then")
     held = await _held(store, line[0], entries[line[0].budget_id].seq)
     top, *above = (_after(budget, entries[budget.budget_id]) for budget in line)
     return (top._replace(custody=held.custody, holder=held.holder), *above)
@@ -153,28 +152,25 @@ async def used_at(store: Store, root_id: bytes, budget_id: bytes, at: int) -> Us
     """
     key = store.key(root_id, budget_id)
     used = disputed = 0
-    after = _NIL
+    after = NIL
     while True:
-        ends = await store.fetch(
-            STATEMENTS["window_of_budgets"],
-            lane=key["lane"],
-            root_id=root_id,
-            after=after,
-            skipped=_BUDGETS_AT_ONCE - 1,
-        )
-        until = ends[0] if ends else _LAST_ID
+        until, last = await window_of_budgets(store, root_id, after, _BUDGETS_AT_ONCE)
         for owner, amount, effect in await store.fetch(
             STATEMENTS["used_at"], **key, after=after, until=until, at=at
         ):
             used += amount
-            disputed += decode_effect(effect, owner).disputed
-        if not ends:
+            disputed += to_effect(owner, effect).disputed
+        if last:
             return Used(used, disputed)
         after = until
 
 
 async def makings(store: Store, root_id: bytes, ids: Sequence[bytes]) -> dict[bytes, Making]:
-    """How budgets of one tree came to be, by their ids."""
+    """How budgets of one tree came to be, by their ids.
+
+    Raises:
+        LedgerCorrupt: The entries of one do not say.
+    """
     lane = store.lane_of(root_id)
     entries = await store.fetch(
         STATEMENTS["first_entries"], lane=lane, root_id=root_id, ids=list(ids)
@@ -190,10 +186,15 @@ async def makings(store: Store, root_id: bytes, ids: Sequence[bytes]) -> dict[by
     }
     made = {}
     for entry in entries:
+        if entry.operation_id not in firsts:
+            raise LedgerCorrupt(f"what made budget {entry.budget_id.hex()} lacks its part 0")
         first, operation = firsts[entry.operation_id]
         if not isinstance(operation, Grant | Delegate):
             raise LedgerCorrupt(f"budget {entry.budget_id.hex()} begins with {entry.kind.name}")
         made[entry.budget_id] = Making(entry, first, operation)
+    for budget_id in ids:
+        if budget_id not in made:
+            raise LedgerCorrupt(f"budget {budget_id.hex()} lacks its first entry")
     return made
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 from peculium_server.core import cbor
 from peculium_server.core.limits import DEPTH_MAX
 from peculium_server.core.operations import Labels
-from peculium_server.core.selection import Selection
+from peculium_server.core.selection import Period, Selection
 from peculium_server.core.state import Budget, Entry
 from peculium_server.store.audit_reads import STATEMENTS
 from peculium_server.store.errors import LedgerCorrupt
@@ -29,7 +29,8 @@ _WINDOW_MAX: Final = 16_384
 _ENTRIES_AT_ONCE: Final = 1_200
 """More than one operation can have: 257 parts that delegate or rotate, about 1,000 that a closing moves."""
 
-_NIL: Final = bytes(16)
+NIL: Final = bytes(16)
+"""Less than every id."""
 _LAST_ID: Final = b"\xff" * 16
 _LAST_NAME: Final = "\U0010ffff"
 _TIME_MIN: Final = -62_135_596_800_000_000
@@ -58,14 +59,6 @@ class BudgetSelection(NamedTuple):
     depth: int | None = None
     """At most so many levels below the top."""
     name_prefix: str = ""
-
-
-class Period(NamedTuple):
-    """When something was decided. Microseconds since the Unix epoch."""
-
-    since: int | None = None
-    until: int | None = None
-    """Excluded."""
 
 
 class _Range(NamedTuple):
@@ -111,18 +104,11 @@ async def list_budgets(
     """
     found: list[Budget] = []
     key = store.key(top.root_id, top.budget_id)
-    top_id = top.budget_id if after is None else _NIL
-    start, looked, width = after or _NIL, 0, limit + 2
+    top_id = top.budget_id if after is None else NIL
+    start, looked, width = after or NIL, 0, limit + 2
     values = _values_of_budgets(selection, depth=len(top.ancestors))
     while True:
-        ends = await store.fetch(
-            STATEMENTS["window_of_budgets"],
-            lane=key["lane"],
-            root_id=top.root_id,
-            after=start,
-            skipped=width - 1,
-        )
-        until = ends[0] if ends else _LAST_ID
+        until, last = await window_of_budgets(store, top.root_id, start, width)
         found += await store.fetch(
             STATEMENTS["budgets"],
             **key,
@@ -133,12 +119,26 @@ async def list_budgets(
             limit=limit + 1 - len(found),
         )
         if len(found) > limit:
-            last = found[limit - 1].budget_id
-            return Page(tuple(found[:limit]), b"" if last == top.budget_id else last)
+            edge = found[limit - 1].budget_id
+            return Page(tuple(found[:limit]), b"" if edge == top.budget_id else edge)
         looked += width
-        if not ends or looked >= KEYS_MAX:
-            return Page(tuple(found), until if ends else None)
-        start, top_id, width = until, _NIL, min(4 * width, _WINDOW_MAX)
+        if last or looked >= KEYS_MAX:
+            return Page(tuple(found), None if last else until)
+        start, top_id, width = until, NIL, min(4 * width, _WINDOW_MAX)
+
+
+async def window_of_budgets(
+    store: Store, root_id: bytes, after: bytes, width: int
+) -> tuple[bytes, bool]:
+    """The id that ends a window of so many budgets of a tree, and whether there are none behind it."""
+    ends = await store.fetch(
+        STATEMENTS["window_of_budgets"],
+        lane=store.lane_of(root_id),
+        root_id=root_id,
+        after=after,
+        skipped=width - 1,
+    )
+    return (ends[0], False) if ends else (_LAST_ID, True)
 
 
 def _values_of_budgets(selection: BudgetSelection, *, depth: int) -> dict[str, Any]:

@@ -6,14 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     Executable,
-    FromClause,
-    SmallInteger,
     Text,
     TextClause,
-    Uuid,
     and_,
     any_,
     bindparam,
@@ -26,6 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
 from peculium_server.store import rows
+from peculium_server.store.clauses import BUDGET, ID, LANE, LIMIT, columns, first, in_tree
 from peculium_server.store.schema import (
     LIVE_HOLD,
     OPEN_HOLD,
@@ -40,26 +37,13 @@ from peculium_server.store.schema import (
 from peculium_server.store.statements import CLOCK, compiled
 from peculium_server.store.wire import Statement
 
-_LANE = bindparam("lane", type_=SmallInteger)
-_ROOT = bindparam("root_id", type_=Uuid(as_uuid=False))
-_BUDGET = bindparam("budget_id", type_=Uuid(as_uuid=False))
-_AFTER_ID = bindparam("after", type_=Uuid(as_uuid=False))
+_AFTER_ID = bindparam("after", type_=ID)
 _AFTER_NAME = bindparam("after", type_=Text())
-_AFTER = bindparam("after", type_=BigInteger)
-_IDS = bindparam("ids", type_=ARRAY(Uuid(as_uuid=False)))
-_LIMIT = bindparam("limit", type_=BigInteger)
-
-
-def _columns(table: FromClause, names: Sequence[str]) -> list[ColumnElement[Any]]:
-    return [table.c[name] for name in names]
-
-
-def _in_tree(table: FromClause) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    return table.c.lane == _LANE, table.c.root_id == _ROOT
+_IDS = bindparam("ids", type_=ARRAY(ID))
 
 
 def _standing() -> Executable:
-    return select(CLOCK, lanes.c.position).where(lanes.c.lane == _LANE)
+    return select(CLOCK, lanes.c.position).where(lanes.c.lane == LANE)
 
 
 def _root_named() -> Executable:
@@ -68,8 +52,8 @@ def _root_named() -> Executable:
 
 def _child_named() -> Executable:
     return select(budgets.c.budget_id).where(
-        *_in_tree(budgets),
-        budgets.c.parent_id == _BUDGET,
+        *in_tree(budgets),
+        budgets.c.parent_id == BUDGET,
         budgets.c.name == bindparam("name", type_=Text()),
     )
 
@@ -79,40 +63,40 @@ def _ancestry() -> Executable:
     named = budgets.alias("named")
     line = func.array_append(named.c.ancestors, named.c.budget_id)
     return (
-        select(*_columns(budgets, rows.BUDGET_COLUMNS))
+        select(*columns(budgets, rows.BUDGET_COLUMNS))
         .select_from(named)
-        .join(budgets, and_(*_in_tree(budgets), budgets.c.budget_id == any_(line)))
-        .where(*_in_tree(named), named.c.budget_id == _BUDGET)
+        .join(budgets, and_(*in_tree(budgets), budgets.c.budget_id == any_(line)))
+        .where(*in_tree(named), named.c.budget_id == BUDGET)
         .order_by(func.cardinality(budgets.c.ancestors).desc())
     )
 
 
 def _budgets() -> Executable:
-    return select(*_columns(budgets, rows.BUDGET_COLUMNS)).where(
-        *_in_tree(budgets), budgets.c.budget_id == any_(_IDS)
+    return select(*columns(budgets, rows.BUDGET_COLUMNS)).where(
+        *in_tree(budgets), budgets.c.budget_id == any_(_IDS)
     )
 
 
 def _list_children() -> Executable:
     return (
-        select(*_columns(budgets, rows.BUDGET_COLUMNS))
-        .where(*_in_tree(budgets), budgets.c.parent_id == _BUDGET, budgets.c.name > _AFTER_NAME)
+        select(*columns(budgets, rows.BUDGET_COLUMNS))
+        .where(*in_tree(budgets), budgets.c.parent_id == BUDGET, budgets.c.name > _AFTER_NAME)
         .order_by(budgets.c.name)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
 def _list_holds(*conditions: ColumnElement[bool] | TextClause) -> Executable:
     return (
-        select(*_columns(holds, rows.HOLD_COLUMNS))
+        select(*columns(holds, rows.HOLD_COLUMNS))
         .where(
-            *_in_tree(holds),
-            holds.c.budget_id == _BUDGET,
+            *in_tree(holds),
+            holds.c.budget_id == BUDGET,
             holds.c.hold_id > _AFTER_ID,
             *conditions,
         )
         .order_by(holds.c.hold_id)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
@@ -121,27 +105,9 @@ def _last_use() -> Executable:
     seq = entries.c.seq
     return (
         select(entries.c.at)
-        .where(*_in_tree(entries), entries.c.budget_id == _BUDGET, entries.c.consumed.is_not(None))
+        .where(*in_tree(entries), entries.c.budget_id == BUDGET, entries.c.consumed.is_not(None))
         .order_by(seq_group(seq).desc(), seq.desc())
         .limit(literal_column("1"))
-    )
-
-
-def previous_hash() -> ColumnElement[Any]:
-    """Of an entry of the lane, the hash before it of its budget; NULL for the first one."""
-    before = entries.alias("before")
-    seq_before = entries.c.seq - literal_column("1")
-    return (
-        select(before.c.hash)
-        .where(
-            # By the parameter, so that there is one partition to plan for.
-            before.c.lane == _LANE,
-            before.c.root_id == entries.c.root_id,
-            before.c.budget_id == entries.c.budget_id,
-            seq_group(before.c.seq) == seq_group(seq_before),
-            before.c.seq == seq_before,
-        )
-        .scalar_subquery()
     )
 
 
@@ -151,18 +117,18 @@ def _all_roots() -> Executable:
 
 def _all_entries() -> Executable:
     return (
-        select(*_columns(entries, rows.ENTRY_COLUMNS))
-        .where(*_in_tree(entries))
+        select(*columns(entries, rows.ENTRY_COLUMNS))
+        .where(*in_tree(entries))
         .order_by(entries.c.position, entries.c.part)
     )
 
 
 def _all_budgets() -> Executable:
-    return select(*_columns(budgets, rows.BUDGET_COLUMNS)).where(*_in_tree(budgets))
+    return select(*columns(budgets, rows.BUDGET_COLUMNS)).where(*in_tree(budgets))
 
 
 def _all_holds() -> Executable:
-    return select(*_columns(holds, rows.HOLD_COLUMNS)).where(*_in_tree(holds))
+    return select(*columns(holds, rows.HOLD_COLUMNS)).where(*in_tree(holds))
 
 
 # -- What is due --------------------------------------------------------------------------------------
@@ -177,17 +143,17 @@ def _earliest_due() -> Executable:
     """Of a lane, the first hold, lease and collection, whether they are due yet or not."""
     hold = (
         select(holds.c.expires_at)
-        .where(holds.c.lane == _LANE, LIVE_HOLD)
+        .where(holds.c.lane == LANE, LIVE_HOLD)
         .order_by(holds.c.expires_at)
         .limit(literal_column("1"))
     )
     lease = (
         select(budgets.c.lease_until)
-        .where(budgets.c.lane == _LANE, *_LEASED)
+        .where(budgets.c.lane == LANE, *_LEASED)
         .order_by(budgets.c.lease_until)
         .limit(literal_column("1"))
     )
-    of_lane = collections.c.lane == _LANE
+    of_lane = collections.c.lane == LANE
     return select(
         _NOW,
         hold.scalar_subquery(),
@@ -200,71 +166,67 @@ def _earliest_due() -> Executable:
 def _due_holds() -> Executable:
     return (
         select(holds.c.root_id, holds.c.budget_id, holds.c.hold_id)
-        .where(holds.c.lane == _LANE, LIVE_HOLD, holds.c.expires_at <= _NOW)
+        .where(holds.c.lane == LANE, LIVE_HOLD, holds.c.expires_at <= _NOW)
         .order_by(holds.c.expires_at)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
 def _due_leases() -> Executable:
     return (
         select(budgets.c.root_id, budgets.c.budget_id)
-        .where(budgets.c.lane == _LANE, *_LEASED, budgets.c.lease_until <= _NOW)
+        .where(budgets.c.lane == LANE, *_LEASED, budgets.c.lease_until <= _NOW)
         .order_by(budgets.c.lease_until)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
 def _collections() -> Executable:
     return (
         select(collections.c.root_id, collections.c.budget_id)
-        .where(collections.c.lane == _LANE)
+        .where(collections.c.lane == LANE)
         .order_by(collections.c.closed_at)
-        .limit(_LIMIT)
+        .limit(LIMIT)
     )
 
 
 def _to_collect() -> Executable:
     """Some budgets below another one that have something available, in no order."""
-    wanted = _columns(budgets, ("budget_id", "available"))
+    wanted = columns(budgets, ("budget_id", "available"))
     below = (
         select(*wanted)
-        .where(*_in_tree(budgets), budgets.c.parent_id == _BUDGET)
+        .where(*in_tree(budgets), budgets.c.parent_id == BUDGET)
         .cte("below", recursive=True)
     )
     below = below.union_all(
         select(*wanted).select_from(
-            below.join(budgets, and_(*_in_tree(budgets), budgets.c.parent_id == below.c.budget_id))
+            below.join(budgets, and_(*in_tree(budgets), budgets.c.parent_id == below.c.budget_id))
         )
     )
-    return select(below.c.budget_id).where(below.c.available > literal_column("0")).limit(_LIMIT)
+    return select(below.c.budget_id).where(below.c.available > literal_column("0")).limit(LIMIT)
 
 
 def _end_collection() -> Executable:
-    return delete(collections).where(*_in_tree(collections), collections.c.budget_id == _BUDGET)
-
-
-def _first(row: Sequence[Any]) -> Any:
-    return row[0]
+    return delete(collections).where(*in_tree(collections), collections.c.budget_id == BUDGET)
 
 
 RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "standing": (_standing(), tuple),
-    "root_named": (_root_named(), _first),
-    "child_named": (_child_named(), _first),
+    "root_named": (_root_named(), first),
+    "child_named": (_child_named(), first),
     "ancestry": (_ancestry(), rows.to_budget),
     "budgets": (_budgets(), rows.to_budget),
     "list_children": (_list_children(), rows.to_budget),
     "list_open_holds": (_list_holds(OPEN_HOLD), rows.to_hold),
     "list_all_holds": (_list_holds(), rows.to_hold),
-    "last_use": (_last_use(), _first),
+    "last_use": (_last_use(), first),
     "earliest_due": (_earliest_due(), tuple),
     "due_holds": (_due_holds(), tuple),
     "due_leases": (_due_leases(), tuple),
     "collections": (_collections(), tuple),
-    "to_collect": (_to_collect(), _first),
+    "to_collect": (_to_collect(), first),
     "end_collection": (_end_collection(), tuple),
-    "all_roots": (_all_roots(), _first),
+    "all_roots": (_all_roots(), first),
     "all_entries": (_all_entries(), rows.to_entry_as_found),
     "all_budgets": (_all_budgets(), rows.to_budget),
     "all_holds": (_all_holds(), rows.to_hold),

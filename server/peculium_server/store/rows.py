@@ -197,6 +197,18 @@ def to_entry(row: Sequence[Any], previous_hash: bytes = b"") -> Entry:
         raise LedgerCorrupt(f"entry {row[2]} of budget {row[1].hex()} is unreadable") from error
 
 
+def to_effect(budget_id: bytes, effect: bytes) -> Effect:
+    """What an entry of a budget has done to it.
+
+    Raises:
+        LedgerCorrupt: It cannot be read.
+    """
+    try:
+        return decode_effect(effect, budget_id)
+    except ValueError as error:
+        raise LedgerCorrupt(f"an entry of budget {budget_id.hex()} is unreadable") from error
+
+
 def to_entry_as_found(row: Sequence[Any]) -> Entry:
     """A row of `ENTRY_COLUMNS` for somebody who verifies its hash, whatever may be in it.
 

@@ -6,13 +6,11 @@ statements that lock nothing, and writes to tables that no operation touches.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import psycopg
-from psycopg import AsyncRawCursor
 
 from peculium_server.core.checkpoint import Leaf, Sealed
 from peculium_server.core.state import Entry
@@ -26,10 +24,11 @@ from peculium_server.store.checkpoints import (
 )
 from peculium_server.store.connect import Readers
 from peculium_server.store.errors import LedgerCorrupt, is_contention, translate
-from peculium_server.store.wire import Connection, Result, Statement, Step
+from peculium_server.store.reading import fetch_together, reading, stream
+from peculium_server.store.wire import Connection, Statement, Step
 
 _PORTION_ROWS: Final = 500
-"""Rows that are fetched, or written, at once: other calls get their turn in between."""
+"""Rows that are written at once: other calls get their turn in between."""
 
 NUMBER_MAX: Final = 2**63 - 1
 
@@ -76,8 +75,8 @@ class Seals:
         Raises:
             StoreError: The database does not say.
         """
-        async with self._connection() as connection:
-            clock, last, positions = await _fly(
+        async with reading(self._readers) as connection:
+            clock, last, positions = await fetch_together(
                 connection,
                 Step(STATEMENTS["sealing_clock"]),
                 # First what was sealed: where the lanes stand afterwards is not before that.
@@ -87,23 +86,23 @@ class Seals:
             found = Unsealed(
                 clock[0],
                 last[0].sealed if last else None,
-                tuple(position for _, position in positions),
+                tail.to_positions(positions, self._lanes),
                 None,
             )
-            if len(positions) != self._lanes or len(found.sealed) != self._lanes:
-                raise LedgerCorrupt("a lane has no position")
+            if len(found.sealed) != self._lanes:
+                raise LedgerCorrupt("the last checkpoint is of other lanes")
             behind = [
                 Step(STATEMENTS["decided_at"], {"lane": lane, "after": at, "until": at + 1})
                 for lane, (at, waiting) in enumerate(zip(found.sealed, found.waiting, strict=True))
                 if waiting
             ]
-            earliest = await _fly(connection, *behind) if behind else []
+            earliest = await fetch_together(connection, *behind) if behind else []
         return found._replace(since=min((at for each in earliest for at in each), default=None))
 
     async def covered(self, lane: int, *, after: int, until: int, limit: int) -> Covered:
         """How far the entries of a lane between two positions reach, if so many are looked at."""
         values = {"lane": lane, "after": after, "until": until, "limit": limit}
-        async with self._connection() as connection:
+        async with reading(self._readers) as connection:
             found: list[Covered] = await connection.fetch(Step(STATEMENTS["covered"], values))
         return found[0]
 
@@ -135,19 +134,19 @@ class Seals:
         """
         try:
             async with self._readers.connection() as connection:
-                _, clock, last = await _fly(
+                _, clock, last = await fetch_together(
                     connection,
                     _BEGIN,
                     Step(STATEMENTS["sealing_clock"]),
                     Step(STATEMENTS["last_checkpoint"]),
                 )
                 if (last[0].sealed if last else None) != after:
-                    await _fly(connection, _ROLLBACK)
+                    await fetch_together(connection, _ROLLBACK)
                     return None
                 sealed = seal(clock[0])
                 for steps in _changes(sealed, public_key, leaves):
-                    await _fly(connection, *steps)
-                await _fly(connection, _COMMIT)
+                    await fetch_together(connection, *steps)
+                await fetch_together(connection, _COMMIT)
                 return sealed
         except psycopg.Error as error:
             if is_contention(error):
@@ -161,7 +160,7 @@ class Seals:
         else:
             name, edge = "list_checkpoints", 0
         values = {"after": edge if after is None else after, "limit": limit}
-        async with self._connection() as connection:
+        async with reading(self._readers) as connection:
             return await connection.fetch(Step(STATEMENTS[name], values))
 
     async def first_over(
@@ -169,14 +168,14 @@ class Seals:
     ) -> tuple[int, Leaf] | None:
         """The first leaf that seals an entry, and the number of its checkpoint; None if none does."""
         values = {"lane": lane, "root_id": root_id, "budget_id": budget_id, "seq": seq}
-        async with self._connection() as connection:
+        async with reading(self._readers) as connection:
             found = await connection.fetch(Step(STATEMENTS["first_leaf_over"], values))
         return found[0] if found else None
 
     async def sealed_seq(self, lane: int, root_id: bytes, budget_id: bytes) -> int:
         """The seq of a budget's last entry that is sealed; 0 if none is."""
         values = {"lane": lane, "root_id": root_id, "budget_id": budget_id}
-        async with self._connection() as connection:
+        async with reading(self._readers) as connection:
             found = await connection.fetch(Step(STATEMENTS["last_leaf"], values))
         return found[0][1].seq if found else 0
 
@@ -191,13 +190,13 @@ class Seals:
             "after": after,
             "limit": limit,
         }
-        async with self._connection() as connection:
+        async with reading(self._readers) as connection:
             return await connection.fetch(Step(STATEMENTS["chain"], values))
 
     async def operation(self, lane: int, root_id: bytes, operation_id: bytes) -> list[Entry]:
         """All parts of an operation. Their previous hashes are left empty."""
         values = {"lane": lane, "root_id": root_id, "operation_id": operation_id}
-        async with self._connection() as connection:
+        async with reading(self._readers) as connection:
             return await connection.fetch(Step(STATEMENTS["operation"], values))
 
     async def leaves(self, number: int) -> list[Leaf]:
@@ -205,18 +204,10 @@ class Seals:
         found = await self._collect("leaves", list(range(self._lanes)), number - 1, number)
         return [leaf for _, leaf in found]
 
-    async def _collect(self, name: str, *parameters: Any) -> list[Any]:
+    async def _collect(self, name: str, *values: Any) -> list[Any]:
         """The rows of a statement that may have many: other calls get their turn in between."""
-        async with self._connection() as connection:
-            return [row async for row in _streamed(connection, name, *parameters)]
-
-    @contextlib.asynccontextmanager
-    async def _connection(self) -> AsyncIterator[Connection]:
-        try:
-            async with self._readers.connection() as connection:
-                yield connection
-        except psycopg.Error as error:
-            raise translate(error) from error
+        async with reading(self._readers) as connection:
+            return [row async for row in stream(connection, STATEMENTS[name], *values)]
 
 
 class SnapshotSeals:
@@ -228,39 +219,26 @@ class SnapshotSeals:
 
     def checkpoints(self, *, after: int, limit: int) -> AsyncIterator[Kept]:
         """Checkpoints by number, from the one after another on."""
-        return self._stream("list_checkpoints", after, limit)
+        return self._rows("list_checkpoints", after, limit)
 
     def public_keys(self) -> AsyncIterator[bytes]:
         """All public keys that were ever signed with."""
-        return self._stream("public_keys")
+        return self._rows("public_keys")
 
     def roots(self) -> AsyncIterator[bytes]:
         """The ids of all roots of which anything was sealed."""
-        return self._stream("sealed_roots")
+        return self._rows("sealed_roots")
 
     def leaves(self, *, after: int, until: int) -> AsyncIterator[tuple[int, Leaf]]:
         """The leaves of some checkpoints, each with its checkpoint's number, in order."""
-        return self._stream("leaves", list(range(self._lanes)), after, until)
+        return self._rows("leaves", list(range(self._lanes)), after, until)
 
     def leaves_of(self, lane: int, root_id: bytes) -> AsyncIterator[tuple[int, Leaf]]:
         """The leaves of a tree, each with its checkpoint's number, in order."""
-        return self._stream("leaves_of_tree", lane, UUID(bytes=root_id))
+        return self._rows("leaves_of_tree", lane, UUID(bytes=root_id))
 
-    async def _stream(self, name: str, *parameters: Any) -> AsyncIterator[Any]:
-        try:
-            async for row in _streamed(self._connection, name, *parameters):
-                yield row
-        except psycopg.Error as error:
-            raise translate(error) from error
-
-
-async def _streamed(connection: Connection, name: str, *parameters: Any) -> AsyncIterator[Any]:
-    statement = STATEMENTS[name]
-    rows = AsyncRawCursor(connection).stream(
-        statement.sql, parameters, binary=True, size=_PORTION_ROWS
-    )
-    async for row in rows:
-        yield statement.row(row)
+    def _rows(self, name: str, *values: Any) -> AsyncIterator[Any]:
+        return stream(self._connection, STATEMENTS[name], *values)
 
 
 def _changes(
@@ -280,11 +258,3 @@ def _changes(
             values = leaf_values(lane, sealed.checkpoint.number, portion)
             steps.append([Step(STATEMENTS["add_leaves"], values)])
     return steps
-
-
-async def _fly(connection: Connection, *steps: Step) -> list[Result]:
-    """The results of statements that stand or fall together."""
-    (flown,) = await connection.fly(steps)
-    if isinstance(flown, psycopg.Error):
-        raise flown
-    return flown

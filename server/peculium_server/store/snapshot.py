@@ -6,46 +6,33 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 from uuid import UUID
 
-import psycopg
-from psycopg import AsyncRawCursor
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     Executable,
     FromClause,
-    SmallInteger,
-    Uuid,
-    bindparam,
     select,
 )
 
 from peculium_server.core.lanes import lane_of
 from peculium_server.core.state import Budget, Entry, Hold
 from peculium_server.store import reads, rows, tail
-from peculium_server.store.errors import LedgerCorrupt, translate
+from peculium_server.store.clauses import LANE, ROOT, columns, in_positions
+from peculium_server.store.reading import stream
 from peculium_server.store.schema import budgets, entries, holds
 from peculium_server.store.seals import SnapshotSeals
 from peculium_server.store.statements import compiled
 from peculium_server.store.wire import Connection, Statement
 
-_STREAM_ROWS = 1_000
-"""Rows that are fetched at once, so that memory stays bounded."""
 _WINDOW = 4_096
 """Positions that are sorted at once, instead of a whole lane; the index finds them together."""
-
-_LANE = bindparam("lane", type_=SmallInteger)
-_ROOT = bindparam("root_id", type_=Uuid(as_uuid=False))
-_AFTER = bindparam("after", type_=BigInteger)
-_UNTIL = bindparam("until", type_=BigInteger)
 
 
 def _entries(*of: ColumnElement[bool]) -> Executable:
     return (
-        select(*(entries.c[name] for name in rows.ENTRY_COLUMNS))
+        select(*columns(entries, rows.ENTRY_COLUMNS))
         .where(
-            entries.c.lane == _LANE,
-            entries.c.position > _AFTER,
-            entries.c.position <= _UNTIL,
+            entries.c.lane == LANE,
+            *in_positions(),
             *of,
         )
         .order_by(entries.c.position, entries.c.part)
@@ -53,12 +40,12 @@ def _entries(*of: ColumnElement[bool]) -> Executable:
 
 
 def _all_of_lane(table: FromClause, names: Sequence[str]) -> Executable:
-    return select(*(table.c[name] for name in names)).where(table.c.lane == _LANE)
+    return select(*columns(table, names)).where(table.c.lane == LANE)
 
 
 RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "entries_of_lane": (_entries(), rows.to_entry_as_found),
-    "entries_of_tree": (_entries(entries.c.root_id == _ROOT), rows.to_entry_as_found),
+    "entries_of_tree": (_entries(entries.c.root_id == ROOT), rows.to_entry_as_found),
     "budgets_of_lane": (_all_of_lane(budgets, rows.BUDGET_COLUMNS), rows.to_budget),
     "holds_of_lane": (_all_of_lane(holds, rows.HOLD_COLUMNS), rows.to_hold_of_root),
 }
@@ -81,7 +68,7 @@ class Snapshot:
 
     def roots(self) -> AsyncIterator[bytes]:
         """The ids of all roots that any entry, budget or hold belongs to."""
-        return self._stream(reads.STATEMENTS["all_roots"], ())
+        return stream(self._connection, reads.STATEMENTS["all_roots"])
 
     def entries_in_order(self, root_id: bytes) -> AsyncIterator[Entry]:
         """All entries of a tree by position and part. Their previous hash is left empty."""
@@ -97,10 +84,9 @@ class Snapshot:
 
     async def positions(self) -> tuple[int, ...]:
         """Where all lanes stand: so many operations are committed in each, by lane."""
-        found = [row async for row in self._stream(tail.STATEMENTS["positions"], ())]
-        if [lane for lane, _ in found] != list(range(self._lanes)):
-            raise LedgerCorrupt("a lane has no position")
-        return tuple(position for _, position in found)
+        statement = tail.STATEMENTS["positions"]
+        found = [row async for row in stream(self._connection, statement)]
+        return tail.to_positions(found, self._lanes)
 
     async def entries_between(
         self, lane: int, *, after: int, until: int, root_id: bytes | None = None
@@ -119,30 +105,17 @@ class Snapshot:
         of: tuple[Any, ...] = () if root_id is None else (UUID(bytes=root_id),)
         for low in range(after, until, _WINDOW):
             window = (lane, low, min(low + _WINDOW, until))
-            async for entry in self._stream(STATEMENTS[name], (*window, *of)):
+            async for entry in stream(self._connection, STATEMENTS[name], *window, *of):
                 yield entry
 
     def budgets_of_lane(self, lane: int) -> AsyncIterator[Budget]:
         """All budgets of a lane, in no order."""
-        return self._stream(STATEMENTS["budgets_of_lane"], (lane,))
+        return stream(self._connection, STATEMENTS["budgets_of_lane"], lane)
 
     def holds_of_lane(self, lane: int) -> AsyncIterator[tuple[bytes, Hold]]:
         """All holds of a lane, each with its root, ended ones included, in no order."""
-        return self._stream(STATEMENTS["holds_of_lane"], (lane,))
+        return stream(self._connection, STATEMENTS["holds_of_lane"], lane)
 
     def _of_tree(self, name: str, root_id: bytes) -> AsyncIterator[Any]:
-        return self._stream(
-            reads.STATEMENTS[name], (lane_of(root_id, self._lanes), UUID(bytes=root_id))
-        )
-
-    async def _stream(
-        self, statement: Statement, parameters: tuple[Any, ...]
-    ) -> AsyncIterator[Any]:
-        cursor = AsyncRawCursor(self._connection)
-        try:
-            async for row in cursor.stream(
-                statement.sql, parameters, binary=True, size=_STREAM_ROWS
-            ):
-                yield statement.row(row)
-        except psycopg.Error as error:
-            raise translate(error) from error
+        lane = lane_of(root_id, self._lanes)
+        return stream(self._connection, reads.STATEMENTS[name], lane, UUID(bytes=root_id))

@@ -29,6 +29,7 @@ from peculium_server.store.errors import (
 )
 from peculium_server.store.lane import LanesWriter, LaneWriter
 from peculium_server.store.migrate import current, head
+from peculium_server.store.reading import fetch_together, reading
 from peculium_server.store.reads import STATEMENTS
 from peculium_server.store.seals import Seals
 from peculium_server.store.snapshot import Snapshot
@@ -178,7 +179,7 @@ class Store:
         top, *names = path.split("/")
         if len(names) >= DEPTH_MAX:
             return None
-        async with self._reading() as connection:
+        async with reading(self._readers) as connection:
             found = await connection.fetch(Step(STATEMENTS["root_named"], {"name": top}))
             if not found:
                 return None
@@ -236,11 +237,9 @@ class Store:
 
     async def positions(self) -> tuple[int, ...]:
         """Where all lanes stand at one instant: so many operations are committed in each, by lane."""
-        async with self._reading() as connection:
+        async with reading(self._readers) as connection:
             found = await connection.fetch(Step(tail.STATEMENTS["positions"]))
-        if [lane for lane, _ in found] != list(range(self.lanes)):
-            raise LedgerCorrupt("a lane has no position")
-        return tuple(position for _, position in found)
+        return tail.to_positions(found, self.lanes)
 
     async def tail(self, lane: int, within: Within | None, *, after: int, until: int) -> Tail:
         """The operations of a lane between two positions, the first ones if those are too many.
@@ -253,7 +252,7 @@ class Store:
         """
         statement, values = tail.tail_of(within)
         values |= {"lane": lane, "after": after, "until": until}
-        async with self._reading() as connection:
+        async with reading(self._readers) as connection:
             found = await connection.fetch(Step(statement, values))
         return await tail.to_tail(found, until)
 
@@ -262,13 +261,10 @@ class Store:
     async def due(self) -> list[Due]:
         """What is due, or will be, in each lane."""
         statement = STATEMENTS["earliest_due"]
-        async with self._reading() as connection:
-            (flown,) = await connection.fly(
-                [Step(statement, {"lane": lane}) for lane in range(self.lanes)]
-            )
-            if isinstance(flown, psycopg.Error):
-                raise flown
-        return [Due(*row) for (row,) in flown]
+        async with reading(self._readers) as connection:
+            steps = [Step(statement, {"lane": lane}) for lane in range(self.lanes)]
+            found = await fetch_together(connection, *steps)
+        return [Due(*row) for (row,) in found]
 
     async def due_holds(self, lane: int, *, limit: int) -> list[DueHold]:
         """Live holds of a lane whose time is over, the earliest first."""
@@ -293,27 +289,29 @@ class Store:
     @contextlib.asynccontextmanager
     async def snapshot(self) -> AsyncIterator[Snapshot]:
         """The ledger at one instant, for verification."""
-        async with self._reading() as connection:
-            await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            # It takes as long as whoever asked takes to read it.
-            await connection.execute("SET LOCAL statement_timeout = 0")
-            ((now, _),) = await connection.fetch(Step(STATEMENTS["standing"], {"lane": 0}))
-            yield Snapshot(connection, now, self.lanes)
-            await connection.execute("COMMIT")
+        # It takes as long as whoever asked takes to read it.
+        async with self._at_one_instant(0, timeout_ms=0) as (connection, standing):
+            yield Snapshot(connection, standing.now, self.lanes)
 
     @contextlib.asynccontextmanager
     async def accounts(self, root_id: bytes, *, seconds_max: float) -> AsyncIterator[Accounts]:
         """All accounts of a tree at one instant, for so long at most."""
-        async with self._reading() as connection:
+        # What is summed up may be much; its caller waits no longer than this.
+        timeout_ms = max(1, round(seconds_max * 1000))
+        lane = self.lane_of(root_id)
+        async with self._at_one_instant(lane, timeout_ms=timeout_ms) as (connection, standing):
+            yield Accounts(connection, *standing, self.lanes)
+
+    @contextlib.asynccontextmanager
+    async def _at_one_instant(
+        self, lane: int, *, timeout_ms: int
+    ) -> AsyncIterator[tuple[Connection, Standing]]:
+        """A connection that sees the ledger as it is now, and where a lane stands."""
+        async with reading(self._readers) as connection:
             await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
-            # What is summed up may be much; its caller waits no longer than this.
-            milliseconds = max(1, round(seconds_max * 1000))
-            await connection.execute(f"SET LOCAL statement_timeout = {milliseconds:d}")
-            lane = self.lane_of(root_id)
-            ((now, position),) = await connection.fetch(
-                Step(STATEMENTS["standing"], {"lane": lane})
-            )
-            yield Accounts(connection, now, position, self.lanes)
+            await connection.execute(f"SET LOCAL statement_timeout = {timeout_ms:d}")
+            [found] = await connection.fetch(Step(STATEMENTS["standing"], {"lane": lane}))
+            yield connection, Standing(*found)
             await connection.execute("COMMIT")
 
     def key(self, root_id: bytes, budget_id: bytes) -> dict[str, Any]:
@@ -322,28 +320,15 @@ class Store:
 
     async def fetch(self, statement: Statement, **values: Any) -> list[Any]:
         """The rows of one statement that looks keys up, a transaction of its own."""
-        async with self._reading() as connection:
+        async with reading(self._readers) as connection:
             steps = [Step(statement, values)]
             if is_postgres(connection):
                 steps.insert(0, Step(BY_INDEX))
-            # What is sent together is one transaction.
-            (flown,) = await connection.fly(steps)
-            if isinstance(flown, psycopg.Error):
-                raise flown
-            return flown[-1]
+            return (await fetch_together(connection, *steps))[-1]
 
     async def _fetch(self, name: str, **values: Any) -> list[Any]:
-        async with self._reading() as connection:
+        async with reading(self._readers) as connection:
             return await connection.fetch(Step(STATEMENTS[name], values))
-
-    @contextlib.asynccontextmanager
-    async def _reading(self) -> AsyncIterator[Connection]:
-        """A connection for a read; what fails in it is told as the store's error."""
-        try:
-            async with self._readers.connection() as connection:
-                yield connection
-        except psycopg.Error as error:
-            raise translate(error) from error
 
 
 def _page(found: list[Row], limit: int, key: Callable[[Row], Key]) -> Page[Row, Key]:

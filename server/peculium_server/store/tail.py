@@ -8,24 +8,27 @@ from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     Executable,
-    SmallInteger,
-    Uuid,
-    any_,
-    bindparam,
     literal_column,
     or_,
     select,
     true,
 )
 
-from peculium_server.core.state import GENESIS, Entry
+from peculium_server.core.state import Entry
 from peculium_server.store import rows
+from peculium_server.store.clauses import (
+    BUDGET,
+    LANE,
+    ROOT,
+    chained,
+    in_positions,
+    of_subtree,
+    to_chained_entry,
+)
 from peculium_server.store.errors import LedgerCorrupt
-from peculium_server.store.reads import previous_hash
-from peculium_server.store.schema import budgets, entries, lanes
+from peculium_server.store.schema import entries, lanes
 from peculium_server.store.statements import compiled
 from peculium_server.store.wire import Statement
 
@@ -33,12 +36,6 @@ TAIL_ROWS_MAX: Final = 2_000
 """Rows that are read at once: more than any operation has."""
 _AT_A_TIME: Final = 64
 """Entries that are decoded before other calls get their turn."""
-
-_LANE = bindparam("lane", type_=SmallInteger)
-_ROOT = bindparam("root_id", type_=Uuid(as_uuid=False))
-_BUDGET = bindparam("budget_id", type_=Uuid(as_uuid=False))
-_AFTER = bindparam("after", type_=BigInteger)
-_UNTIL = bindparam("until", type_=BigInteger)
 
 
 class Within(NamedTuple):
@@ -76,16 +73,12 @@ def _positions() -> Executable:
 def _tail(wanted: ColumnElement[bool], *of: ColumnElement[bool]) -> Executable:
     """Wanted entries, and part 0 of each operation, which says what was asked."""
     return (
-        select(
-            *(entries.c[name] for name in rows.ENTRY_COLUMNS),
-            previous_hash(),
-            wanted.label("wanted"),
-        )
+        chained()
+        .add_columns(wanted.label("wanted"))
         .where(
-            entries.c.lane == _LANE,
+            entries.c.lane == LANE,
             *of,
-            entries.c.position > _AFTER,
-            entries.c.position <= _UNTIL,
+            *in_positions(),
             or_(entries.c.part == literal_column("0"), wanted),
         )
         .order_by(entries.c.position, entries.c.part)
@@ -93,24 +86,13 @@ def _tail(wanted: ColumnElement[bool], *of: ColumnElement[bool]) -> Executable:
     )
 
 
-def _below() -> ColumnElement[bool]:
-    """The entry's budget is the one named, or below it."""
-    return entries.c.budget_id.in_(
-        select(budgets.c.budget_id).where(
-            budgets.c.lane == _LANE,
-            budgets.c.root_id == _ROOT,
-            or_(budgets.c.budget_id == _BUDGET, any_(budgets.c.ancestors) == _BUDGET),
-        )
-    )
-
-
-_OF_TREE = entries.c.root_id == _ROOT
+_OF_TREE = entries.c.root_id == ROOT
 RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "positions": (_positions(), tuple),
     "tail_of_lane": (_tail(true()), tuple),
     "tail_of_tree": (_tail(true(), _OF_TREE), tuple),
-    "tail_of_budget": (_tail(entries.c.budget_id == _BUDGET, _OF_TREE), tuple),
-    "tail_of_subtree": (_tail(_below(), _OF_TREE), tuple),
+    "tail_of_budget": (_tail(entries.c.budget_id == BUDGET, _OF_TREE), tuple),
+    "tail_of_subtree": (_tail(of_subtree(), _OF_TREE), tuple),
 }
 
 STATEMENTS: dict[str, Statement] = {
@@ -129,6 +111,17 @@ def tail_of(within: Within | None) -> tuple[Statement, dict[str, Any]]:
     return STATEMENTS[name], {"root_id": root_id, "budget_id": budget_id}
 
 
+def to_positions(found: Sequence[Sequence[Any]], lanes: int) -> tuple[int, ...]:
+    """Where all lanes stand, by lane.
+
+    Raises:
+        LedgerCorrupt: A lane is missing.
+    """
+    if [lane for lane, _ in found] != list(range(lanes)):
+        raise LedgerCorrupt("a lane has no position")
+    return tuple(position for _, position in found)
+
+
 async def to_tail(found: Sequence[Sequence[Any]], until: int) -> Tail:
     """The operations of rows; if there are as many as may be, the last one may lack a part.
 
@@ -141,7 +134,7 @@ async def to_tail(found: Sequence[Sequence[Any]], until: int) -> Tail:
         request = None
         wanted = []
         for row in parts:
-            entry = rows.to_entry(row, previous_hash=row[-2] or GENESIS)
+            entry = to_chained_entry(row)
             request = request or entry.request
             if row[-1]:
                 wanted.append(entry)
