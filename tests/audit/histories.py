@@ -1,27 +1,15 @@
-"""Random histories of one tree, made by the rules in memory, and put into a database as they are."""
+"""Random histories of one tree, made by the rules in memory."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
-from uuid import UUID
 
-import psycopg
-from psycopg import sql
-from sqlalchemy import Table, Uuid
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
-
-from peculium_server.core.lanes import lane_of
 from peculium_server.core.operations import Operation, Usage
 from peculium_server.core.outcome import Outcome
-from peculium_server.store import rows, schema
-from peculium_server.store.schema import LANES
 from tests.core.ledger import DAY, HOUR, MINUTE, START, HoldRef, Ledger, Node
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _numbers = itertools.count(1)
 
 LABELS = ((), (), (("run", "7"),), (("model", "m-2"), ("run", "8")), (("team", ""),))
@@ -119,55 +107,3 @@ class History:
 
     def _ask(self, operation: Operation) -> bool:
         return isinstance(self.ledger.ask(operation), Outcome)
-
-
-async def record(connection: psycopg.AsyncConnection[Any], ledger: Ledger) -> None:
-    """Put the entries and budgets of a ledger in memory into a database, as they are."""
-    budgets = [budget for tree in ledger.trees.values() for budget in tree.known_budgets()]
-    await _insert(
-        connection,
-        schema.budgets,
-        ("lane", *rows.BUDGET_COLUMNS, "parent_id"),
-        [(lane_of(budget.root_id, LANES), *rows.from_budget(budget)) for budget in budgets],
-    )
-    await _insert(
-        connection,
-        schema.entries,
-        ("lane", *rows.ENTRY_COLUMNS),
-        [(lane_of(entry.root_id, LANES), *rows.from_entry(entry)) for entry in ledger.journal],
-    )
-
-
-async def _insert(
-    connection: psycopg.AsyncConnection[Any],
-    table: Table,
-    columns: Sequence[str],
-    found: Sequence[Sequence[Any]],
-) -> None:
-    types = [table.c[name].type for name in columns]
-    casts = [sql.SQL("%s::uuid[]" if isinstance(type_, ARRAY) else "%s") for type_ in types]
-    casts = [
-        sql.SQL("%s::jsonb") if isinstance(type_, JSONB) else cast
-        for type_, cast in zip(types, casts, strict=True)
-    ]
-    statement = sql.SQL("INSERT INTO {} ({}) VALUES ({})").format(
-        sql.Identifier(table.name),
-        sql.SQL(", ").join(map(sql.Identifier, columns)),
-        sql.SQL(", ").join(casts),
-    )
-    async with connection.cursor() as cursor:
-        await cursor.executemany(
-            statement,
-            [
-                [_value(type_, value) for type_, value in zip(types, row, strict=True)]
-                for row in found
-            ],
-        )
-
-
-def _value(type_: object, value: Any) -> Any:
-    if isinstance(type_, Uuid) and value is not None:
-        return UUID(bytes=value)
-    if isinstance(type_, TIMESTAMP) and value is not None:
-        return _EPOCH + timedelta(microseconds=value)
-    return int(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import psycopg
 import pytest
@@ -18,7 +17,8 @@ from peculium_server.core.state import Balances, Budget, Entry
 from peculium_server.core.usage import Booked, By, Grouping, Usage
 from peculium_server.store.accounts import Account, Movement, Totals
 from peculium_server.store.store import Store
-from tests.audit.histories import History, record
+from tests.audit.histories import History
+from tests.audit_sql.filling import record
 from tests.core.ledger import Ledger, requested
 from tests.store.stored import StoredLedger
 
@@ -39,8 +39,8 @@ GROUPINGS = [
 
 
 @pytest.fixture
-async def connection(database: str) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
-    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as opened:
+def connection(database: str) -> Iterator[psycopg.Connection]:
+    with psycopg.connect(database, autocommit=True) as opened:
         yield opened
 
 
@@ -199,11 +199,11 @@ async def used(store: Store, account: Account, period: Period, groupings: list[G
 @EXAMPLES
 @given(seed=st.integers(0), data=st.data())
 async def test_opening_movements_and_closing_are_those_of_the_journal_and_add_up(
-    store: Store, connection: psycopg.AsyncConnection[Any], seed: int, data: st.DataObject
+    store: Store, connection: psycopg.Connection, seed: int, data: st.DataObject
 ) -> None:
     history = History(seed)
     history.grow(60)
-    await record(connection, history.ledger)
+    record(connection, history.ledger)
     for _ in range(6):
         account, period = asked(data, history)
         async with store.accounts(account.root_id, seconds_max=30) as accounts:
@@ -218,11 +218,11 @@ async def test_opening_movements_and_closing_are_those_of_the_journal_and_add_up
 @EXAMPLES
 @given(seed=st.integers(0), data=st.data())
 async def test_usage_in_any_grouping_is_that_of_the_journal_and_adds_up_to_the_statement(
-    store: Store, connection: psycopg.AsyncConnection[Any], seed: int, data: st.DataObject
+    store: Store, connection: psycopg.Connection, seed: int, data: st.DataObject
 ) -> None:
     history = History(seed)
     history.grow(60)
-    await record(connection, history.ledger)
+    record(connection, history.ledger)
     for _ in range(6):
         account, period = asked(data, history)
         groupings = data.draw(st.lists(st.sampled_from(GROUPINGS), unique=True, max_size=4), "by")

@@ -27,36 +27,42 @@ def instant(microseconds: int) -> datetime:
 
 def fill(dsn: str, ledger: Ledger) -> None:
     """Save everything of the ledger."""
-    budgets = [
-        (tree.root_id, budget) for tree in ledger.trees.values() for budget in tree.known_budgets()
-    ]
     holds = [(tree.root_id, hold) for tree in ledger.trees.values() for hold in tree.known_holds()]
     with psycopg.connect(dsn) as connection:
         _insert(
             connection,
             schema.roots,
             ("root_id", "name"),
-            ((root_id, budget.name) for root_id, budget in budgets if budget.is_root),
+            ((tree.root_id, tree.budget(tree.root_id).name) for tree in ledger.trees.values()),
         )
-        _insert(
-            connection,
-            schema.budgets,
-            (*rows.BUDGET_COLUMNS, "parent_id"),
-            (rows.from_budget(budget) for _, budget in budgets),
-        )
+        record(connection, ledger)
         _insert(
             connection,
             schema.holds,
             rows.HOLD_COLUMNS,
             (rows.from_hold(root_id, hold) for root_id, hold in holds),
         )
-        _insert(
-            connection,
-            schema.entries,
-            rows.ENTRY_COLUMNS,
-            (rows.from_entry(entry) for entry in ledger.journal),
-        )
         connection.execute("UPDATE lanes SET position = %s", [ledger.position])
+
+
+def record(connection: psycopg.Connection, ledger: Ledger) -> None:
+    """Save what auditors' sums are made of, its budgets and entries, beside those of other ledgers."""
+    _insert(
+        connection,
+        schema.budgets,
+        (*rows.BUDGET_COLUMNS, "parent_id"),
+        (
+            rows.from_budget(budget)
+            for tree in ledger.trees.values()
+            for budget in tree.known_budgets()
+        ),
+    )
+    _insert(
+        connection,
+        schema.entries,
+        rows.ENTRY_COLUMNS,
+        (rows.from_entry(entry) for entry in ledger.journal),
+    )
 
 
 def _insert(

@@ -328,7 +328,7 @@ async def test_a_line_of_which_an_ancestor_has_no_entry_is_not_told(
     assert [budget.seq for budget in await line_at(ledger.store, line, ledger.now)] == [1, 2]
     async with await psycopg.AsyncConnection.connect(database) as tamperer:
         await tamperer.execute("DELETE FROM entries WHERE budget_id = root_id")
-    with pytest.raises(LedgerCorrupt, match=child.id.hex()):
+    with pytest.raises(LedgerCorrupt, match="no entry by then"):
         await line_at(ledger.store, line, ledger.now)
 
 
