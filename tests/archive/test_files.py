@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,20 +15,18 @@ from peculium_server.archive.files import ExportCut, ExportUnreadable, begun
 from peculium_server.archive.verifying import verify_file
 from peculium_server.archive.writing import CsvSink, JsonlSink, ParquetSink
 from peculium_server.core.offline.records import (
-    BudgetRow,
     Counts,
     Header,
-    HoldRow,
     LeafOf,
     Record,
     Recorded,
     SealedBy,
 )
-from peculium_server.core.offline.tree import digest_of
 from peculium_server.core.state import Effect
 from peculium_server.signing import is_signed
 from tests.core.checkpoints import INCARNATION, KEY, public, sealed
 from tests.core.every_kind import lived
+from tests.core.offline.exported import budget_row, hold_row
 
 LEDGER, ROOT = lived()
 HEADER = Header(1, INCARNATION, LEDGER.now, (LEDGER.position,), None)
@@ -43,11 +41,9 @@ def exported(after: int = 0) -> Iterator[Record]:
         yield Recorded(0, bare)
     budgets, holds = ROOT.tree.known_budgets(), ROOT.tree.known_holds()
     for budget in budgets:
-        yield BudgetRow(budget._replace(token=None), digest_of(budget.token))
+        yield budget_row(budget)
     for hold in holds:
-        digest = digest_of(hold.token)
-        assert digest is not None
-        yield HoldRow(ROOT.id, hold._replace(token=b""), digest)
+        yield hold_row(ROOT.id, hold)
     records = sealed(LEDGER.journal, (5, LEDGER.position - 2))
     for record in records:
         yield SealedBy(record.sealed, public(KEY))
@@ -58,10 +54,19 @@ def exported(after: int = 0) -> Iterator[Record]:
 
 WHOLE = "".join(lines.write(record) + "\n" for record in exported()).encode()
 
+POSITIONS = b'"positions":[%d]' % LEDGER.position
+
 
 def written(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
+
+
+def write(path: Path, stream: Iterable[Record], *, resume: bool = False) -> None:
+    """Write what is streamed, as the command line does."""
+    with JsonlSink(path, resume=resume) as sink:
+        for record in stream:
+            sink.take(record)
 
 
 def findings(path: Path) -> tuple[object, ...]:
@@ -115,6 +120,7 @@ def test_a_file_cut_anywhere_is_found_and_gone_on_with(
         (WHOLE.replace(b'"seq":', b'"seq":-', 1), "beyond 64 bits"),
         (WHOLE.replace(b'"part":0', b'"part":0.0', 1), "a number is none"),
         (WHOLE.replace(b'"part":0', b'"part":0,"more":1', 1), "not known"),
+        (WHOLE.replace(POSITIONS, b'"positions":[]', 1), "a number is none"),
         (b"[" * 100_000 + b"\n", "line 1"),
     ],
 )
@@ -137,9 +143,7 @@ def test_what_is_no_export_is_not_gone_on_with(tmp_path: Path, content: bytes) -
 
 def test_a_file_that_is_not_there_is_begun(tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl"
-    with JsonlSink(path, resume=True) as sink:
-        for record in exported():
-            sink.take(record)
+    write(path, exported(), resume=True)
     assert path.read_bytes() == WHOLE
     with pytest.raises(ExportUnreadable, match="cannot be read"):
         findings(tmp_path / "other.jsonl")
@@ -152,11 +156,30 @@ def test_an_export_that_never_began_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def another_ledgers() -> Iterator[Record]:
+    yield HEADER._replace(incarnation=b"another ledger's")
+
+
+def no_server() -> Iterator[Record]:
+    raise ConnectionError
+    yield HEADER
+
+
+@pytest.mark.parametrize(
+    ("stream", "error"), [(no_server, ConnectionError), (another_ledgers, ExportUnreadable)]
+)
+def test_a_whole_export_that_is_not_gone_on_with_stays_whole(
+    tmp_path: Path, stream: Callable[[], Iterator[Record]], error: type[Exception]
+) -> None:
+    path = written(tmp_path / "e.jsonl", WHOLE)
+    with pytest.raises(error):
+        write(path, stream(), resume=True)
+    assert path.read_bytes() == WHOLE
+
+
 def test_a_cut_compressed_file_is_found(tmp_path: Path) -> None:
     path = tmp_path / "e.jsonl.gz"
-    with JsonlSink(path, resume=False) as sink:
-        for record in exported():
-            sink.take(record)
+    write(path, exported())
     assert findings(path) == ()
     written(path, path.read_bytes()[:-50])
     with pytest.raises(ExportCut):

@@ -229,12 +229,13 @@ def _read_header(said: dict[str, Any]) -> Header:
         raise LineInvalid(f"not a {FORMAT}")
     if said["version"] != VERSION:
         raise LineInvalid(f"version {said['version']} of the format is not known, only {VERSION}")
-    root_id = said["root_id"]
+    root_id, positions = said["root_id"], said["positions"]
+    _check_numbers(*positions)
     return Header(
         _number(said["encoding"]),
         _from_hex(said["incarnation"]),
         _number(said["at"]),
-        tuple(map(_number, said["positions"])),
+        tuple(positions),
         None if root_id is None else _from_hex(root_id),
     )
 

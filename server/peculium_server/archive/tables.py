@@ -22,7 +22,7 @@ COLUMNS: Final[dict[str, type]] = {
     "seq": int,
     "operation_id": str,
     "kind": str,
-    "at": str,
+    "at": datetime,
     "principal": str,
     "trace_id": str,
     "consumed": str,
@@ -47,7 +47,7 @@ COLUMNS: Final[dict[str, type]] = {
     "estimated": bool,
     "hash": str,
 }
-"""What the columns are called, and of what type; `at` is a time. All can be absent."""
+"""What the columns are called, and of what type. All can be absent."""
 
 
 def row_of(recorded: Recorded) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import csv
 import gzip
 import os
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Protocol, Self
@@ -46,7 +47,7 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """Writes lines as they come. A file that was begun is cut after its last whole operation."""
+    """Writes lines as they come, in a file that was begun behind its last whole operation."""
 
     def __init__(self, path: Path, *, resume: bool) -> None:
         """Open the file.
@@ -67,7 +68,8 @@ class JsonlSink:
             except OSError as error:
                 raise ExportUnreadable(f"{path}: cannot be read: {error.strerror}") from error
         self._file = _created(path, "r+b" if resume else "xb")
-        self._file.truncate(self.begun.size)
+        if self.begun.header is None:
+            self._file.truncate()
         self._file.seek(self.begun.size)
         self._out: IO[bytes] = self._file
         if is_compressed(path):
@@ -84,6 +86,8 @@ class JsonlSink:
         if isinstance(record, Header) and before is not None:
             if (record.incarnation, record.root_id) != (before.incarnation, before.root_id):
                 raise ExportUnreadable(f"{self.path}: is the export of another ledger or tree")
+            # Not before something comes instead: what is there may be whole.
+            self._file.truncate()
         elif isinstance(record, Counts):
             # The stream has counted what it brought, the file has what was there before too.
             record = Counts(*self._counts)
@@ -206,14 +210,10 @@ class ParquetSink(_TableSink):
             int: pa.int64(),
             str: pa.string(),
             bool: pa.bool_(),
+            datetime: pa.timestamp("us", tz="UTC"),
         }
         self._arrow = pa
-        self._schema = pa.schema(
-            [
-                (name, pa.timestamp("us", tz="UTC") if name == "at" else types[type_])
-                for name, type_ in COLUMNS.items()
-            ]
-        )
+        self._schema = pa.schema([(name, types[type_]) for name, type_ in COLUMNS.items()])
         self._writer = parquet.ParquetWriter(self._unfinished, self._schema, compression="zstd")
         self._rows: list[dict[str, Any]] = []
 
