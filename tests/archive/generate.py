@@ -15,8 +15,7 @@ from typing import Any
 from peculium_server.archive import lines
 from peculium_server.core.encoding import token_id
 from peculium_server.core.lanes import lane_of
-from peculium_server.core.offline.records import BudgetRow, Counts, Header, HoldRow, Recorded
-from peculium_server.core.offline.tree import digest_of
+from peculium_server.core.offline.records import Counts, Header, Recorded
 from peculium_server.core.operations import (
     SYSTEM,
     Actor,
@@ -36,6 +35,7 @@ from peculium_server.core.rules import decide
 from peculium_server.core.state import Accepted, Entry
 from peculium_server.core.sweeping import lapse
 from tests.core.ledger import WholeTree
+from tests.core.offline.exported import budget_row, hold_row
 
 LANES = 16
 RUNS = 20
@@ -184,14 +184,12 @@ class Made:
                 yield lines.write(Recorded(lane, entry))
         budgets = [budget for tree in self.trees.values() for budget in tree.known_budgets()]
         for budget in budgets:
-            yield lines.write(BudgetRow(budget._replace(token=None), digest_of(budget.token)))
+            yield lines.write(budget_row(budget))
         holds = [
             (root_id, hold) for root_id, tree in self.trees.items() for hold in tree.known_holds()
         ]
         for root_id, hold in holds:
-            digest = digest_of(hold.token)
-            assert digest is not None
-            yield lines.write(HoldRow(root_id, hold._replace(token=b""), digest))
+            yield lines.write(hold_row(root_id, hold))
         yield lines.write(Counts(self.entries, len(budgets), len(holds), 0))
 
 

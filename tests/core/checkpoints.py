@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from peculium_server.core.checkpoint import (
     Chain,
@@ -22,9 +21,11 @@ from peculium_server.core.checkpoint import (
     key_id_of,
     signed_message,
 )
-from peculium_server.core.merkle import path_of, root_of
+from peculium_server.core.merkle import path_of
 from peculium_server.core.state import GENESIS, Entry
 from peculium_server.core.verify import Finding
+from peculium_server.signing import is_signed
+from tests.core.merkle import root_of
 
 FILE = Path(__file__).parents[2] / "docs" / "reference" / "checkpoint-vectors.json"
 
@@ -42,14 +43,6 @@ class Record(NamedTuple):
 
 def public(key: Ed25519PrivateKey) -> bytes:
     return key.public_key().public_bytes_raw()
-
-
-def is_signed(public_key: bytes, signature: bytes, message: bytes) -> bool:
-    try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
-    except InvalidSignature:
-        return False
-    return True
 
 
 def signed(checkpoint: Checkpoint, key: Ed25519PrivateKey = KEY) -> Sealed:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, TypeVar
 
-from peculium_server.core.encoding import Part, entry_hash, operation_digest
+from peculium_server.core.encoding import digest_of_parts, entry_hash
 from peculium_server.core.state import GENESIS, Balances, Budget, Entry, Hold
 from peculium_server.core.verify import Finding
 from tests.core.ledger import Ledger, verify
@@ -96,23 +96,7 @@ def rehashed(entries: Sequence[Entry]) -> list[Entry]:
     heads: dict[bytes, bytes] = {}
     forged = []
     for parts in operations.values():
-        first = parts[0]
-        assert first.request is not None
-        digest = operation_digest(
-            kind=first.kind,
-            root_id=first.root_id,
-            operation_id=first.operation_id,
-            position=first.position,
-            at=first.at,
-            principal=first.principal,
-            trace_id=first.trace_id,
-            amount=first.amount,
-            request=first.request,
-            parts=[
-                Part(part.budget_id, part.seq, part.consumed, part.money, part.effect_bytes)
-                for part in parts
-            ],
-        )
+        digest = digest_of_parts(parts)
         for part in parts:
             head = heads.get(part.budget_id, GENESIS)
             chained = entry_hash(head, digest, part.part)

@@ -12,15 +12,15 @@ from hypothesis import given, strategies as st
 
 from peculium_server.core.checkpoint import Chain, Leaf, SealedHeads, key_id_of, signed_message
 from peculium_server.core.encoding import entry_hash
-from peculium_server.core.merkle import Step, leaf_hash, root_by, root_of
+from peculium_server.core.merkle import Step, leaf_hash
 from peculium_server.core.state import Entry
+from peculium_server.signing import is_signed
 from tests.core.checkpoints import (
     FILE,
     INCARNATION,
     KEY,
     OTHER_KEY,
     Record,
-    is_signed,
     public,
     sealed,
     signed,
@@ -28,6 +28,7 @@ from tests.core.checkpoints import (
     verified,
 )
 from tests.core.every_kind import lived
+from tests.core.merkle import root_by, root_of
 from tests.core.tampering import rehashed
 
 PAGE = (FILE.parent / "checkpoints.md").read_text()

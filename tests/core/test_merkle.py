@@ -15,9 +15,8 @@ from peculium_server.core.merkle import (
     leaf_hash,
     node_hash,
     path_of,
-    root_by,
-    root_of,
 )
+from tests.core.merkle import root_by, root_of
 
 LEAVES = st.lists(st.binary(max_size=80), min_size=1, max_size=70)
 

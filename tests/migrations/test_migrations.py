@@ -14,6 +14,7 @@ from alembic.script import ScriptDirectory
 from psycopg import sql
 from sqlalchemy import create_engine
 
+from peculium_server.core.encoding import ENCODING_VERSION
 from peculium_server.store import migrate, schema
 from peculium_server.store.errors import StoreError, StoreUnavailable
 
@@ -91,7 +92,7 @@ def test_a_new_ledger_is_empty_and_has_all_its_lanes(database: str) -> None:
         positions = connection.execute("SELECT lane, position FROM lanes ORDER BY lane").fetchall()
         assert positions == [(lane, 0) for lane in range(schema.LANES)]
         ledger = connection.execute("SELECT lanes, encoding_version FROM ledger").fetchall()
-        assert ledger == [(schema.LANES, schema.ENCODING_VERSION)]
+        assert ledger == [(schema.LANES, ENCODING_VERSION)]
 
 
 def test_every_ledger_has_an_incarnation_of_its_own(database: str, empty_database: str) -> None:

@@ -26,7 +26,10 @@ from peculium_server.core.operations import (
     Rotation,
     Usage,
 )
-from peculium_server.core.state import Balances, Effect, Hold, HoldState, new
+from peculium_server.core.state import Balances, Effect, Entry, Hold, HoldState, new
+
+ENCODING_VERSION = 1
+"""Of the requests, effects and hashes of entries."""
 
 OPERATION_DOMAIN = b"peculium.operation.v1\x00"
 ENTRY_DOMAIN = b"peculium.entry.v1\x00"
@@ -224,6 +227,11 @@ FIELDS: dict[Kind, tuple[_Field, ...]] = {
 }
 """The attributes of each kind, beside the header's; key 1 is the authority. Keys are never reused."""
 
+REQUEST_KEYS = {field.name: field.key for fields in FIELDS.values() for field in fields}
+USAGE_KEYS = {field.name: field.key for field in _USAGE}
+BALANCE_KEYS = {name: key for key, name in enumerate(Balances._fields, start=1)}
+"""Of what is read without decoding all of it."""
+
 _LAYOUTS = {kind: _Layout(fields) for kind, fields in FIELDS.items()}
 _USAGE_LAYOUT, _CHILD_LAYOUT = _Layout(_USAGE), _Layout(_CHILD)
 
@@ -365,7 +373,7 @@ _CHANGES, *_STATE_KEYS = (cbor.integer(key) for key in range(1, 10))
 _VERSIONS, _HOLD_AFTER, _RETURNED, _PENDING, _HOLDS, _HOLDS_TRUNCATED = (
     cbor.integer(key) for key in range(10, 16)
 )
-_CHANGE_KEYS = [cbor.integer(key) for key in range(1, 9)]
+_CHANGE_KEYS = [cbor.integer(key) for key in BALANCE_KEYS.values()]
 _HOLD_ID, _HOLD_STATE, *_HOLD_KEYS = (cbor.integer(key) for key in range(1, 9))
 
 
@@ -481,6 +489,27 @@ def operation_digest(
             cbor.byte_string(effect),
         )
     return hashlib.sha256(b"".join(pieces)).digest()
+
+
+def digest_of_parts(parts: Sequence[Entry]) -> bytes:
+    """The digest that an operation's entries have to have, by what they say; the first has the request."""
+    first = parts[0]
+    assert first.request is not None
+    return operation_digest(
+        kind=first.kind,
+        root_id=first.root_id,
+        operation_id=first.operation_id,
+        position=first.position,
+        at=first.at,
+        principal=first.principal,
+        trace_id=first.trace_id,
+        amount=first.amount,
+        request=first.request,
+        parts=[
+            new(Part, (part.budget_id, part.seq, part.consumed, part.money, part.effect_bytes))
+            for part in parts
+        ],
+    )
 
 
 _ARRAY = 4

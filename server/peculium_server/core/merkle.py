@@ -7,7 +7,7 @@ leaf is ever doubled: n leaves are split at the largest power of two below n.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 LEAF_DOMAIN = b"peculium.leaf.v1\x00"
@@ -66,18 +66,6 @@ class Growing:
         return right
 
 
-def root_of(hashes: Iterable[bytes]) -> bytes:
-    """The root over leaves, given by their hashes.
-
-    Raises:
-        ValueError: There are none.
-    """
-    growing = Growing()
-    for hashed in hashes:
-        growing.add(hashed)
-    return growing.root()
-
-
 def path_of(hashes: Sequence[bytes], index: int) -> tuple[Step, ...]:
     """The way from one leaf up to the root, given the hashes of all leaves.
 
@@ -98,10 +86,3 @@ def path_of(hashes: Sequence[bytes], index: int) -> tuple[Step, ...]:
         level = [*(node_hash(left, right) for left, right in pairs), *odd]
         index >>= 1
     return tuple(steps)
-
-
-def root_by(hashed: bytes, path: Iterable[Step]) -> bytes:
-    """The root that a leaf's hash and its path lead to: the leaf is in the tree that has this root."""
-    for step in path:
-        hashed = node_hash(step.sibling, hashed) if step.left else node_hash(hashed, step.sibling)
-    return hashed

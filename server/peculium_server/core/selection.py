@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from peculium_server.core import cbor
+from peculium_server.core.encoding import REQUEST_KEYS
 from peculium_server.core.operations import Kind, Labels
 from peculium_server.core.state import Entry
 
-_LABELS: Final = 2
-_REFERENCE: Final = 11
-"""Keys of the entry encoding."""
+_LABELS: Final = REQUEST_KEYS["labels"]
+_REFERENCE: Final = REQUEST_KEYS["reference"]
 
 
 class Period(NamedTuple):

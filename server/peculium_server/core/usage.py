@@ -8,16 +8,19 @@ from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 from peculium_server.core import cbor
+from peculium_server.core.encoding import BALANCE_KEYS, REQUEST_KEYS, USAGE_KEYS
 from peculium_server.core.limits import SECOND_US
 from peculium_server.core.operations import Kind, Labels
 
 MODEL_LABEL: Final = "model"
 """The label that names the model where the usage facts do not."""
 
-_LABELS, _USAGE, _ESTIMATED = 2, 12, 13
-_PROVIDER, _MODEL, _INPUT, _OUTPUT, _CACHED = range(1, 6)
-_SPENT, _FORFEITED = 5, 6
-"""Keys of the entry encoding."""
+_LABELS: Final = REQUEST_KEYS["labels"]
+_USAGE: Final = REQUEST_KEYS["usage"]
+_ESTIMATED: Final = REQUEST_KEYS["estimated"]
+_PROVIDER, _MODEL, _INPUT, _OUTPUT, _CACHED = USAGE_KEYS.values()
+_SPENT: Final = BALANCE_KEYS["spent"]
+_FORFEITED: Final = BALANCE_KEYS["forfeited"]
 _CHANGES: Final = cbor.integer(1)
 """The key that an effect begins with, if anything has changed."""
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeVar
 
 from peculium_server.core.admission import SYSTEM_KINDS
-from peculium_server.core.encoding import Part, decode_request, entry_hash, operation_digest
+from peculium_server.core.encoding import decode_request, digest_of_parts, entry_hash
 from peculium_server.core.operations import (
     SYSTEM,
     Actor,
@@ -178,23 +178,7 @@ class Verifier:
             raise _Broken("request", "part 0, and it alone, says what was asked", part)
 
     def _check_hashes(self, parts: list[Entry]) -> None:
-        first = parts[0]
-        assert first.request is not None
-        digest = operation_digest(
-            kind=first.kind,
-            root_id=first.root_id,
-            operation_id=first.operation_id,
-            position=first.position,
-            at=first.at,
-            principal=first.principal,
-            trace_id=first.trace_id,
-            amount=first.amount,
-            request=first.request,
-            parts=[
-                Part(part.budget_id, part.seq, part.consumed, part.money, part.effect_bytes)
-                for part in parts
-            ],
-        )
+        digest = digest_of_parts(parts)
         heads: dict[bytes, tuple[int, bytes]] = {}
         for part in parts:
             known = self._tree.budgets[part.budget_id]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 from peculium_server.core import cbor
+from peculium_server.core.encoding import REQUEST_KEYS, USAGE_KEYS
 from peculium_server.core.operations import Kind
 from peculium_server.core.state import HoldState
 from peculium_server.core.usage import MODEL_LABEL
@@ -17,8 +18,10 @@ CONCERNED: Final = frozenset(
 """The kinds of operations that a call consists of."""
 
 # Keys of the entry encoding.
-_LABELS, _AMOUNT, _REFERENCE, _USAGE = 2, 3, 11, 12
-_PROVIDER, _MODEL = 1, 2
+_LABELS, _AMOUNT, _REFERENCE, _USAGE = (
+    REQUEST_KEYS[name] for name in ("labels", "amount", "reference", "usage")
+)
+_PROVIDER, _MODEL = USAGE_KEYS["provider"], USAGE_KEYS["model"]
 _HOLD = 11
 _HOLD_ID, _STATE, _RESERVED, _REMAINING, _BOOKED, _DISPUTED, _CREATED = range(1, 8)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Final, TypeVar
@@ -20,8 +19,9 @@ from peculium.v1.audit_service_pb2 import (
     ExportResponse,
     ExportTrailer,
 )
+from peculium_server.core.encoding import ENCODING_VERSION
 from peculium_server.core.lanes import lane_of
-from peculium_server.core.offline.export import ENCODING_VERSION
+from peculium_server.core.offline.records import digest_of
 from peculium_server.core.state import Budget, Hold
 from peculium_server.rpc.calls import CallRefused
 from peculium_server.rpc.reading import Reader
@@ -191,7 +191,7 @@ def _budget(budget: Budget) -> ExportedBudget:
         closed=budget.closed,
         disputes=budget.disputes,
         ancestors=budget.ancestors,
-        token_digest=_digest(budget.token),
+        token_digest=digest_of(budget.token) or b"",
     )
     write_budget(budget, (), None, message.budget)
     write_time(budget.last_at, message.last_at)
@@ -199,11 +199,6 @@ def _budget(budget: Budget) -> ExportedBudget:
 
 
 def _hold(root_id: bytes, hold: Hold) -> ExportedHold:
-    message = ExportedHold(root_id=root_id, token_digest=_digest(hold.token))
+    message = ExportedHold(root_id=root_id, token_digest=digest_of(hold.token) or b"")
     write_hold(hold, message.hold)
     return message
-
-
-def _digest(token: bytes | None) -> bytes:
-    """A live token's id is told to nobody; whoever has the entries can compare it with this."""
-    return b"" if token is None else hashlib.sha256(token).digest()

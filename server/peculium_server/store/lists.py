@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any, Final, NamedTuple
 
 from peculium_server.core import cbor
+from peculium_server.core.encoding import REQUEST_KEYS
 from peculium_server.core.limits import DEPTH_MAX
 from peculium_server.core.operations import Labels
 from peculium_server.core.selection import Period, Selection
@@ -36,8 +37,6 @@ _LAST_NAME: Final = "\U0010ffff"
 _TIME_MIN: Final = -62_135_596_800_000_000
 """The beginning of the year 1, in microseconds of the Unix epoch; 9999 ends before the other one."""
 _TIME_MAX: Final = 253_402_300_800_000_000
-_REFERENCE_KEY: Final = 11
-"""Of a request: see `peculium_server.core.encoding`."""
 
 
 class Reach(IntEnum):
@@ -358,7 +357,7 @@ def _told(selection: Selection) -> bytes:
     """
     stretches = [cbor.text(key) + cbor.text(value) for key, value in selection.labels]
     if selection.reference:
-        stretches.append(cbor.integer(_REFERENCE_KEY) + cbor.text(selection.reference))
+        stretches.append(cbor.integer(REQUEST_KEYS["reference"]) + cbor.text(selection.reference))
     return max(stretches, key=len, default=b"")
 
 

@@ -39,9 +39,6 @@ from peculium_server.core.state import Balances, Custody, HoldState
 LANES = 16
 """Lanes of a new ledger; how many an existing one has is fixed in its `ledger` row."""
 
-ENCODING_VERSION = 1
-"""Of the requests, effects and hashes in `entries`."""
-
 SEQ_GROUP_BITS = 6
 """A budget's entries are indexed in groups of this many bits of their seq.
 

@@ -6,16 +6,27 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from peculium_server.core.offline.export import ExportAudit
-from peculium_server.core.offline.records import Counts, Header
-from peculium_server.core.offline.tree import digest_of
+from peculium_server.core.offline.records import BudgetRow, Counts, Header, HoldRow, digest_of
 from peculium_server.core.state import Budget, Entry, Hold
 from peculium_server.core.verify import Finding
-from tests.core.checkpoints import is_signed
+from peculium_server.signing import is_signed
 from tests.core.ledger import Ledger
 from tests.core.tampering import ENTRY_COLUMNS, alter_one
 
 _EXPORTED = [name for name in ENTRY_COLUMNS if name != "previous_hash"]
 """What a hash follows is not told again."""
+
+
+def budget_row(budget: Budget) -> BudgetRow:
+    """A budget as it is exported: without its token."""
+    return BudgetRow(budget._replace(token=None), digest_of(budget.token))
+
+
+def hold_row(root_id: bytes, hold: Hold) -> HoldRow:
+    """A hold as it is exported: without its token."""
+    digest = digest_of(hold.token)
+    assert digest is not None
+    return HoldRow(root_id, hold._replace(token=b""), digest)
 
 
 class Exported(NamedTuple):
@@ -52,8 +63,8 @@ class Exported(NamedTuple):
         for entry in self.entries:
             audit.entry(entry, 0)
         for budget in self.budgets:
-            audit.budget(budget._replace(token=None), digest_of(budget.token))
+            audit.budget(*budget_row(budget))
         for root_id, hold in self.holds:
-            audit.hold(root_id, hold._replace(token=b""), digest_of(hold.token))
+            audit.hold(*hold_row(root_id, hold))
         audit.trailer(Counts(len(self.entries), len(self.budgets), len(self.holds), 0))
         return audit.finish()

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 
 from peculium_server.core import cbor
-from peculium_server.core.encoding import decode_effect, encode_effect
+from peculium_server.core.encoding import BY_HOLDER, BY_TOKEN, decode_effect, encode_effect
 from peculium_server.core.lanes import lane_of
+from peculium_server.core.limits import BALANCE_MAX
+from peculium_server.core.offline.export import ExportAudit
 from peculium_server.core.operations import Kind
 from peculium_server.core.state import Balances, Entry, HoldState
 from peculium_server.core.verify import Finding
+from peculium_server.signing import is_signed
 from tests.core.every_kind import lived
 from tests.core.ledger import HOUR, Ledger
 from tests.core.offline.exported import Exported
@@ -154,6 +157,21 @@ def test_a_lane_has_its_trees_only() -> None:
     breaks(WHOLE._replace(header=WHOLE.header._replace(positions=positions)), "lane", 0)
 
 
+def test_a_later_entry_of_a_tree_is_of_its_lane_too() -> None:
+    index = at(Kind.SPEND)
+    lane = lane_of(ROOT.id, 2)
+    positions = [0, 0]
+    positions[lane] = LEDGER.position
+    # Of one tree, whose positions may have gaps.
+    audit = ExportAudit(public_keys=None, is_signed=is_signed)
+    audit.header(WHOLE.header._replace(positions=tuple(positions), root_id=ROOT.id))
+    for other, entry in enumerate(WHOLE.entries):
+        audit.entry(entry, 1 - lane if other == index else lane)
+    finding = only(audit.findings)
+    entry = WHOLE.entries[index]
+    assert (finding.rule, finding.budget_id, finding.seq) == ("lane", entry.budget_id, entry.seq)
+
+
 def test_time_does_not_go_back_in_a_budget() -> None:
     index = at(Kind.COLLECT)
     assert only(forged(index, at=1).findings()).rule in ("time", "parts")
@@ -179,6 +197,27 @@ def test_balances_are_not_negative() -> None:
     breaks(forged(index, money=altered), "balances", index)
 
 
+def moved(index: int, **by: int) -> Exported:
+    """An entry after which the balances are others, as its changes say too."""
+    entry = LEDGER.journal[index]
+    changes = decode_effect(entry.effect_bytes, entry.budget_id).changes
+    told = changes._replace(**{name: getattr(changes, name) + more for name, more in by.items()})
+    money = entry.money._replace(
+        **{name: getattr(entry.money, name) + more for name, more in by.items()}
+    )
+    return forged(index, money=money, effect_bytes=effect(index, changes=told))
+
+
+def test_balances_have_a_bound() -> None:
+    index = at(Kind.TOP_UP)
+    breaks(moved(index, granted=BALANCE_MAX, available=BALANCE_MAX), "balances", index)
+
+
+def test_one_budget_alone_delegates_nothing() -> None:
+    index = at(Kind.SPEND)
+    breaks(moved(index, delegated=1, available=-1), "conservation", index)
+
+
 def test_overrun_is_the_roots_alone() -> None:
     index = at(Kind.ACCEPT)
     money = LEDGER.journal[index].money
@@ -196,34 +235,12 @@ def test_balances_are_those_before_and_the_changes() -> None:
 def test_what_leaves_a_budget_arrives_in_another() -> None:
     """A delegation of which the child gets one less; both entries are consistent by themselves."""
     index = at(Kind.DELEGATE)
-    entry = LEDGER.journal[index]
-    told = decode_effect(entry.effect_bytes, entry.budget_id)
-    money = entry.money._replace(
-        delegated=entry.money.delegated + 1, available=entry.money.available - 1
-    )
-    changes = told.changes._replace(
-        delegated=told.changes.delegated + 1, available=told.changes.available - 1
-    )
-    breaks(
-        forged(index, money=money, effect_bytes=encode_effect(told._replace(changes=changes))),
-        "conservation",
-        index,
-    )
+    breaks(moved(index, delegated=1, available=-1), "conservation", index)
 
 
 def test_money_does_not_come_from_nowhere() -> None:
     index = at(Kind.SPEND)
-    entry = LEDGER.journal[index]
-    told = decode_effect(entry.effect_bytes, entry.budget_id)
-    money = entry.money._replace(
-        granted=entry.money.granted + 7, available=entry.money.available + 7
-    )
-    changes = told.changes._replace(granted=7, available=told.changes.available + 7)
-    breaks(
-        forged(index, money=money, effect_bytes=encode_effect(told._replace(changes=changes))),
-        "conservation",
-        index,
-    )
+    breaks(moved(index, granted=7, available=7), "conservation", index)
 
 
 def test_versions_are_those_of_the_ancestors() -> None:
@@ -320,6 +337,30 @@ def test_a_bound_token_is_its_holders() -> None:
     breaks(forged(index, principal="mallory"), "authority", index)
 
 
+def reserved_by_holder() -> int:
+    """Where a budget that a principal holds was reserved from."""
+    index = at(Kind.RESERVE, skip=3)
+    asked: Any = cbor.decode(LEDGER.journal[index].request or b"")
+    assert asked[1] == BY_HOLDER
+    return index
+
+
+def test_what_a_principal_holds_is_its_own() -> None:
+    index = reserved_by_holder()
+    breaks(forged(index, principal="mallory"), "authority", index)
+
+
+@pytest.mark.parametrize("by", [BY_HOLDER, BY_TOKEN])
+def test_what_a_principal_holds_has_no_token(by: int) -> None:
+    index = reserved_by_holder()
+    breaks(forged(index, request=request(index, {1: by, 5: b"\x01" * 32})), "token", index)
+
+
+def test_a_hold_is_settled_by_its_token_alone() -> None:
+    index = at(Kind.SETTLE, skip=1)
+    breaks(forged(index, request=request(index, {1: BY_HOLDER})), "authority", index)
+
+
 def test_a_kind_is_the_admins() -> None:
     index = at(Kind.TOP_UP)
     breaks(forged(index, request=request(index, {1: 2})), "authority", index)
@@ -389,15 +430,7 @@ def test_a_budget_counts_its_holds(name: str) -> None:
 
 def test_money_is_held_by_holds_alone() -> None:
     index = at(Kind.SPEND)
-    entry = LEDGER.journal[index]
-    told = decode_effect(entry.effect_bytes, entry.budget_id)
-    money = entry.money._replace(spent=entry.money.spent - 1, forfeited=entry.money.forfeited + 1)
-    changes = told.changes._replace(spent=told.changes.spent - 1, forfeited=1)
-    breaks(
-        forged(index, money=money, effect_bytes=encode_effect(told._replace(changes=changes))),
-        "hold",
-        index,
-    )
+    breaks(moved(index, spent=-1, forfeited=1), "hold", index)
 
 
 def test_a_child_is_made_once_and_by_its_parent() -> None:
@@ -407,6 +440,26 @@ def test_a_child_is_made_once_and_by_its_parent() -> None:
     breaks(forged(index, request=request(index, {14: [*children, children[0]]})), "budget", index)
     fewer = forged(index, request=request(index, {14: []}))
     assert only(fewer.findings()).rule in ("budget", "amount")
+
+
+def test_each_child_has_what_was_asked_for_it() -> None:
+    index = next(i for i, e in enumerate(WHOLE.entries) if e.kind is Kind.DELEGATE and e.parts == 3)
+    asked: Any = cbor.decode(LEDGER.journal[index].request or b"")
+    one, other = asked[14]
+    one[3], other[3] = one[3] + 1, other[3] - 1
+    breaks(forged(index, request=request(index, {14: [one, other]})), "budget", index + 1)
+
+
+def test_a_childs_id_is_no_longer_than_others() -> None:
+    index = at(Kind.DELEGATE)
+    asked: Any = cbor.decode(LEDGER.journal[index].request or b"")
+    children = asked[14]
+    longer = children[0][22] + b"\x00"
+    children[0][22] = longer
+    entries = list(LEDGER.journal)
+    entries[index] = entries[index]._replace(request=request(index, {14: children}))
+    entries[index + 1] = entries[index + 1]._replace(budget_id=longer)
+    breaks(WHOLE._replace(entries=rehashed(entries)), "budget", index)
 
 
 def test_a_root_is_granted_once() -> None:

@@ -10,11 +10,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from peculium_server.core.checkpoint import key_id_of
 from peculium_server.core.offline.export import ExportAudit
 from peculium_server.core.offline.records import Counts, Header, LeafOf, SealedBy
-from peculium_server.core.offline.tree import digest_of
 from peculium_server.core.state import Budget, Entry
 from peculium_server.core.verify import Finding
-from tests.core.checkpoints import INCARNATION, KEY, Record, is_signed, public, sealed
+from peculium_server.signing import is_signed
+from tests.core.checkpoints import INCARNATION, KEY, Record, public, sealed
 from tests.core.every_kind import lived
+from tests.core.offline.exported import budget_row, hold_row
 from tests.core.tampering import rehashed
 
 LEDGER, ROOT = lived()
@@ -40,9 +41,9 @@ def audited(
     for entry in journal:
         audit.entry(entry, 0)
     for row in budgets if budgets is not None else ROOT.tree.known_budgets():
-        audit.budget(row._replace(token=None), digest_of(row.token))
+        audit.budget(*budget_row(row))
     for hold in ROOT.tree.known_holds():
-        audit.hold(ROOT.id, hold._replace(token=b""), digest_of(hold.token))
+        audit.hold(*hold_row(ROOT.id, hold))
     for record in records:
         told_key = (told or {}).get(record.sealed.key_id, public(KEY))
         audit.checkpoint(SealedBy(record.sealed, told_key))

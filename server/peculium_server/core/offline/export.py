@@ -13,9 +13,10 @@ Beside the rules of `tree` it has these:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from peculium_server.core.checkpoint import SignatureCheck
+from peculium_server.core.encoding import ENCODING_VERSION
 from peculium_server.core.lanes import lane_of
 from peculium_server.core.offline.records import Counts, Header, LeafOf, SealedBy
 from peculium_server.core.offline.rules import Broken
@@ -25,8 +26,6 @@ from peculium_server.core.operations import AtomicBatch
 from peculium_server.core.refusals import id_text
 from peculium_server.core.state import Budget, Entry, Hold
 from peculium_server.core.verify import Finding, Verifier
-
-ENCODING_VERSION: Final = 1
 
 
 class _Batch(NamedTuple):
@@ -115,9 +114,11 @@ class ExportAudit:
     def entry(self, entry: Entry, lane: int) -> None:
         """Check the next entry; of an operation of several parts, with the last of them."""
         self.entries += 1
-        tree = self.trees.get(entry.root_id)
-        if tree is None:
-            tree = self._begin(entry, lane)
+        tree = self._tree(entry.root_id)
+        if lane != tree.lane:
+            tree.broken(Broken("lane", f"the tree is not of lane {lane}"), entry)
+        elif self.exported is None or self.exported.root_id not in (None, entry.root_id):
+            tree.broken(Broken("lane", "it is not the tree that is exported"), entry)
         if lane >= len(self._parts):
             return
         parts = self._parts[lane]
@@ -137,7 +138,7 @@ class ExportAudit:
     def budget(self, row: Budget, token_digest: bytes | None) -> None:
         """Compare the row of a budget, whose token is left out, with the fold of its entries."""
         self.budgets += 1
-        tree = self._row_of(row.root_id)
+        tree = self._tree(row.root_id)
         fold = tree.budgets.get(row.budget_id)
         tree.budget(row, token_digest)
         verifier = self._verifiers.get(row.root_id)
@@ -147,7 +148,7 @@ class ExportAudit:
     def hold(self, root_id: bytes, row: Hold, token_digest: bytes | None) -> None:
         """Compare the row of a hold, whose token is left out, with the fold of its entries."""
         self.holds += 1
-        tree = self._row_of(root_id)
+        tree = self._tree(root_id)
         fold = tree.holds.get(row.hold_id)
         tree.hold(row, token_digest)
         verifier = self._verifiers.get(root_id)
@@ -190,7 +191,7 @@ class ExportAudit:
                     self._say("position", f"lane {lane} ends at {was}, not at {told}")
         for batch_id, batch in self._batches.items():
             detail = f"{batch.missing} operations of batch {id_text(batch_id)} are missing"
-            self._tree_of(batch.first).broken(Broken("batch", detail), batch.first)
+            self.trees[batch.first.root_id].broken(Broken("batch", detail), batch.first)
         for tree in self.trees.values():
             tree.finish()
         if self._seals is not None:
@@ -201,21 +202,11 @@ class ExportAudit:
             verifier.finish()
         return self.findings
 
-    def _row_of(self, root_id: bytes) -> TreeAudit:
-        """The tree of a row; one without entries has none to compare it with."""
-        if root_id not in self.trees:
-            self.trees[root_id] = TreeAudit(root_id)
-        return self.trees[root_id]
-
-    def _tree_of(self, entry: Entry) -> TreeAudit:
-        return self.trees[entry.root_id]
-
-    def _begin(self, entry: Entry, lane: int) -> TreeAudit:
-        tree = self.trees[entry.root_id] = TreeAudit(entry.root_id)
-        if lane != lane_of(entry.root_id, max(1, len(self._parts))):
-            tree.broken(Broken("lane", f"the tree is not of lane {lane}"), entry)
-        elif self.exported is None or self.exported.root_id not in (None, entry.root_id):
-            tree.broken(Broken("lane", "it is not the tree that is exported"), entry)
+    def _tree(self, root_id: bytes) -> TreeAudit:
+        tree = self.trees.get(root_id)
+        if tree is None:
+            lane = lane_of(root_id, max(1, len(self._parts)))
+            tree = self.trees[root_id] = TreeAudit(root_id, lane)
         return tree
 
     def _incomplete(self, lane: int) -> None:
@@ -223,7 +214,9 @@ class ExportAudit:
         parts, self._parts[lane] = self._parts[lane], []
         if parts:
             missing = parts[0].parts - len(parts)
-            self._tree_of(parts[0]).broken(Broken("parts", f"{missing} are missing"), parts[-1])
+            self.trees[parts[0].root_id].broken(
+                Broken("parts", f"{missing} are missing"), parts[-1]
+            )
 
     def _next_position(self, tree: TreeAudit, entry: Entry, lane: int) -> None:
         before = self._positions[lane]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 
+from peculium_server.core.merkle import HASH_BYTES
 from peculium_server.core.operations import Labels
 from peculium_server.core.state import (
     GENESIS,
@@ -14,8 +15,6 @@ from peculium_server.core.state import (
     Entry,
     new,
 )
-
-HASH_BYTES = 32
 
 NOTHING = Balances()
 

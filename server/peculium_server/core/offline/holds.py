@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import sub
 from typing import Any, Final, NamedTuple
 
 from peculium_server.core.offline.rights import produce
@@ -9,7 +10,7 @@ from peculium_server.core.offline.rules import Broken, Step
 from peculium_server.core.operations import Kind
 from peculium_server.core.state import Effect, Hold, HoldState, new
 
-HOLD_KINDS: Final = frozenset(
+_HOLD_KINDS: Final = frozenset(
     {Kind.RESERVE, Kind.SETTLE, Kind.RELEASE, Kind.EXTEND, Kind.RESOLVE, Kind.LAPSE}
 )
 """They concern a hold."""
@@ -35,34 +36,17 @@ _NONE: Final = _Share(0, 0, 0, 0, 0, 0)
 
 def _moved(was: Hold | None, now: Hold) -> _Share:
     """What an operation on a hold does to the sums of its budget."""
-    held, forfeited, spent, disputed, disputes, live = _shares(now)
-    if was is None:
-        return new(_Share, (held, forfeited, spent, disputed, disputes, live))
-    before = _shares(was)
-    return new(
-        _Share,
-        (
-            held - before[0],
-            forfeited - before[1],
-            spent - before[2],
-            disputed - before[3],
-            disputes - before[4],
-            live - before[5],
-        ),
-    )
+    share = _share(now)
+    return share if was is None else new(_Share, map(sub, share, _share(was)))
 
 
-def _shares(hold: Hold) -> tuple[int, int, int, int, int, int]:
+def _share(hold: Hold) -> _Share:
     _, _, _, state, _, remaining, booked, disputed, _, _ = hold
-    if state is HoldState.LIVE:
-        return remaining, 0, booked, disputed, 0, 1
-    return (
-        0,
-        remaining if state is HoldState.LAPSED else 0,
-        booked,
-        disputed,
-        1 if state is HoldState.DISPUTED else 0,
-        0,
+    live = state is HoldState.LIVE
+    forfeited = remaining if state is HoldState.LAPSED else 0
+    disputes = 1 if state is HoldState.DISPUTED else 0
+    return new(
+        _Share, (remaining if live else 0, forfeited, booked, disputed, disputes, 1 if live else 0)
     )
 
 
@@ -81,7 +65,7 @@ def check_holds(
     kind, amount = first.entry.kind, first.entry.amount
     was: Hold | None = None
     hold = first.effect.hold
-    if kind in HOLD_KINDS:
+    if kind in _HOLD_KINDS:
         hold_id = asked.get("hold_id")
         if hold is None or hold.hold_id != hold_id:
             raise Broken("hold", "it does not say what became of the hold that it names")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 from peculium_server.core.checkpoint import Leaf, Sealed
 from peculium_server.core.state import Budget, Entry, Hold
+
+
+def digest_of(token: bytes | None) -> bytes | None:
+    """How a row tells of a token's id, that may be live: told to nobody, and found by who has the entries."""
+    return None if token is None else hashlib.sha256(token).digest()
 
 
 class Header(NamedTuple):
@@ -34,7 +40,7 @@ class BudgetRow(NamedTuple):
     budget: Budget
     """Without its token."""
     token_digest: bytes | None
-    """SHA-256 of the token's id, which may be live."""
+    """See `digest_of`."""
 
 
 class HoldRow(NamedTuple):
@@ -44,7 +50,7 @@ class HoldRow(NamedTuple):
     hold: Hold
     """Without its token."""
     token_digest: bytes
-    """SHA-256 of the token's id."""
+    """See `digest_of`."""
 
 
 class SealedBy(NamedTuple):

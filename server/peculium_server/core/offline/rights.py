@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from peculium_server.core.admission import ADMIN_KINDS, SYSTEM_KINDS
 from peculium_server.core.encoding import BY_HOLDER, BY_ROLE, BY_TOKEN
 from peculium_server.core.offline.fold import Folded
 from peculium_server.core.offline.rules import Broken, Step
-from peculium_server.core.operations import SYSTEM, Kind
+from peculium_server.core.operations import HOLD_OPERATIONS, SYSTEM, Kind
 from peculium_server.core.state import Custody, Entry, Hold
 
-SYSTEM_KINDS: Final = frozenset({Kind.LAPSE, Kind.EXPIRE, Kind.COLLECT})
-ADMIN_KINDS: Final = frozenset({Kind.GRANT, Kind.TOP_UP, Kind.WITHDRAW, Kind.FREEZE, Kind.UNFREEZE})
-BY_HOLD: Final = frozenset({Kind.SETTLE, Kind.RELEASE, Kind.EXTEND})
+_BY_HOLD: Final = frozenset(operation.kind for operation in HOLD_OPERATIONS)
 """Their token is the hold's."""
 _EITHER: Final = frozenset({Kind.RECOVER, Kind.RESOLVE})
 """By an admin too."""
@@ -35,7 +34,7 @@ def check_rights(steps: list[Step], asked: dict[str, Any], holds: dict[bytes, Ho
             raise Broken("token", _NOT_LIVE)
     else:
         _check_consumed(steps, budget, needed)
-    if entry.kind is Kind.RECOVER or (by == BY_TOKEN and entry.kind not in BY_HOLD):
+    if entry.kind is Kind.RECOVER or (by == BY_TOKEN and entry.kind not in _BY_HOLD):
         _rotate(entry, budget, asked, by)
     elif asked.get("next_token_id") is not None:
         raise Broken("token", "it may not produce a token")
@@ -86,9 +85,9 @@ def _check_authority(entry: Entry, budget: Folded, by: int) -> None:
     if by == BY_ROLE:
         allowed = kind in ADMIN_KINDS or kind in SYSTEM_KINDS or kind in _EITHER
     elif by == BY_HOLDER:
-        allowed = budget.holder == entry.principal and kind not in BY_HOLD
+        allowed = budget.holder == entry.principal and kind not in _BY_HOLD
     else:
-        allowed = kind in BY_HOLD or budget.holder in (None, entry.principal)
+        allowed = kind in _BY_HOLD or budget.holder in (None, entry.principal)
     if by != BY_ROLE and (kind in ADMIN_KINDS or kind in SYSTEM_KINDS):
         allowed = False
     if kind in SYSTEM_KINDS and entry.principal != SYSTEM.principal:
@@ -103,16 +102,16 @@ def _needed(
     """The tokens that the operation has to consume, in the order of its entries."""
     kind, by = entry.kind, asked["authority"]
     needed: list[bytes] = []
-    if kind is Kind.RECOVER or (by == BY_TOKEN and kind not in BY_HOLD):
+    if kind is Kind.RECOVER or (by == BY_TOKEN and kind not in _BY_HOLD):
         if budget.token is not None:
             needed.append(budget.token)
         elif by == BY_TOKEN:
             raise Broken("token", "the budget has no live token")
-    if kind in BY_HOLD or kind is Kind.RESOLVE:
+    if kind in _BY_HOLD or kind is Kind.RESOLVE:
         hold = holds.get(asked.get("hold_id", b""))
         if hold is not None and hold.settleable:
             needed.append(hold.token)
-        elif kind in BY_HOLD:
+        elif kind in _BY_HOLD:
             raise Broken("token", "the hold has no live token")
     for rotation in asked.get("holds", ()):
         hold = holds.get(rotation.hold_id)

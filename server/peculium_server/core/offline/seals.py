@@ -6,7 +6,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from peculium_server.core.checkpoint import RULE, Chain, Leaf, SignatureCheck, key_id_of
-from peculium_server.core.lanes import lane_of
 from peculium_server.core.offline.fold import Folded
 from peculium_server.core.offline.records import Header, SealedBy
 from peculium_server.core.offline.tree import TreeAudit
@@ -31,23 +30,19 @@ class SealAudit:
             public_keys: Those that are trusted, by their ids; None: those that the ledger names.
             is_signed: Checks signatures.
         """
-        self.checkpoints = 0
         self._header = header
         self._trees = trees
-        self._lanes = len(header.positions)
-        self._told_keys: dict[bytes, bytes] | None = {} if public_keys is None else None
+        self._told_keys: dict[bytes, bytes] = {}
         keys = self._told_keys if public_keys is None else public_keys
-        assert keys is not None
-        self._chain = Chain(header.incarnation, self._lanes, keys, is_signed)
+        self._chain = Chain(header.incarnation, len(header.positions), keys, is_signed)
         self._finding: Finding | None = None
         self._number = 0
-        self._before: Sequence[int] = [0] * self._lanes
+        self._before: Sequence[int] = [0] * len(header.positions)
         self._positions: Sequence[int] = self._before
 
     def checkpoint(self, record: SealedBy) -> None:
         """Take the next checkpoint."""
-        self.checkpoints += 1
-        if self._told_keys is not None and key_id_of(record.public_key) == record.sealed.key_id:
+        if key_id_of(record.public_key) == record.sealed.key_id:
             self._told_keys[record.sealed.key_id] = record.public_key
         self._chain.checkpoint(record.sealed)
         if self._chain.finding is not None:
@@ -71,7 +66,6 @@ class SealAudit:
         self._chain.leaf(leaf)
         if self._header.root_id not in (None, leaf.root_id) or self._chain.finding is not None:
             return
-        lane = lane_of(leaf.root_id, self._lanes)
         tree = self._trees.get(leaf.root_id)
         budget = None if tree is None else tree.budgets.get(leaf.budget_id)
         if budget is None or tree is None:
@@ -79,7 +73,7 @@ class SealAudit:
                 self._found(leaf, leaf.seq, f"was sealed by checkpoint {number}, and is missing")
             return
         if tree.finding is None:
-            self._compare(budget, leaf, lane)
+            self._compare(budget, leaf, tree.lane)
             budget.sealed = leaf.seq
 
     def _compare(self, budget: Folded, leaf: Leaf, lane: int) -> None:
@@ -100,16 +94,14 @@ class SealAudit:
                 other += f": it, or one from {budget.sealed + 1} on, was altered"
             self._found(leaf, leaf.seq, other)
 
-    def finish(self) -> tuple[Finding | None, int | None]:
-        """The first finding, and how many entries nothing has sealed yet; None without a checkpoint."""
+    def finish(self) -> tuple[Finding | None, int]:
+        """The first finding, and how many entries nothing has sealed yet."""
         finding = self._chain.finish()
         if self._finding is not None and (finding is None or finding.root_id == b""):
             finding = self._finding
-        if not self.checkpoints:
-            return finding, None
         unsealed = 0
         for root_id, tree in self._trees.items():
-            sealed_to = self._positions[lane_of(root_id, self._lanes)]
+            sealed_to = self._positions[tree.lane]
             for budget in tree.budgets.values():
                 sealed = bisect_right(budget.positions, sealed_to)
                 unsealed += budget.seq - sealed

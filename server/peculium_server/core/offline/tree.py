@@ -17,20 +17,19 @@ The rules, by the names that findings have, in the order in which an operation i
 
 from __future__ import annotations
 
-import hashlib
 from operator import add, attrgetter
 from typing import Any, Final
 
 from peculium_server.core.encoding import (
-    Part,
     decode_effect,
+    digest_of_parts,
     entry_hash,
-    operation_digest,
     request_fields,
 )
 from peculium_server.core.limits import BALANCE_MAX, ID_BYTES
 from peculium_server.core.offline.fold import Folded, gate_changed
 from peculium_server.core.offline.holds import check_holds
+from peculium_server.core.offline.records import digest_of
 from peculium_server.core.offline.rights import check_rights
 from peculium_server.core.offline.rules import Broken, Step
 from peculium_server.core.operations import AtomicBatch, Child, Kind
@@ -44,8 +43,10 @@ _WORLD: Final = {Kind.GRANT: 1, Kind.TOP_UP: 1, Kind.WITHDRAW: -1}
 class TreeAudit:
     """Checks one tree. Feed operations in order, then the rows, then ask `finish`."""
 
-    def __init__(self, root_id: bytes) -> None:
+    def __init__(self, root_id: bytes, lane: int) -> None:
         self.root_id = root_id
+        self.lane = lane
+        """Where it belongs."""
         self.finding: Finding | None = None
         """The first thing that is wrong. What comes after it is not looked at."""
         self.budgets: dict[bytes, Folded] = {}
@@ -114,8 +115,6 @@ class TreeAudit:
                 raise Broken("request", "only part 0 says what was asked", index)
 
     def _check_hashes(self, parts: list[Entry]) -> None:
-        first = parts[0]
-        assert first.request is not None
         heads: dict[bytes, tuple[int, bytes]] = {}
         chained = []
         for index, part in enumerate(parts):
@@ -128,22 +127,8 @@ class TreeAudit:
                 raise Broken("seq", f"{known[0] + 1} was expected", index)
             heads[budget_id] = part.seq, part.hash
             chained.append(known[1])
-        digest = operation_digest(
-            kind=first.kind,
-            root_id=self.root_id,
-            operation_id=first.operation_id,
-            position=first.position,
-            at=first.at,
-            principal=first.principal,
-            trace_id=first.trace_id,
-            amount=first.amount,
-            request=first.request,
-            parts=[
-                new(Part, (part.budget_id, part.seq, part.consumed, part.money, part.effect_bytes))
-                for part in parts
-            ],
-        )
-        if first.digest != digest:
+        digest = digest_of_parts(parts)
+        if parts[0].digest != digest:
             raise Broken("digest", "the digest is not that of the operation's parts")
         for index, (part, head) in enumerate(zip(parts, chained, strict=True)):
             if part.hash != entry_hash(head, digest, part.part):
@@ -241,11 +226,6 @@ class TreeAudit:
     def _wrong_row(self, budget_id: bytes, detail: str) -> None:
         if self.finding is None:
             self.finding = Finding(self.root_id, budget_id, 0, "fold", detail)
-
-
-def digest_of(token: bytes | None) -> bytes | None:
-    """How a row in an export tells of a token, that may be live."""
-    return None if token is None else hashlib.sha256(token).digest()
 
 
 _SHARED = attrgetter(
