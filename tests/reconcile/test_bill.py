@@ -197,6 +197,7 @@ MALFORMED = [
     (CSV + '"a","1,000.00",2025-11-25\n', 2, "cost", "no amount"),
     (CSV + "a,,2025-11-25\n", 2, "cost", "has no amount"),
     (CSV + "a,1e99,2025-11-25\n", 2, "cost", "more than a budget can hold"),
+    (CSV + "a,4611686018.5,2025-11-25\n", 2, "cost", "more than a budget can hold"),
     (CSV + "a,1e999999999,2025-11-25\n", 2, "cost", "more than a budget can hold"),
     (CSV + "a,1e-999999,2025-11-25\n", 2, "cost", "too many digits"),
     (CSV + f"a,{'1' * 99},2025-11-25\n", 2, "cost", "no amount"),
@@ -286,6 +287,25 @@ def test_rows_of_json_may_leave_out_what_they_do_not_have() -> None:
     rows = '{"id": "a", "cost": 1}\n{"id": "b", "cost": 2, "meta": {"team": "x"}}'
     reading = replace(DOLLARS, columns=Columns(labels={"team": "meta.team"}))
     assert [line.labels for line in said(rows, reading)] == [("",), ("x",)]
+
+
+def test_an_amount_may_be_as_much_as_a_budget_can_hold() -> None:
+    [line] = said("id,cost\na,4611686018\n")
+    assert line.amount == 4_611_686_018 * 10**9
+
+
+@pytest.mark.parametrize(
+    ("column", "model"), [("line_item", "4o"), ("model", "4o, input"), ("engine", "4o, input")]
+)
+def test_only_a_line_item_says_more_than_the_model(column: str, model: str) -> None:
+    reading = replace(DOLLARS, columns=Columns(model=column))
+    [line] = said(f'{column},cost\n"4o, input",1\n', reading)
+    assert line.model == model
+
+
+def test_a_cell_may_be_as_long_as_a_prompt() -> None:
+    [line] = said(f"id,cost,prompt\na,1,{'x' * 1_000_000}\n")
+    assert line.reference == "a"
 
 
 def test_dollars_are_no_tokens() -> None:

@@ -131,12 +131,20 @@ def test_labels_are_the_settles_or_the_reserves_or_those_of_the_nearest_budget(
         ((("run", "2"), ("model", "m2")), {"labels": (("run", "3"),)}, ("m2", "3", "a")),
         ((), {"labels": (("model", "m3"), ("team", "b"))}, ("m3", "1", "b")),
         ((("model", "m2"),), {"usage": USAGE}, ("gpt-4o", "1", "a")),
+        ((), {"usage": USAGE, "labels": (("model", "m3"),)}, ("gpt-4o", "1", "a")),
     ]
     for reserve_labels, settle, _ in cases:
         ledger.do(child.hold(10, labels=reserve_labels).settle(1, **settle))
     assert [(call.model, *call.labels) for call in calls_of(ledger, "run", "team")] == [
         expected for _, _, expected in cases
     ]
+
+
+def test_a_label_without_a_value_is_the_nearest_too() -> None:
+    ledger = Ledger()
+    root = ledger.grant(1_000, labels=(("team", "a"),))
+    ledger.do(root.child(500, labels=(("team", ""),)).spend(5))
+    assert only_call(ledger, "team").labels == ("",)
 
 
 def test_what_is_no_record_of_a_call_is_refused() -> None:

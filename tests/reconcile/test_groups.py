@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from peculium_server.core.state import HoldState
-from peculium_server.reconcile.amounts import Amount, Tolerance
+from peculium_server.reconcile.amounts import Amount, Tolerance, rounded
 from peculium_server.reconcile.bill import Line
 from peculium_server.reconcile.calls import Call
 from peculium_server.reconcile.groups import Group, Groups, GroupStatus, total
@@ -140,3 +140,8 @@ def test_a_million_fine_lines_are_summed_without_rounding() -> None:
     lines = [line(Decimal("0.1"))] * 1_000
     _, [group] = compared(lines, [call(100)])
     assert (group.billed, group.difference) == (Decimal(100), 0)
+
+
+@pytest.mark.parametrize(("exact", "whole"), [("0.5", 0), ("1.5", 2), ("2.5", 2), ("2.51", 3)])
+def test_a_sum_is_rounded_to_the_nearest_and_halves_to_the_even_one(exact: str, whole: int) -> None:
+    assert rounded(Decimal(exact)) == whole

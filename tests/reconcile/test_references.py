@@ -194,6 +194,21 @@ CASES = {
         [call("r", booked=7)],
         (Status.MATCHED, -1, True, False),
     ),
+    "of a hold that lapsed after more was booked than the bill says": (
+        [line("r", 7)],
+        [call("r", booked=9, state=LAPSED)],
+        (Status.DIFFERENT, -2, False, True),
+    ),
+    "not billed, of two calls of which one is not all within the period": (
+        [],
+        [call("r", booked=7), call("r", booked=7, number=2, created_at=999)],
+        (Status.EDGE, -14, True, False),
+    ),
+    "named by its id in the second line": (
+        [line("r", 3), line("r", 4, 3, hold_id=(1).to_bytes(16))],
+        [call(booked=7)],
+        (Status.MATCHED, 0, True, False),
+    ),
     "finer than the unit, and more than that": (
         [line("r", Decimal("5.9"))],
         [call("r", booked=7)],
