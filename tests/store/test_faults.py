@@ -40,6 +40,9 @@ class Faults:
         self.made += 1
         if fault == "request lost":
             connection.pgconn.finish()
+        elif fault == "no answer":
+            await self.launch(connection, *segments)
+            await asyncio.Event().wait()
         elif fault == "answer lost":
             await self.launch(connection, *segments)
             connection.pgconn.finish()
@@ -196,6 +199,20 @@ async def test_sessions_that_were_ended_are_replaced(
         await spender.spend(writer, root)
     await terminate(database)
     assert await spent(store, root) == 3
+
+
+async def test_a_deadline_that_passes_behind_a_commit_leaves_its_outcome_unknown(
+    store: Store, spender: Spender, root: Grant, faults: Faults
+) -> None:
+    faults.plan = ["no answer"]
+    writer, spend = store.writer(store.lane_of(root.root_id)), spender.ask(root)
+    deadline = asyncio.get_running_loop().time() + 0.5
+    with pytest.raises(StoreUnavailable) as raised:
+        await spender.do(writer, spend, deadline=deadline)
+    assert faults.made == 1
+    assert raised.value.outcome_unknown
+    assert isinstance(await spender.do(writer, spend), Outcome)
+    assert await spent(store, root) == 1
 
 
 @WITH_CARE

@@ -311,6 +311,29 @@ async def test_a_batch_is_decided_on_what_those_before_have_sent_and_not_committ
     assert await spent(store, granted) == 9
 
 
+async def test_a_flight_that_follows_one_in_the_air_names_it_and_one_that_follows_none_does_not(
+    store: Store, spender: Spender, granted: Grant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[tuple[str, str]] = []
+    launch = Connection.launch
+
+    def listen(self: Connection, *segments: Sequence[Step]) -> Coroutine[Any, Any, list[Flown]]:
+        names.extend(
+            (step.values["previous"], step.values["own"])
+            for segment in segments
+            for step in segment
+            if step.statement.name.startswith(b"advance_position")
+        )
+        return launch(self, *segments)
+
+    monkeypatch.setattr(Connection, "launch", listen)
+    await both(store, spender, granted, lambda _: None)
+    await both(store, spender, granted, lambda _: None)
+    [(before_first, first), (before_second, _), (before_third, third), (before_fourth, _)] = names
+    assert (before_first, before_second) == ("", first)
+    assert (before_third, before_fourth) == ("", third)
+
+
 async def test_if_a_guess_fails_what_was_decided_on_it_is_decided_again(
     store: Store, other_store: Store, spender: Spender, granted: Grant
 ) -> None:

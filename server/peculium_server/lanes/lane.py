@@ -209,13 +209,12 @@ class _Queue:
                 await self._commit(groups)
         finally:
             del self._under_way[task]
-            if self._deciding is task:
-                self._deciding = None
-            self._go_on()
+            self._decided()
 
-    def _sent(self) -> None:
-        """Let the next transaction begin: this one has decided, and its commit is on its way."""
-        self._deciding = None
+    def _decided(self) -> None:
+        """Let the next transaction begin: the one whose task calls has sent its commit, or has ended."""
+        if self._deciding is asyncio.current_task():
+            self._deciding = None
         self._go_on()
 
     def _take(self) -> list[_Group]:
@@ -295,7 +294,7 @@ class Lane(_Queue):
                 saved += accepted
             return saved
 
-        position = await self._writer.run(footprints, decide, _latest(groups), self._sent)
+        position = await self._writer.run(footprints, decide, _latest(groups), self._decided)
         return {self.number: position}
 
 

@@ -370,10 +370,10 @@ class LanesWriter:
             root_ids, budget_ids, tokens = zip(*sorted(guess.unseen), strict=True)
             keys = {"root_id": root_ids, "budget_id": budget_ids, "token": tokens}
             checks.append(Step(statements.refuse_seen, keys))
+        run.in_doubt = True
         try:
             landing = self._connection.launch([_BEGIN, *checks, *steps, _COMMIT])
         except psycopg.Error:
-            run.in_doubt = True
             self._forget()
             return None
         # As if it had landed: if it does not, nothing that follows it does.
@@ -398,6 +398,7 @@ class LanesWriter:
         finally:
             if self._last_flight == launched.name:
                 self._last_flight = ""
+        run.in_doubt = False
         self._clock.read(now)
         return True
 
