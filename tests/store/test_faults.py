@@ -38,6 +38,9 @@ class Faults:
             return await self.launch(connection, *segments)
         fault = self.plan.pop(0)
         self.made += 1
+        if fault == "not replicated":
+            connection.unreplicated = True
+            return await self.launch(connection, *segments)
         if fault == "request lost":
             connection.pgconn.finish()
         elif fault == "no answer":
@@ -199,6 +202,19 @@ async def test_sessions_that_were_ended_are_replaced(
         await spender.spend(writer, root)
     await terminate(database)
     assert await spent(store, root) == 3
+
+
+async def test_a_commit_that_may_not_be_on_the_standby_is_found_out_in_another_session(
+    store: Store, spender: Spender, root: Grant, faults: Faults
+) -> None:
+    faults.plan = ["not replicated"]
+    writer = store.writer(store.lane_of(root.root_id))
+    session = writer._writer._connection
+    answer = await spender.do(writer, spender.ask(root))
+    assert isinstance(answer, Outcome)
+    assert answer.replayed
+    assert writer._writer._connection is not session
+    assert await spent(store, root) == 1
 
 
 async def test_a_deadline_that_passes_behind_a_commit_leaves_its_outcome_unknown(

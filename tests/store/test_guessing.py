@@ -10,10 +10,11 @@ from typing import Any
 import psycopg
 import pytest
 
-from peculium_server.core.operations import ByToken, Grant
+from peculium_server.core.footprint import Footprint
+from peculium_server.core.operations import ByToken, Grant, Operation
 from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refusal, Refused, id_text
-from peculium_server.store.guess import GuessedClock
+from peculium_server.store.guess import Guess, GuessedClock
 from peculium_server.store.known import Known
 from peculium_server.store.lane import Loaded
 from peculium_server.store.statements import of_lane
@@ -263,6 +264,50 @@ async def test_of_what_was_lost_with_a_connection_nothing_is_remembered_in_other
     assert await first_asked(5) == "lock"
 
 
+# -- What cannot be guessed ---------------------------------------------------------------------------
+
+
+def footprint_of(operation: Operation) -> dict[bytes, Footprint]:
+    footprint = Footprint()
+    footprint.add(operation)
+    return {operation.root_id: footprint}
+
+
+async def test_nothing_is_guessed_of_a_budget_with_an_ancestor_or_hold_that_is_not_remembered(
+    guessing: StoredLedger, store: Store, root: Node
+) -> None:
+    child = await guessing.below(root)
+    reserve = child.reserve()
+    await guessing.accept(reserve)
+    settle = footprint_of(HoldRef(child, reserve.hold_id).settle())
+    known = store.writer(store.lane_of(root.root_id))._writer._known[store.lane_of(root.root_id)]
+    assert Guess.of(settle, known) is not None
+    hold = known.holds.pop((root.root_id, reserve.hold_id))
+    assert Guess.of(settle, known) is None
+    known.holds[root.root_id, reserve.hold_id] = hold
+    for budget_id in (root.id, child.id):
+        budget = known.budgets.pop((root.root_id, budget_id))
+        assert Guess.of(settle, known) is None
+        known.budgets[root.root_id, budget_id] = budget
+    assert Guess.of(settle, known) is not None
+
+
+async def test_nothing_is_guessed_of_names_of_what_lies_below_nor_of_lists_of_holds(
+    guessing: StoredLedger, store: Store, root: Node
+) -> None:
+    child = await guessing.below(root)
+    await guessing.accept(child.spend())
+    known = store.writer(store.lane_of(root.root_id))._writer._known[store.lane_of(root.root_id)]
+    assert Guess.of(footprint_of(child.spend()), known) is not None
+    for operation in (
+        child.delegate(child.spec(1)),
+        child.return_all(),
+        root.revoke(child),
+        child.recover(),
+    ):
+        assert Guess.of(footprint_of(operation), known) is None, operation.kind
+
+
 # -- One behind the other -----------------------------------------------------------------------------
 
 
@@ -332,6 +377,27 @@ async def test_a_flight_that_follows_one_in_the_air_names_it_and_one_that_follow
     [(before_first, first), (before_second, _), (before_third, third), (before_fourth, _)] = names
     assert (before_first, before_second) == ("", first)
     assert (before_third, before_fourth) == ("", third)
+
+
+async def test_who_has_to_ask_waits_for_what_is_in_the_air_and_lets_it_be(
+    store: Store, spender: Spender, granted: Grant, asked: list[str]
+) -> None:
+    lane = store.lane_of(granted.root_id)
+    writer, first_has_sent = store.writer(lane), asyncio.Event()
+
+    async def grant_behind() -> Grant:
+        await first_has_sent.wait()
+        return await spender.grant(store, lane=lane)
+
+    granting = asyncio.create_task(grant_behind())
+    await asyncio.sleep(0)
+    asked.clear()
+    answer = await spender.do(writer, spender.ask(granted, 3), sent=first_has_sent.set)
+    await granting
+    assert isinstance(answer, Outcome)
+    assert asked[:5] == GUESSED
+    assert asked.count("commit") == 2
+    assert "rollback" not in asked
 
 
 async def test_if_a_guess_fails_what_was_decided_on_it_is_decided_again(
@@ -444,6 +510,18 @@ def test_an_old_reading_is_of_no_use_nor_one_of_another_session(
     assert clock.now() == 6_000_000
     clock.forget()
     assert clock.now() is None
+
+
+async def test_every_flight_brings_a_reading_of_the_clock(
+    guessing: StoredLedger, root: Node, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings: list[int] = []
+    monkeypatch.setattr(GuessedClock, "read", lambda _, now: readings.append(now))
+    before = time.time_ns() // 1_000
+    await guessing.accept(root.spend())
+    assert "advance_position" in asked
+    [reading] = readings
+    assert before <= reading <= time.time_ns() // 1_000
 
 
 async def test_what_is_guessed_at_a_time_to_come_is_decided_again_at_the_databases(

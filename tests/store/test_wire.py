@@ -160,8 +160,9 @@ async def test_a_failure_fails_what_follows_it_in_a_transaction_that_nobody_has_
 
 
 async def test_whoever_gives_up_a_flight_loses_all_that_are_in_the_air(
-    connection: Connection,
+    connection: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(wire, "ANSWER_SECONDS_MAX", 3_600)
     slow = asyncio.create_task(connection.fly([step("SELECT pg_sleep(60)")]))
     behind = asyncio.create_task(connection.fly([step("SELECT 1")]))
     await asyncio.sleep(0)

@@ -348,7 +348,7 @@ class LanesWriter:
         Nothing is waited for, so that whoever has the turn decides on what those before have left.
         """
         now = self._clock.now()
-        guessable = self._postgres and len(run.footprints) == 1 and not run.tries
+        guessable = self._postgres and len(run.footprints) == 1
         if self._connection is None or now is None or not guessable or self._plans_are_old:
             return None
         ((lane, footprints),) = run.footprints.items()
