@@ -16,13 +16,15 @@ from peculium_server.store.errors import (
     is_lost,
     translate,
 )
+from peculium_server.store.schema import metadata
 
 
-def said(state: str, severity: str = "ERROR") -> psycopg.Error:
+def said(state: str, severity: str = "ERROR", *, table: str = "") -> psycopg.Error:
     """An error as PostgreSQL sends it."""
     fields: dict[int, bytes | None] = dict.fromkeys(DiagnosticField)
     fields[DiagnosticField.SQLSTATE] = state.encode()
     fields[DiagnosticField.SEVERITY_NONLOCALIZED] = severity.encode()
+    fields[DiagnosticField.TABLE_NAME] = table.encode()
     kind = errors.lookup(state)
     return kind("the driver's words, SECRET", info=fields, encoding="utf-8")
 
@@ -49,6 +51,14 @@ def test_a_result_that_the_database_does_not_know_itself_leaves_a_commit_in_doub
 @pytest.mark.parametrize("state", ["40001", "40P01", "55P03"])
 def test_what_others_were_in_the_way_of_may_be_repeated(state: str) -> None:
     assert is_contention(said(state))
+
+
+@pytest.mark.parametrize("table", metadata.tables)
+def test_a_row_that_another_was_quicker_with_may_be_tried_again(table: str) -> None:
+    assert is_contention(said("23505", table=table))
+    assert is_contention(said("23505", table=f"{table}_07"))
+    assert not is_contention(said("23505", table=f"pg_{table}"))
+    assert not is_contention(said("23505"))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 from peculium_server.core.operations import ByHolder
 from peculium_server.core.selection import Period, Selection
 from peculium_server.core.state import GENESIS, Budget, Entry, Hold
+from peculium_server.store import lists, snapshot as snapshot_module
 from peculium_server.store.accounts import Account
 from peculium_server.store.errors import LedgerCorrupt
 from peculium_server.store.history import line_at, makings, used_at
@@ -277,6 +278,43 @@ async def test_a_stream_that_is_left_early_leaves_a_usable_store(
                 assert entry.seq == 1
                 break
     assert await ledger.verified(root.root_id) is None
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 100])
+async def test_a_snapshot_tells_a_lane_in_any_windows_each_operation_once(
+    ledger: StoredLedger, root: Node, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot_module, "_WINDOW", window)
+    await ledger.below(root)
+    await ledger.accept(*[root.spend(1) for _ in range(4)])
+    lane = ledger.store.lane_of(root.root_id)
+    journal = [entry._replace(previous_hash=b"") for entry in ledger.journal]
+    async with ledger.store.snapshot() as snapshot:
+        for root_id in (None, root.root_id):
+            told = snapshot.entries_between(lane, after=1, until=5, root_id=root_id)
+            between = [entry for entry in journal if 1 < entry.position <= 5]
+            assert await collected(told) == between
+
+
+async def test_a_page_that_has_looked_at_enough_ends_though_nothing_is_selected(
+    ledger: StoredLedger, root: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lists, "KEYS_MAX", 3)
+    monkeypatch.setattr(lists, "_WINDOW_MAX", 1)
+    for _ in range(5):
+        await ledger.below(root, 1)
+    nobody = BudgetSelection(holder="nobody")
+    page = await list_budgets(ledger.store, root.budget, nobody, limit=1)
+    assert page.rows == ()
+    assert page.next is not None
+
+
+async def test_what_is_summed_up_takes_no_longer_than_its_caller_waits(
+    ledger: StoredLedger, root: Node
+) -> None:
+    async with ledger.store.accounts(root.root_id, seconds_max=1.25) as accounts:
+        shown = await accounts._connection.execute("SHOW statement_timeout")
+        assert await shown.fetchone() == ("1250ms",)
 
 
 async def test_bytes_that_are_no_entry_are_shown_to_the_verifier_and_refused_to_readers(
