@@ -42,7 +42,7 @@ class Forked:
             self._process = _context.Process(
                 target=_run,
                 args=(
-                    *(list(arguments), dict(environment), str(Path.cwd())),
+                    *(list(arguments), dict(environment)),
                     *(resource.getrlimit(resource.RLIMIT_NOFILE), writing),
                 ),
                 daemon=True,
@@ -87,7 +87,6 @@ class Forked:
 def _run(
     arguments: list[str],
     environment: dict[str, str],
-    directory: str,
     files: tuple[int, int],
     writing: Connection,
 ) -> None:
@@ -97,7 +96,6 @@ def _run(
         os.dup2(writing.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(directory)
     resource.setrlimit(resource.RLIMIT_NOFILE, files)
     sys.argv = ["peculium", *arguments]
     main()

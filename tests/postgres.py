@@ -171,7 +171,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_folder] = _roomy_folder() if given is None else given["peculium_folder"]
     if given is None and "TEST_DATABASE_URL" not in os.environ:
         remove_what_killed_runs_left(Path(config.stash[_folder]))
-        config.stash[_running] = _data_dir(config).with_suffix(_MARK).open("wb")
+        config.stash[_running] = mark_of(config).open("wb")
         fcntl.flock(config.stash[_running], fcntl.LOCK_SH)
 
 
@@ -192,6 +192,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         Server(given, f"peculium_test_{config.stash[_run_id]}_").drop_all()
         return
     _remove(_data_dir(config))
+
+
+def mark_of(config: pytest.Config) -> Path:
+    """The file that is locked for as long as this run lives."""
+    return _data_dir(config).with_suffix(_MARK)
 
 
 def remove_what_killed_runs_left(folder: Path) -> None:

@@ -7,6 +7,7 @@ import resource
 import signal
 import sys
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def said(server: RunningServer) -> list[str]:
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What processes inherit is not as it was when the one that forks was started."""
+    forkserver.ensure_running()
     monkeypatch.chdir(tmp_path)
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (files - 1, most))
@@ -54,6 +56,8 @@ def test_a_forked_server_lives_and_ends_as_the_program_does(
         with starting(tmp_path, launch) as start:
             server = start("--database-url", database, PECULIUM_DRAIN_SECONDS="7")
             own = told_by_the_system(server)
+            if number is signal.SIGKILL:
+                server.kill()
             return own, server.stop(number), said(server)
 
     own, code, lines = life(program)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.postgres import remove_what_killed_runs_left
+from tests.postgres import mark_of, remove_what_killed_runs_left
 
 A_RUN = """
 import fcntl, signal, sys
@@ -39,3 +42,9 @@ def test_what_a_killed_run_has_left_is_removed_and_what_a_living_one_has_is_not(
     remove_what_killed_runs_left(folder)
     assert not postmaster.is_running()
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif("TEST_DATABASE_URL" in os.environ, reason="it has no server of its own")
+def test_this_run_counts_as_living(pytestconfig: pytest.Config) -> None:
+    with mark_of(pytestconfig).open("rb") as mark, pytest.raises(BlockingIOError):
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
