@@ -8,63 +8,29 @@ from typing import Any
 import pytest
 
 from peculium_server.core import cbor
-from peculium_server.core.encoding import BY_HOLDER, BY_TOKEN, decode_effect, encode_effect
+from peculium_server.core.encoding import decode_effect
 from peculium_server.core.lanes import lane_of
 from peculium_server.core.limits import BALANCE_MAX
 from peculium_server.core.offline.export import ExportAudit
+from peculium_server.core.offline.records import Counts
 from peculium_server.core.operations import Kind
-from peculium_server.core.state import Balances, Entry, HoldState
-from peculium_server.core.verify import Finding
+from peculium_server.core.state import Balances, Entry
 from peculium_server.signing import is_signed
-from tests.core.every_kind import lived
 from tests.core.ledger import HOUR, Ledger
 from tests.core.offline.exported import Exported
+from tests.core.offline.forging import (
+    LEDGER,
+    ROOT,
+    WHOLE,
+    at,
+    breaks,
+    effect,
+    forged,
+    moved,
+    only,
+    request,
+)
 from tests.core.tampering import altered, rehashed
-
-LEDGER, ROOT = lived()
-WHOLE = Exported.of(LEDGER)
-
-
-def only(findings: Sequence[Finding]) -> Finding:
-    assert len(findings) >= 1
-    return findings[0]
-
-
-def at(kind: Kind, part: int = 0, *, skip: int = 0, of: Sequence[Entry] = LEDGER.journal) -> int:
-    """Where an entry of a kind is."""
-    found = [i for i, entry in enumerate(of) if entry.kind is kind and entry.part == part]
-    return found[skip]
-
-
-def forged(index: int, **changes: Any) -> Exported:
-    """An entry altered, and all hashes computed anew, as who knows the encoding could."""
-    entries = list(LEDGER.journal)
-    entries[index] = entries[index]._replace(**changes)
-    return WHOLE._replace(entries=rehashed(entries))
-
-
-def effect(index: int, **changes: Any) -> bytes:
-    entry = LEDGER.journal[index]
-    return encode_effect(decode_effect(entry.effect_bytes, entry.budget_id)._replace(**changes))
-
-
-def request(index: int, keys: dict[int, Any]) -> bytes:
-    """The request of an entry with other values of some keys; None: without it."""
-    asked = LEDGER.journal[index].request
-    assert asked is not None
-    said: Any = cbor.decode(asked)
-    said.update(keys)
-    return cbor.encode({key: value for key, value in said.items() if value is not None})
-
-
-def breaks(exported: Exported, rule: str, index: int | None) -> Finding:
-    """The first finding, which has to be of the rule and the entry."""
-    finding = only(exported.findings())
-    assert finding.rule == rule, finding
-    if index is not None:
-        entry = exported.entries[index]
-        assert (finding.budget_id, finding.seq) == (entry.budget_id, entry.seq), finding
-    return finding
 
 
 def test_what_was_not_altered_breaks_no_rule() -> None:
@@ -106,6 +72,20 @@ def test_position_ascends() -> None:
     index = at(Kind.SPEND)
     moved = LEDGER.journal[index].position - 1
     breaks(forged(index, position=moved), "position", index)
+
+
+def of_one_tree(exported: Exported, root_id: bytes = ROOT.id) -> Exported:
+    return exported._replace(header=exported.header._replace(root_id=root_id))
+
+
+def test_position_ascends_in_one_tree_too() -> None:
+    index = at(Kind.SPEND)
+    before = LEDGER.journal[index].position - 1
+    breaks(of_one_tree(forged(index, position=before)), "position", index)
+
+
+def test_one_trees_export_has_no_other() -> None:
+    breaks(of_one_tree(WHOLE, b"another root's 1"), "lane", 0)
 
 
 def test_a_lane_ends_where_the_header_says() -> None:
@@ -197,17 +177,6 @@ def test_balances_are_not_negative() -> None:
     breaks(forged(index, money=altered), "balances", index)
 
 
-def moved(index: int, **by: int) -> Exported:
-    """An entry after which the balances are others, as its changes say too."""
-    entry = LEDGER.journal[index]
-    changes = decode_effect(entry.effect_bytes, entry.budget_id).changes
-    told = changes._replace(**{name: getattr(changes, name) + more for name, more in by.items()})
-    money = entry.money._replace(
-        **{name: getattr(entry.money, name) + more for name, more in by.items()}
-    )
-    return forged(index, money=money, effect_bytes=effect(index, changes=told))
-
-
 def test_balances_have_a_bound() -> None:
     index = at(Kind.TOP_UP)
     breaks(moved(index, granted=BALANCE_MAX, available=BALANCE_MAX), "balances", index)
@@ -256,181 +225,7 @@ def test_a_version_counts_what_others_read() -> None:
     breaks(forged(index, effect_bytes=effect(index, version=told.version - 1)), "versions", index)
 
 
-# -- Tokens, authority and holds -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        Kind.RESERVE,
-        Kind.SPEND,
-        Kind.SETTLE,
-        Kind.RELEASE,
-        Kind.EXTEND,
-        Kind.ACCEPT,
-        Kind.RECOVER,
-        Kind.DELEGATE,
-        Kind.FUND,
-        Kind.RENEW,
-        Kind.RETURN,
-        Kind.REVOKE,
-        Kind.RESOLVE,
-    ],
-)
-def test_a_consumed_token_was_the_live_one(kind: Kind) -> None:
-    index = at(kind)
-    breaks(forged(index, consumed=b"\x01" * 32), "token", index)
-
-
-def test_a_token_is_consumed_once() -> None:
-    index = at(Kind.SPEND)
-    entry = LEDGER.journal[index]
-    before = next(
-        e
-        for e in reversed(LEDGER.journal[:index])
-        if e.budget_id == entry.budget_id and e.consumed is not None
-    )
-    breaks(forged(index, consumed=before.consumed), "token", index)
-
-
-def test_a_token_that_has_to_be_consumed_is() -> None:
-    index = at(Kind.SPEND)
-    breaks(forged(index, consumed=None), "token", index)
-
-
-@pytest.mark.parametrize("kind", [Kind.LAPSE, Kind.EXPIRE, Kind.COLLECT, Kind.FREEZE, Kind.TOP_UP])
-def test_what_is_not_by_token_consumes_none(kind: Kind) -> None:
-    index = at(kind)
-    breaks(forged(index, consumed=b"\x01" * 32), "token", index)
-
-
-def test_the_other_budgets_of_an_operation_consume_none() -> None:
-    index = at(Kind.DELEGATE, 1)
-    finding = breaks(forged(index, consumed=b"\x01" * 32), "token", index)
-    assert "concerned" in finding.detail
-
-
-def test_a_produced_token_is_new() -> None:
-    index = at(Kind.SPEND)
-    entry = LEDGER.journal[index]
-    breaks(forged(index, request=request(index, {5: entry.consumed})), "token", index)
-
-
-def test_a_holds_token_is_new() -> None:
-    index = at(Kind.RESERVE)
-    entry = LEDGER.journal[index]
-    breaks(forged(index, request=request(index, {7: entry.consumed})), "token", index)
-
-
-def test_the_next_token_is_named() -> None:
-    index = at(Kind.SPEND)
-    breaks(forged(index, request=request(index, {5: None})), "token", index)
-
-
-def test_a_rotated_hold_has_its_own_token_consumed() -> None:
-    index = at(Kind.RECOVER, 1)
-    breaks(forged(index, consumed=b"\x01" * 32), "token", index)
-
-
-def test_a_bound_token_is_its_holders() -> None:
-    index = at(Kind.SPEND)
-    breaks(forged(index, principal="mallory"), "authority", index)
-
-
-def reserved_by_holder() -> int:
-    """Where a budget that a principal holds was reserved from."""
-    index = at(Kind.RESERVE, skip=3)
-    asked: Any = cbor.decode(LEDGER.journal[index].request or b"")
-    assert asked[1] == BY_HOLDER
-    return index
-
-
-def test_what_a_principal_holds_is_its_own() -> None:
-    index = reserved_by_holder()
-    breaks(forged(index, principal="mallory"), "authority", index)
-
-
-@pytest.mark.parametrize("by", [BY_HOLDER, BY_TOKEN])
-def test_what_a_principal_holds_has_no_token(by: int) -> None:
-    index = reserved_by_holder()
-    breaks(forged(index, request=request(index, {1: by, 5: b"\x01" * 32})), "token", index)
-
-
-def test_a_hold_is_settled_by_its_token_alone() -> None:
-    index = at(Kind.SETTLE, skip=1)
-    breaks(forged(index, request=request(index, {1: BY_HOLDER})), "authority", index)
-
-
-def test_a_kind_is_the_admins() -> None:
-    index = at(Kind.TOP_UP)
-    breaks(forged(index, request=request(index, {1: 2})), "authority", index)
-
-
-def test_the_ledgers_own_operations_are_the_systems() -> None:
-    index = at(Kind.LAPSE)
-    breaks(forged(index, principal="mallory"), "authority", index)
-
-
-def test_an_admin_does_not_spend() -> None:
-    index = at(Kind.SPEND)
-    breaks(forged(index, request=request(index, {1: 3})), "authority", index)
-
-
-def test_the_amount_is_what_was_asked_for() -> None:
-    for kind in (Kind.TOP_UP, Kind.RESERVE, Kind.SPEND, Kind.DELEGATE, Kind.RELEASE, Kind.RETURN):
-        index = at(kind)
-        parts = LEDGER.journal[index].parts
-        entries = list(LEDGER.journal)
-        for part in range(index, index + parts):
-            entries[part] = entries[part]._replace(amount=entries[part].amount + 1)
-        finding = only(WHOLE._replace(entries=rehashed(entries)).findings())
-        assert finding.rule in ("amount", "conservation", "hold"), (kind, finding)
-        assert finding.seq == LEDGER.journal[index].seq
-
-
-def test_what_was_reported_is_what_was_recorded() -> None:
-    index = at(Kind.SETTLE)
-    breaks(forged(index, request=request(index, {8: 4})), "amount", index)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"amount": 31},
-        {"booked": 6},
-        {"remaining": 1},
-        {"created_at": 1},
-        {"state": HoldState.DISPUTED},
-        {"disputed": 1},
-        {"expires_at": 1},
-    ],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_a_hold_goes_on_as_it_was(changes: dict[str, Any]) -> None:
-    index = at(Kind.SETTLE)
-    entry = LEDGER.journal[index]
-    hold = decode_effect(entry.effect_bytes, entry.budget_id).hold
-    assert hold is not None
-    altered = effect(index, hold=hold._replace(**changes))
-    finding = only(forged(index, effect_bytes=altered).findings())
-    assert finding.rule in ("hold", "amount")
-    assert (finding.budget_id, finding.seq) == (entry.budget_id, entry.seq)
-
-
-@pytest.mark.parametrize("name", ["disputed", "disputes", "holds_live"])
-def test_a_budget_counts_its_holds(name: str) -> None:
-    index = at(Kind.SETTLE)
-    told = decode_effect(LEDGER.journal[index].effect_bytes, b"")
-    more: dict[str, Any] = {name: getattr(told, name) + 1}
-    if name == "disputes":
-        # An open dispute freezes, which others read.
-        more["version"] = told.version + 1
-    breaks(forged(index, effect_bytes=effect(index, **more)), "hold", index)
-
-
-def test_money_is_held_by_holds_alone() -> None:
-    index = at(Kind.SPEND)
-    breaks(moved(index, spent=-1, forfeited=1), "hold", index)
+# -- Budgets and batches, headers and trailers --------------------------------------------------------
 
 
 def test_a_child_is_made_once_and_by_its_parent() -> None:
@@ -493,6 +288,36 @@ def test_an_atomic_batch_is_there_whole() -> None:
     )
     rules = {finding.rule for finding in cut.findings()}
     assert "batch" in rules
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"incarnation": b"another ledger's"},
+        {"root_id": ROOT.id},
+        {"positions": (LEDGER.position, 0)},
+        {"positions": (LEDGER.position - 1,)},
+        {"encoding_version": 2},
+    ],
+    ids=["ledger", "tree", "lanes", "position", "encoding"],
+)
+def test_a_header_goes_on_with_the_one_before(changes: dict[str, Any]) -> None:
+    audit = ExportAudit(public_keys=None, is_signed=is_signed)
+    audit.header(WHOLE.header)
+    assert audit.findings == []
+    audit.header(WHOLE.header._replace(**changes))
+    assert only(audit.findings).rule == "header"
+
+
+@pytest.mark.parametrize("name", Counts._fields)
+def test_a_trailer_counts_what_is_there(name: str) -> None:
+    audit = ExportAudit(public_keys=None, is_signed=is_signed)
+    audit.trailer(Counts())
+    assert audit.findings == []
+    audit.trailer(Counts()._replace(**{name: 1}))
+    finding = only(audit.findings)
+    assert finding.rule == "trailer"
+    assert f"other {name} than" in finding.detail
 
 
 # -- Rows ---------------------------------------------------------------------------------------------------

@@ -121,6 +121,16 @@ def test_a_missing_leaf_is_found() -> None:
     assert "leaves" in finding.detail
 
 
+def test_a_leaf_belongs_to_the_checkpoint_before_it() -> None:
+    record = sealed(JOURNAL, STOPS)[0]
+    audit = ExportAudit(public_keys=None, is_signed=is_signed)
+    audit.header(Header(1, INCARNATION, LEDGER.now, (LAST,), ROOT.id))
+    audit.checkpoint(SealedBy(record.sealed, public(KEY)))
+    audit.leaf(LeafOf(2, record.leaves[0]))
+    [finding] = audit.finish()
+    assert finding.detail == "checkpoint 1: a leaf of checkpoint 2 is among its leaves"
+
+
 def test_a_budget_that_moved_and_was_not_sealed_is_found() -> None:
     """Who has the key leaves out what an entry has moved."""
     moved = next(entry for entry in JOURNAL if entry.position > STOPS[0])
