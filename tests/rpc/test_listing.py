@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from peculium.v1 import audit_service_pb2 as audit, types_pb2
 from peculium.v1.audit_service_pb2_grpc import AuditServiceStub
+from peculium_server.rpc import listing
 from peculium_server.store import lists
 from tests.rpc.test_reads import by_path, delegated, granted, make, refusal, reserved
 from tests.rpc.wire import Stored, storing
@@ -180,6 +182,30 @@ async def test_roots_are_filtered_by_state_and_name(stored: Stored) -> None:
     assert await names(states=[types_pb2.BUDGET_STATE_OPEN]) == ["acme", "alpha", "beta"]
     assert await names(states=[types_pb2.BUDGET_STATE_FROZEN]) == []
     assert await names(created_from=stamp(LATER)) == []
+
+
+@pytest.mark.parametrize("states", [[], [types_pb2.BUDGET_STATE_OPEN]])
+async def test_a_page_of_budgets_is_cut_by_the_bytes_that_it_takes(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch, states: Any
+) -> None:
+    root = granted("wide")
+    wide = delegated(root, root.root_id, *(number * 32 for number in ("ä", "ö", "ü")))
+    # Four bytes a letter, and longer than all else that a budget has.
+    labels = tuple((f"key{number:02}", "\U0001f4b0" * 64) for number in range(16))
+    wide = replace(wide, children=tuple(replace(each, labels=labels) for each in wide.children))
+    await make(stored, root, wide)
+    monkeypatch.setattr(listing, "PAGE_BYTES_MAX", 7_000)
+    request = audit.ListBudgetsRequest(below=by_path("wide"), filter=choosing(states=states))
+    pages = []
+    while True:
+        page = await AuditServiceStub(stored.channel).ListBudgets(request)
+        assert sum(budget.ByteSize() for budget in page.budgets) <= 7_000
+        pages.append([budget.budget_id for budget in page.budgets])
+        if not page.next_page_token:
+            break
+        request.page_token = page.next_page_token
+    first, *others = sorted(child.budget_id for child in wide.children)
+    assert pages == [[root.root_id, first], *([each] for each in others)]
 
 
 async def test_a_budget_is_unknown_before_it_was_made(stored: Stored) -> None:

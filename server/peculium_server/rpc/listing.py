@@ -16,7 +16,7 @@ from peculium.v1.audit_service_pb2 import (
 )
 from peculium_server.core.state import Budget, BudgetState, Entry
 from peculium_server.rpc.pages import PAGE_BYTES_MAX, Asked, fitting, page_token, read_page
-from peculium_server.rpc.reading import Line, Reader
+from peculium_server.rpc.reading import Reader
 from peculium_server.rpc.responses import entry_bytes, write_budget, write_entry
 from peculium_server.rpc.selecting import read_budget_filter, read_entry_filter, read_reach
 from peculium_server.store.lists import (
@@ -28,9 +28,6 @@ from peculium_server.store.lists import (
 )
 from peculium_server.store.store import Page, Store
 
-_KEY_BYTES: Final = 8
-_ROW_BYTES: Final = 512
-"""What a row takes beside its texts."""
 _PORTION_ROWS: Final = 500
 _PORTIONS_MAX: Final = 8
 """So many budgets, so many times, are looked at for one page where the state decides."""
@@ -56,39 +53,42 @@ class Listing:
         scope = b"roots" if top is None else b"subtree" + top.root_id + top.budget_id
         scope += _named(request.filter)
         asked = read_page(scope, request.page_size, request.page_token)
-        lines, after = await self._lines(top, selection, states, asked)
-        response = ListBudgetsResponse(next_page_token=page_token(scope, after))
-        for line in lines:
-            write_budget(line.budget, line.path, line.state, response.budgets.add())
+        response = ListBudgetsResponse()
+        after = await self._fill(response, top, selection, states, asked)
+        response.next_page_token = page_token(scope, after)
         return response
 
-    async def _lines(
+    async def _fill(
         self,
+        response: ListBudgetsResponse,
         top: Budget | None,
         selection: BudgetSelection,
         states: frozenset[BudgetState],
         asked: Asked,
-    ) -> tuple[list[Line], bytes | None]:
-        """The lines of a page, and the key to go on after; None at the end.
+    ) -> bytes | None:
+        """Write the budgets of a page, and tell the key to go on after; None at the end.
 
         States depend on the ancestors: which budgets have them is seen when those were read.
         """
-        lines: list[Line] = []
         size, after = 0, asked.after
         for _ in range(_PORTIONS_MAX if states else 1):
             limit = max(asked.size, _PORTION_ROWS) if states else asked.size
             page = await self._portion(top, selection, Asked(limit, after))
             for line in await self._reader.lines(page.rows):
                 if not states or line.state in states:
-                    size += _budget_bytes(line.budget)
-                    if len(lines) == asked.size or (lines and size > PAGE_BYTES_MAX):
-                        return lines, after
-                    lines.append(line)
+                    if len(response.budgets) == asked.size:
+                        return after
+                    message = response.budgets.add()
+                    write_budget(line.budget, line.path, line.state, message)
+                    size += message.ByteSize()
+                    if size > PAGE_BYTES_MAX and len(response.budgets) > 1:
+                        del response.budgets[-1]
+                        return after
                 after = _key_of(line.budget, top)
             after = page.next
             if after is None or not page.rows:
                 break
-        return lines, after
+        return after
 
     async def _portion(
         self, top: Budget | None, selection: BudgetSelection, asked: Asked
@@ -121,15 +121,14 @@ class Listing:
             selection,
             period,
             limit=asked.size,
-            after=None if asked.after is None else int.from_bytes(asked.after),
+            after=asked.after_number,
             descending=request.descending,
         )
         rows = fitting(page.rows, entry_bytes)
         last = page.next
         if len(rows) < len(page.rows):
             rows, last = _cut(page.rows, len(rows), whole=reach is not Reach.BUDGET)
-        key = None if last is None else last.to_bytes(_KEY_BYTES)
-        response = ListEntriesResponse(next_page_token=page_token(scope, key))
+        response = ListEntriesResponse(next_page_token=page_token(scope, last))
         lane = self._store.lane_of(budget.root_id)
         for entry in rows:
             write_entry(entry, lane, response.entries.add())
@@ -161,7 +160,3 @@ def _cut(rows: Sequence[Entry], fit: int, *, whole: bool) -> tuple[Sequence[Entr
     # One operation that is larger than a page comes whole all the same.
     fitting_rows = fitting_rows or [entry for entry in rows if entry.position == broken]
     return fitting_rows, fitting_rows[-1].position
-
-
-def _budget_bytes(budget: Budget) -> int:
-    return _ROW_BYTES + sum(len(key) + len(value) for key, value in budget.labels)

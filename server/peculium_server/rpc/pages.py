@@ -18,6 +18,7 @@ PAGE_SIZE_MAX: Final = 1_000
 PAGE_BYTES_MAX: Final = 2 * 1024 * 1024
 """Half of what a client accepts as one message by default: rows differ in size."""
 
+_NUMBER_BYTES: Final = 8
 _CHECKSUM_BYTES: Final = 8
 _DOMAIN: Final = b"peculium.page.v1\x00"
 
@@ -30,6 +31,11 @@ class Asked(NamedTuple):
     size: int
     after: bytes | None
     """The key of the last row of the page before."""
+
+    @property
+    def after_number(self) -> int | None:
+        """The same key, of a list of which the keys are numbers."""
+        return None if self.after is None else int.from_bytes(self.after)
 
 
 def read_page(scope: bytes, page_size: int, page_token: str) -> Asked:
@@ -54,17 +60,30 @@ def read_page(scope: bytes, page_size: int, page_token: str) -> Asked:
         )
     except (binascii.Error, ValueError):
         token = b""
-    checksum, key = token[:_CHECKSUM_BYTES], token[_CHECKSUM_BYTES:]
-    if checksum != _checksum(scope, key):
+    key = without_checksum(scope, token)
+    if key is None:
         raise CallRefused.malformed("page_token", "is not one that this list has given")
     return Asked(size, key)
 
 
-def page_token(scope: bytes, key: bytes | None) -> str:
+def page_token(scope: bytes, key: bytes | int | None) -> str:
     """The token to ask with for the rows after a key; empty if there are none."""
     if key is None:
         return ""
-    return base64.urlsafe_b64encode(_checksum(scope, key) + key).rstrip(b"=").decode()
+    if isinstance(key, int):
+        key = key.to_bytes(_NUMBER_BYTES)
+    return base64.urlsafe_b64encode(with_checksum(scope, key)).rstrip(b"=").decode()
+
+
+def with_checksum(scope: bytes, said: bytes) -> bytes:
+    """What is given away to be brought back: it is seen then whether it is whole, and of this scope."""
+    return _checksum(scope, said) + said
+
+
+def without_checksum(scope: bytes, token: bytes) -> bytes | None:
+    """What was given away for a scope; None if that was something else."""
+    checksum, said = token[:_CHECKSUM_BYTES], token[_CHECKSUM_BYTES:]
+    return said if checksum == _checksum(scope, said) else None
 
 
 def fitting(rows: Sequence[Row], size_of: Callable[[Row], int]) -> Sequence[Row]:

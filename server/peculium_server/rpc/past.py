@@ -37,7 +37,6 @@ from peculium_server.store.store import Store
 
 SUMS_MAX: Final = 2
 """Subtrees that are summed up at a time. Others wait."""
-_KEY_BYTES: Final = 8
 _FINGERPRINT_BYTES: Final = 8
 _NANOS_PER_US: Final = 1_000
 
@@ -104,11 +103,9 @@ class Past:
         budget = line.budget
         scope = b"lineage" + budget.root_id + budget.budget_id
         asked = read_page(scope, request.page_size, request.page_token)
-        after = None if asked.after is None else int.from_bytes(asked.after)
-        page = await token_steps(self._store, budget, limit=asked.size, after=after)
-        key = None if page.next is None else page.next.to_bytes(_KEY_BYTES)
-        response = GetLineageResponse(next_page_token=page_token(scope, key))
-        if after is None:
+        page = await token_steps(self._store, budget, limit=asked.size, after=asked.after_number)
+        response = GetLineageResponse(next_page_token=page_token(scope, page.next))
+        if asked.after is None:
             await self._write_delegations(line, response)
         for step in page.rows:
             _write_step(step, response.steps.add())

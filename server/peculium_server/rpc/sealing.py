@@ -24,7 +24,6 @@ from peculium_server.store.checkpoints import Kept
 from peculium_server.store.errors import LedgerCorrupt
 from peculium_server.store.store import Store
 
-_NUMBER_BYTES: Final = 8
 _ENTRIES_AT_A_TIME: Final = 128
 """Entries of a proof that are decoded before other calls get their turn."""
 _HASHES_AT_A_TIME: Final = 512
@@ -48,13 +47,12 @@ class Sealing:
         """
         scope = b"checkpoints" + bytes((request.descending,))
         asked = read_page(scope, request.page_size, request.page_token)
-        after = None if asked.after is None else int.from_bytes(asked.after)
         found = await self._store.seals.page(
-            limit=asked.size + 1, after=after, descending=request.descending
+            limit=asked.size + 1, after=asked.after_number, descending=request.descending
         )
         page = found[: asked.size]
         more = len(found) > asked.size
-        last = page[-1].sealed.checkpoint.number.to_bytes(_NUMBER_BYTES) if more else None
+        last = page[-1].sealed.checkpoint.number if more else None
         response = ListCheckpointsResponse(next_page_token=page_token(scope, last))
         for kept in page:
             write_checkpoint(kept, response.checkpoints.add())
