@@ -8,10 +8,9 @@ from uuid import UUID
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from peculium._requests import budget_ref
+from peculium._requests import budget_ref, malformed
 from peculium.audit import BudgetFilter, EntryFilter, Reach
 from peculium.capability import BudgetRef
-from peculium.errors import Malformed
 from peculium.v1 import audit_service_pb2 as audit, types_pb2
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -62,7 +61,7 @@ def entries(
     """Ask for a list of entries."""
     return audit.ListEntriesRequest(
         budget=budget_ref(budget),
-        reach=_reach(reach),
+        reach=_REACHES[reach],
         page_size=page_size,
         descending=descending,
         filter=None if selected is None else entry_filter(selected),
@@ -79,7 +78,7 @@ def statement(
 ) -> audit.GetStatementRequest:
     """Ask what moved in a period."""
     request = audit.GetStatementRequest(
-        budget=budget_ref(budget), reach=_reach(reach), until=_time("until", until)
+        budget=budget_ref(budget), reach=_REACHES[reach], until=_time("until", until)
     )
     _since(request, since)
     return request
@@ -94,10 +93,10 @@ def usage(
 ) -> audit.GetUsageRequest:
     """Ask what was spent in a period, by group."""
     if isinstance(by, str):
-        raise _malformed("by", "is a sequence of things to group by")
+        raise malformed("by", "is a sequence of things to group by")
     request = audit.GetUsageRequest(
         budget=budget_ref(budget),
-        reach=_reach(reach),
+        reach=_REACHES[reach],
         until=_time("until", until),
         group_by=[_grouping(each) for each in by],
     )
@@ -116,7 +115,7 @@ def watch(
     """Ask for what is recorded."""
     return audit.WatchEntriesRequest(
         budget=None if budget is None else budget_ref(budget),
-        reach=audit.REACH_UNSPECIFIED if budget is None else _reach(reach),
+        reach=audit.REACH_UNSPECIFIED if budget is None else _REACHES[reach],
         filter=None if selected is None else entry_filter(selected),
         cursor=cursor or b"",
         from_beginning=from_beginning,
@@ -141,7 +140,7 @@ def entry_filter(selected: EntryFilter) -> audit.EntryFilter:
 
 def _budget_filter(selected: BudgetFilter) -> audit.BudgetFilter:
     if selected.depth is not None and selected.depth < 0:
-        raise _malformed("depth", "must not be negative")
+        raise malformed("depth", "must not be negative")
     return audit.BudgetFilter(
         states=[state.value for state in selected.states],
         holder=selected.holder or "",
@@ -153,17 +152,13 @@ def _budget_filter(selected: BudgetFilter) -> audit.BudgetFilter:
     )
 
 
-def _reach(reach: Reach) -> audit.Reach.ValueType:
-    return _REACHES[reach]
-
-
 def _grouping(by: str) -> audit.UsageGrouping:
     if by.startswith(_LABEL_PREFIX):
         label = by.removeprefix(_LABEL_PREFIX)
         return audit.UsageGrouping(by=audit.UsageGrouping.BY_LABEL, label=label)
     if by not in _BY:
         known = ", ".join(_BY)
-        raise _malformed("by", f"{by!r} is none of {known}, {_LABEL_PREFIX}NAME")
+        raise malformed("by", f"{by!r} is none of {known}, {_LABEL_PREFIX}NAME")
     return audit.UsageGrouping(by=_BY[by])
 
 
@@ -171,21 +166,21 @@ def _kind(name: str) -> types_pb2.OperationKind.ValueType:
     try:
         return types_pb2.OperationKind.Value(_KIND_PREFIX + name)
     except ValueError:
-        raise _malformed("kinds", f"{name!r} is no kind of operation") from None
+        raise malformed("kinds", f"{name!r} is no kind of operation") from None
 
 
 def _operation_id(text: str | None) -> bytes:
     try:
         return b"" if text is None else UUID(text).bytes
     except ValueError:
-        raise _malformed("operation_id", "must be a UUID") from None
+        raise malformed("operation_id", "must be a UUID") from None
 
 
 def _hexadecimal(field: str, text: str | None) -> bytes:
     try:
         return b"" if text is None else bytes.fromhex(text)
     except ValueError:
-        raise _malformed(field, "must be hexadecimal digits") from None
+        raise malformed(field, "must be hexadecimal digits") from None
 
 
 def _since(
@@ -202,10 +197,6 @@ def _time(field: str, moment: datetime | None) -> Timestamp | None:
     if moment is None:
         return None
     if moment.tzinfo is None:
-        raise _malformed(field, "must say its time zone")
+        raise malformed(field, "must say its time zone")
     seconds, rest = divmod(moment - _EPOCH, timedelta(seconds=1))
     return Timestamp(seconds=seconds, nanos=rest.microseconds * 1000)
-
-
-def _malformed(field: str, problem: str) -> Malformed:
-    return Malformed(f"{field}: {problem}", facts={"field": field, "problem": problem})

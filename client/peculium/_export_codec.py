@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from types import MappingProxyType
 
+from peculium._audit_codec import checkpoint
 from peculium._codec import at, balances, entry_info, hold_info
 from peculium.exports import (
     ExportedBudget,
-    ExportedCheckpoint,
     ExportedHold,
     ExportedLeaf,
     ExportHeader,
     ExportPiece,
     ExportTrailer,
 )
+from peculium.proofs import Checkpoint
 from peculium.v1 import audit_service_pb2
 from peculium.values import Custody
 
@@ -32,8 +33,8 @@ def pieces(message: audit_service_pb2.ExportResponse) -> Iterator[ExportPiece]:
             for hold in message.holds.holds:
                 yield ExportedHold(hold.root_id, hold_info(hold.hold), hold.token_digest)
         case "checkpoints":
-            for checkpoint in message.checkpoints.checkpoints:
-                yield from _checkpoint(checkpoint)
+            for each in message.checkpoints.checkpoints:
+                yield from _checkpoint(each)
         case "trailer":
             counts = message.trailer
             yield ExportTrailer(counts.entries, counts.budgets, counts.holds, counts.checkpoints)
@@ -53,23 +54,11 @@ def _header(message: audit_service_pb2.ExportHeader) -> ExportHeader:
 
 def _checkpoint(
     message: audit_service_pb2.ExportedCheckpoint,
-) -> Iterator[ExportedCheckpoint | ExportedLeaf]:
+) -> Iterator[Checkpoint | ExportedLeaf]:
     """The checkpoint, where it is not gone on with, and the leaves that are in the message."""
     sealed = message.checkpoint
     if not message.continued:
-        yield ExportedCheckpoint(
-            number=sealed.number,
-            sealed_at=at(sealed.sealed_at),
-            incarnation=sealed.incarnation,
-            positions=tuple(sealed.positions),
-            merkle_root=sealed.merkle_root,
-            leaves=sealed.leaves,
-            previous_hash=sealed.previous_hash,
-            hash=sealed.hash,
-            key_id=sealed.key_id,
-            signature=sealed.signature,
-            public_key=sealed.public_key,
-        )
+        yield checkpoint(sealed)
     for leaf in message.leaves:
         yield ExportedLeaf(sealed.number, leaf.root_id, leaf.budget_id, leaf.seq, leaf.head)
 

@@ -221,7 +221,7 @@ def settle(
 ) -> Operation:
     """Book what a call has cost."""
     if keep_open and actual is None:
-        raise _malformed("actual", "an increment has to say how much (keep_open)")
+        raise malformed("actual", "an increment has to say how much (keep_open)")
     produced = new_secret() if keep_open else None
     message = ledger.Operation()
     request = message.settle
@@ -291,7 +291,7 @@ def spend(
 def delegate(target: Target, asked: Asked, *, children: Sequence[Child]) -> Operation:
     """Make child budgets, all or none."""
     if not children:
-        raise _malformed("children", "at least one is needed")
+        raise malformed("children", "at least one is needed")
     if len(children) > limits.CHILDREN_MAX:
         raise _too_large("children", len(children), limits.CHILDREN_MAX)
     produced = _next(target)
@@ -376,7 +376,7 @@ def renew(target: Target, asked: Asked, *, lease: Seconds) -> Operation:
 def give_back(target: Target, asked: Asked, *, amount: int | None, cascade: bool) -> Operation:
     """Give money back to the parent; without an amount all of it, and close."""
     if cascade and amount is not None:
-        raise _malformed("cascade", "goes with giving everything back, not with an amount")
+        raise malformed("cascade", "goes with giving everything back, not with an amount")
     produced = None if amount is None else _next(target)
     request = getattr(ledger, "ReturnRequest")(  # noqa: B009 - as its field: `return`
         header=header(target, asked), next_token_id=_id_of(produced), cascade=cascade
@@ -610,7 +610,7 @@ def _child(child: Child) -> tuple[types_pb2.ChildSpec, MadeChild]:
     if factor is not None and (
         type(factor) is not int or not 0 <= factor <= limits.OVERRUN_FACTOR_MAX
     ):
-        raise _malformed(
+        raise malformed(
             "overrun_factor",
             f"must be an int from 0 to {limits.OVERRUN_FACTOR_MAX}, not {factor!r}",
         )
@@ -635,7 +635,7 @@ def _custody(
     if receiver is not None:
         shown = receiver.token_id if isinstance(receiver, Receiver) else receiver
         if len(shown) != limits.TOKEN_ID_BYTES:
-            raise _malformed("receiver", "must be a Receiver or the 32 bytes of its token id")
+            raise malformed("receiver", "must be a Receiver or the 32 bytes of its token id")
         return shown, None
     if holder is not None and not token:
         return b"", None
@@ -655,9 +655,9 @@ def _rotations(holds: Sequence[Rotated]) -> list[types_pb2.HoldRotation]:
 def _amount(field_name: str, value: int, *, least: int) -> int:
     if type(value) is not int:
         kind = type(value).__name__
-        raise _malformed(field_name, f"must be an int of the tree's unit, not {kind}")
+        raise malformed(field_name, f"must be an int of the tree's unit, not {kind}")
     if not least <= value <= limits.AMOUNT_MAX:
-        raise _malformed(field_name, f"must be from {least} to 2^62 - 1, not {value}")
+        raise malformed(field_name, f"must be from {least} to 2^62 - 1, not {value}")
     return value
 
 
@@ -666,7 +666,7 @@ def _duration(field_name: str, value: Seconds | None, least: int, most: int) -> 
         return None
     microseconds = _microseconds(field_name, value)
     if not least <= microseconds <= most:
-        raise _malformed(
+        raise malformed(
             field_name,
             f"must be from {least // limits.SECOND_US} to {most // limits.SECOND_US} seconds, "
             f"not {value}",
@@ -681,7 +681,7 @@ def _microseconds(field_name: str, value: Seconds) -> int:
     try:
         return round(value * limits.SECOND_US)
     except (OverflowError, ValueError, TypeError):
-        raise _malformed(field_name, f"is seconds or a timedelta, not {value!r}") from None
+        raise malformed(field_name, f"is seconds or a timedelta, not {value!r}") from None
 
 
 def _lease(field_name: str, value: Seconds | None) -> Duration | None:
@@ -712,14 +712,14 @@ def _usage(usage: Usage) -> types_pb2.Usage:
 def _name(field_name: str, value: str) -> str:
     text = _text(field_name, value, limits.NAME_BYTES_MAX, least=1)
     if not _NAME.fullmatch(text):
-        raise _malformed(field_name, 'must be without "/" and control characters')
+        raise malformed(field_name, 'must be without "/" and control characters')
     return text
 
 
 def _unit(value: str) -> str:
     text = _text("unit", value, limits.UNIT_BYTES_MAX, least=1)
     if not _UNIT.fullmatch(text):
-        raise _malformed("unit", 'consists of a-z, 0-9 and "_"')
+        raise malformed("unit", 'consists of a-z, 0-9 and "_"')
     return text
 
 
@@ -731,23 +731,24 @@ def _holder(value: str | None) -> str:
 
 def _text(field_name: str, value: str, most: int, *, least: int = 0) -> str:
     if not isinstance(value, str):
-        raise _malformed(field_name, f"is text, not {type(value).__name__}")
+        raise malformed(field_name, f"is text, not {type(value).__name__}")
     try:
         size = len(value.encode())
     except UnicodeEncodeError:
-        raise _malformed(field_name, "is no valid Unicode") from None
+        raise malformed(field_name, "is no valid Unicode") from None
     if not least <= size <= most:
-        raise _malformed(field_name, f"must have {least} to {most} bytes, not {size}")
+        raise malformed(field_name, f"must have {least} to {most} bytes, not {size}")
     return value
 
 
 def _id(field_name: str, value: bytes) -> bytes:
     if len(value) != limits.ID_BYTES:
-        raise _malformed(field_name, "must be an id of 16 bytes")
+        raise malformed(field_name, "must be an id of 16 bytes")
     return value
 
 
-def _malformed(field_name: str, problem: str) -> Malformed:
+def malformed(field_name: str, problem: str) -> Malformed:
+    """The caller's mistake in a field, noticed before anything is sent."""
     return Malformed(f"{field_name}: {problem}", facts={"field": field_name, "problem": problem})
 
 

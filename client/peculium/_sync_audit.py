@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from peculium import (
     _audit_codec as told,
@@ -29,6 +30,25 @@ from peculium.exports import ExportPiece
 from peculium.proofs import Checkpoint, Proof
 from peculium.v1 import audit_service_pb2
 from peculium.values import BudgetInfo, EntryInfo, Verification
+
+if TYPE_CHECKING:
+    from grpc import UnaryUnaryMultiCallable
+
+
+class _Paging(Protocol):
+    """A request for a page of a list."""
+
+    page_token: str
+
+
+class _Page(Protocol):
+    """A page of a list."""
+
+    next_page_token: str
+
+
+_Request = TypeVar("_Request", bound=_Paging)
+_Response = TypeVar("_Response", bound=_Page)
 
 
 class Audit:
@@ -86,13 +106,9 @@ class Audit:
             BudgetUnknown: There is no such top.
         """
         request = asking.budgets(below, selected, page_size)
-        while True:
-            page = self._sender.unary(self._sender.audit.ListBudgets, request, timeout)
+        for page in self._pages(self._sender.audit.ListBudgets, request, timeout):
             for budget in page.budgets:
                 yield codec.budget_info(budget)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def entries(
         self,
@@ -118,13 +134,9 @@ class Audit:
             BudgetUnknown: There is none.
         """
         request = asking.entries(budget, reach, selected, page_size, descending=descending)
-        while True:
-            page = self._sender.unary(self._sender.audit.ListEntries, request, timeout)
+        for page in self._pages(self._sender.audit.ListEntries, request, timeout):
             for entry in page.entries:
                 yield codec.entry_info(entry)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def lineage(
         self, budget: str | BudgetRef, *, timeout: float | None = None
@@ -161,13 +173,9 @@ class Audit:
             BudgetUnknown: There is none.
         """
         request = asking.lineage(budget, page_size)
-        while True:
-            page = self._sender.unary(self._sender.audit.GetLineage, request, timeout)
+        for page in self._pages(self._sender.audit.GetLineage, request, timeout):
             for step in page.steps:
                 yield told.token_step(step)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def verify(
         self, tree: str | BudgetRef | None = None, *, timeout: float | None = None
@@ -326,13 +334,9 @@ class Audit:
         request = audit_service_pb2.ListCheckpointsRequest(
             page_size=page_size, descending=descending
         )
-        while True:
-            page = self._sender.unary(self._sender.audit.ListCheckpoints, request, timeout)
+        for page in self._pages(self._sender.audit.ListCheckpoints, request, timeout):
             for checkpoint in page.checkpoints:
                 yield told.checkpoint(checkpoint)
-            if not page.next_page_token:
-                return
-            request.page_token = page.next_page_token
 
     def prove(self, budget: str | BudgetRef, seq: int, *, timeout: float | None = None) -> Proof:
         """Get the proof that an entry is under a sealed checkpoint: ask its `flaw`, and check the signature.
@@ -351,3 +355,17 @@ class Audit:
             self._sender.audit.ProveEntry, request, timeout, budget=str(budget)
         )
         return told.proof(response)
+
+    def _pages(
+        self,
+        method: UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout: float | None,
+    ) -> Iterator[_Response]:
+        """Take the pages of a list, each when it is wanted."""
+        while True:
+            page = self._sender.unary(method, request, timeout)
+            yield page
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from peculium.proofs import Checkpoint
 from peculium.values import Balances, Custody, EntryInfo, HoldInfo
 
 
@@ -99,37 +100,6 @@ class ExportedHold:
 
 
 @dataclass(frozen=True, slots=True)
-class ExportedCheckpoint:
-    """A sealed checkpoint; its leaves follow.
-
-    Attributes:
-        number: 1, 2, 3, ...
-        sealed_at: When it was sealed, by the database's clock.
-        incarnation: Of the ledger.
-        positions: Each lane's position up to which everything is sealed.
-        merkle_root: Over the heads that moved since the checkpoint before.
-        leaves: How many these are.
-        previous_hash: Of the checkpoint before, 32 zero bytes for the first one.
-        hash: SHA-256 over everything above.
-        key_id: The id of the key that signed it.
-        signature: Ed25519 over the hash.
-        public_key: Of the key, as the ledger knows it: no proof by itself.
-    """
-
-    number: int
-    sealed_at: datetime
-    incarnation: bytes
-    positions: tuple[int, ...]
-    merkle_root: bytes
-    leaves: int
-    previous_hash: bytes
-    hash: bytes
-    key_id: bytes
-    signature: bytes
-    public_key: bytes
-
-
-@dataclass(frozen=True, slots=True)
 class ExportedLeaf:
     """A budget's head that a checkpoint has sealed.
 
@@ -170,7 +140,7 @@ ExportPiece = (
     | EntryInfo
     | ExportedBudget
     | ExportedHold
-    | ExportedCheckpoint
+    | Checkpoint
     | ExportedLeaf
     | ExportTrailer
 )

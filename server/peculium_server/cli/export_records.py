@@ -9,13 +9,13 @@ from uuid import UUID
 from peculium import EntryInfo
 from peculium.exports import (
     ExportedBudget,
-    ExportedCheckpoint,
     ExportedHold,
     ExportedLeaf,
     ExportHeader,
     ExportPiece,
     ExportTrailer,
 )
+from peculium.proofs import Checkpoint as CheckpointInfo
 from peculium.values import Balances as BalancesInfo
 from peculium_server.core.checkpoint import Checkpoint, Leaf, Sealed
 from peculium_server.core.offline.records import (
@@ -127,7 +127,7 @@ def _hold(row: ExportedHold) -> HoldRow:
     )
 
 
-def _checkpoint(sealed: ExportedCheckpoint) -> SealedBy:
+def _checkpoint(sealed: CheckpointInfo) -> SealedBy:
     checkpoint = Checkpoint(
         number=sealed.number,
         sealed_at=microseconds(sealed.sealed_at),
@@ -155,7 +155,7 @@ _CONVERTERS: Final[dict[type, Callable[[Any], Record]]] = {
     EntryInfo: _entry,
     ExportedBudget: _budget,
     ExportedHold: _hold,
-    ExportedCheckpoint: _checkpoint,
+    CheckpointInfo: _checkpoint,
     ExportedLeaf: _leaf,
     ExportTrailer: _trailer,
 }

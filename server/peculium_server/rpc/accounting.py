@@ -8,7 +8,6 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final
 
-from peculium.v1 import audit_service_pb2
 from peculium.v1.audit_service_pb2 import (
     GetStatementRequest,
     GetStatementResponse,
@@ -35,9 +34,10 @@ from peculium_server.lanes.answers import Position
 from peculium_server.rpc.calls import CallRefused, deadline
 from peculium_server.rpc.reading import Line, Reader
 from peculium_server.rpc.responses import write_balances, write_position, write_time
-from peculium_server.rpc.times import read_time
+from peculium_server.rpc.selecting import read_period, read_reach
 from peculium_server.store.accounts import Account, Accounts, Totals
 from peculium_server.store.errors import LedgerCorrupt
+from peculium_server.store.lists import Reach
 from peculium_server.store.store import Store
 
 GROUPS_MAX: Final = 10_000
@@ -71,7 +71,7 @@ class Accounting:
         Raises:
             CallRefused: BUDGET_UNKNOWN; MALFORMED; AMOUNT_OVERFLOW: a sum is beyond what the wire holds.
         """
-        period = _read_period(request)
+        period = read_period(request)
         top, _ = await self._reader.for_auditor(request.budget)
         account = _account(request, top)
         async with self._accounts(account) as accounts:
@@ -105,7 +105,7 @@ class Accounting:
             CallRefused: BUDGET_UNKNOWN; MALFORMED; TOO_LARGE: there are too many groups;
                 AMOUNT_OVERFLOW: a sum is beyond what the wire holds.
         """
-        period = _read_period(request)
+        period = read_period(request)
         usage = Usage(_read_groupings(request.group_by), groups_max=GROUPS_MAX)
         top, _ = await self._reader.for_auditor(request.budget)
         account = _account(request, top)
@@ -182,25 +182,10 @@ async def _count(usage: Usage, accounts: Accounts, account: Account, period: Per
 # -- What is asked ------------------------------------------------------------------------------------
 
 
-def _read_period(request: GetStatementRequest | GetUsageRequest) -> Period:
-    since = read_time("from", getattr(request, "from")) if request.HasField("from") else None
-    until = read_time("until", request.until) if request.HasField("until") else None
-    if since is not None and until is not None and until < since:
-        raise CallRefused.malformed("until", "must not be before from")
-    return Period(since, until)
-
-
 def _account(request: GetStatementRequest | GetUsageRequest, top: Line) -> Account:
-    root_id, budget_id = top.budget.root_id, top.budget.budget_id
-    match request.reach:
-        case audit_service_pb2.REACH_UNSPECIFIED | audit_service_pb2.REACH_BUDGET:
-            return Account(root_id, budget_id, subtree=False)
-        case audit_service_pb2.REACH_SUBTREE:
-            return Account(root_id, budget_id, subtree=True)
-        case audit_service_pb2.REACH_TREE:
-            return Account(root_id, root_id, subtree=True)
-        case _:
-            raise CallRefused.malformed("reach", "is none that this server knows")
+    reach, root_id = read_reach(request.reach), top.budget.root_id
+    budget_id = root_id if reach is Reach.TREE else top.budget.budget_id
+    return Account(root_id, budget_id, subtree=reach is not Reach.BUDGET)
 
 
 def _read_groupings(messages: Sequence[UsageGrouping]) -> list[Grouping]:

@@ -55,7 +55,6 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         self._store = store
         self._accounting = Accounting(reader, store)
         self._exporting = Exporting(reader, store)
-
         self._sealing = Sealing(reader, store)
         self._watching = Watching(reader, store)
         self._listing = Listing(reader, store)

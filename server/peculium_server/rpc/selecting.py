@@ -49,7 +49,7 @@ def read_budget_filter(
     """
     _read_text("filter.name_prefix", message.name_prefix, limits.NAME_BYTES_MAX)
     _read_text("filter.holder", message.holder, limits.PRINCIPAL_BYTES_MAX)
-    since, until = _read_period(message, "created_from", "created_until")
+    since, until = read_period(message, "created_from", "created_until", within="filter.")
     states = set()
     for state in message.states:
         try:
@@ -68,7 +68,7 @@ def read_budget_filter(
     return selection, frozenset(states)
 
 
-def read_selection(field: str, message: EntryFilter) -> Selection:
+def read_selection(message: EntryFilter) -> Selection:
     """Which entries are wanted, whenever they were decided.
 
     Raises:
@@ -76,8 +76,8 @@ def read_selection(field: str, message: EntryFilter) -> Selection:
     """
     for name in ("from", "until"):
         if message.HasField(name):
-            raise CallRefused.malformed(f"{field}.{name}", "is not for those who follow")
-    return _read_selection(field, message)
+            raise CallRefused.malformed(f"filter.{name}", "is not for those who follow")
+    return _read_selection(message)
 
 
 def read_entry_filter(message: EntryFilter) -> tuple[Selection, Period]:
@@ -86,40 +86,47 @@ def read_entry_filter(message: EntryFilter) -> tuple[Selection, Period]:
     Raises:
         CallRefused: MALFORMED, TOO_LARGE.
     """
-    return _read_selection("filter", message), _read_period(message, "from", "until")
+    return _read_selection(message), read_period(message, within="filter.")
 
 
-def _read_selection(field: str, message: EntryFilter) -> Selection:
+def read_period(
+    message: Message, since_name: str = "from", until_name: str = "until", *, within: str = ""
+) -> Period:
+    """The time that two fields of a message enclose; `within` is said before their names.
+
+    Raises:
+        CallRefused: MALFORMED.
+    """
+    since, until = (
+        read_time(within + name, getattr(message, name)) if message.HasField(name) else None
+        for name in (since_name, until_name)
+    )
+    if since is not None and until is not None and until < since:
+        raise CallRefused.malformed(within + until_name, f"must not be before {since_name}")
+    return Period(since, until)
+
+
+def _read_selection(message: EntryFilter) -> Selection:
     kinds = set()
     for index, number in enumerate(message.kinds):
         try:
             kinds.add(Kind(number))
         except ValueError:
             problem = "must be a kind that this server knows"
-            raise CallRefused.malformed(f"{field}.kinds[{index}]", problem) from None
-    _bounded(f"{field}.principals", message.principals, PRINCIPALS_MAX)
+            raise CallRefused.malformed(f"filter.kinds[{index}]", problem) from None
+    _bounded("filter.principals", message.principals, PRINCIPALS_MAX)
     for principal in message.principals:
-        _read_text(f"{field}.principals", principal, limits.PRINCIPAL_BYTES_MAX, least=1)
-    _read_text(f"{field}.reference", message.reference, limits.REFERENCE_BYTES_MAX)
+        _read_text("filter.principals", principal, limits.PRINCIPAL_BYTES_MAX, least=1)
+    _read_text("filter.reference", message.reference, limits.REFERENCE_BYTES_MAX)
     return Selection(
         kinds=frozenset(kinds),
         principals=frozenset(message.principals),
-        operation_id=_read_id(f"{field}.operation_id", message.operation_id, limits.ID_BYTES),
-        trace_id=_read_id(f"{field}.trace_id", message.trace_id, _TRACE_ID_BYTES),
-        labels=_read_labels(f"{field}.labels", message.labels),
-        hold_id=_read_id(f"{field}.hold_id", message.hold_id, limits.ID_BYTES),
+        operation_id=_read_id("filter.operation_id", message.operation_id, limits.ID_BYTES),
+        trace_id=_read_id("filter.trace_id", message.trace_id, _TRACE_ID_BYTES),
+        labels=_read_labels("filter.labels", message.labels),
+        hold_id=_read_id("filter.hold_id", message.hold_id, limits.ID_BYTES),
         reference=message.reference,
     )
-
-
-def _read_period(message: Message, since_name: str, until_name: str) -> Period:
-    since, until = (
-        read_time(f"filter.{name}", getattr(message, name)) if message.HasField(name) else None
-        for name in (since_name, until_name)
-    )
-    if since is not None and until is not None and until < since:
-        raise CallRefused.malformed(f"filter.{until_name}", f"must not be before {since_name}")
-    return Period(since, until)
 
 
 def _read_labels(field: str, message: Mapping[str, str]) -> Labels:

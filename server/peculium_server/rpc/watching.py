@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Final
 
-from peculium.v1 import audit_service_pb2
 from peculium.v1.audit_service_pb2 import WatchEntriesRequest, WatchEntriesResponse
 from peculium_server.core.selection import Selection
 from peculium_server.core.state import Entry
@@ -22,8 +21,9 @@ from peculium_server.rpc.cursors import read_cursor, write_cursor
 from peculium_server.rpc.pages import PAGE_BYTES_MAX
 from peculium_server.rpc.reading import Reader
 from peculium_server.rpc.responses import entry_bytes, write_entry
-from peculium_server.rpc.selecting import read_selection
+from peculium_server.rpc.selecting import read_reach, read_selection
 from peculium_server.store.errors import LedgerCorrupt
+from peculium_server.store.lists import Reach
 from peculium_server.store.store import Store
 from peculium_server.store.tail import Recorded, Within
 
@@ -58,7 +58,7 @@ class Watching:
             CallRefused: BUDGET_UNKNOWN; MALFORMED: a filter or cursor that cannot be meant.
             CallUnanswered: Too many follow already, or the server is about to stop.
         """
-        selection = read_selection("filter", request.filter)
+        selection = read_selection(request.filter)
         within = await self._within(request)
         if request.cursor and request.from_beginning:
             raise CallRefused.malformed("from_beginning", "must not be said with a cursor")
@@ -100,18 +100,16 @@ class Watching:
 
     async def _within(self, request: WatchEntriesRequest) -> Within | None:
         """Whose entries are followed; None: everybody's."""
-        reach = request.reach
-        if reach not in audit_service_pb2.Reach.values():
-            raise CallRefused.malformed("reach", "is none that this server knows")
+        reach = read_reach(request.reach)
         if not request.HasField("budget"):
-            if reach != audit_service_pb2.REACH_UNSPECIFIED:
+            if request.reach:
                 raise CallRefused.malformed("reach", "needs a budget")
             return None
         line, _ = await self._reader.for_auditor(request.budget)
         root_id, budget_id = line.budget.root_id, line.budget.budget_id
-        if reach == audit_service_pb2.REACH_TREE:
+        if reach is Reach.TREE:
             return Within(root_id)
-        return Within(root_id, budget_id, subtree=reach == audit_service_pb2.REACH_SUBTREE)
+        return Within(root_id, budget_id, subtree=reach is Reach.SUBTREE)
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
