@@ -32,6 +32,8 @@ class Script:
 
     calls: deque[tuple[list[bytes], Any]] = field(default_factory=deque)
     asked: list[audit.WatchEntriesRequest] = field(default_factory=list)
+    sums: list[tuple[str, float]] = field(default_factory=list)
+    """Of each call for a sum: of which budget, and how many seconds it might take."""
 
     def WatchEntries(  # noqa: N802 - the wire's name
         self, request: audit.WatchEntriesRequest, context: Any
@@ -43,6 +45,18 @@ class Script:
             yield audit.WatchEntriesResponse(cursor=cursor, entries=[entry])
         if end is not None:
             context.abort_with_status(end)
+
+    def GetStatement(  # noqa: N802 - the wire's name
+        self, request: audit.GetStatementRequest, context: Any
+    ) -> audit.GetStatementResponse:
+        self.sums.append((request.budget.path, context.time_remaining()))
+        return audit.GetStatementResponse()
+
+    def GetUsage(  # noqa: N802 - the wire's name
+        self, request: audit.GetUsageRequest, context: Any
+    ) -> audit.GetUsageResponse:
+        self.sums.append((request.budget.path, context.time_remaining()))
+        return audit.GetUsageResponse()
 
 
 class _Rest:
@@ -188,3 +202,15 @@ async def test_a_filter_that_cannot_be_meant_costs_no_call(
             with pytest.raises(Malformed):
                 await client.audit.usage("acme", by)
     assert not script.asked
+
+
+async def test_a_sum_may_take_all_the_time_that_there_is(script: Script, target: str) -> None:
+    async with peculium.aio.connect(target) as client:
+        await client.audit.statement("acme", timeout=1_000)
+        await client.audit.usage("acme", timeout=1_000)
+    with peculium.connect(target) as blocking:
+        blocking.audit.statement("acme", timeout=1_000)
+        blocking.audit.usage("acme", timeout=1_000)
+    # One attempt of another call counts as lost after seconds.
+    assert [path for path, _ in script.sums] == ["acme"] * 4
+    assert min(seconds for _, seconds in script.sums) > 500

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,20 +12,13 @@ import pytest
 from peculium import Proof, proofs
 from peculium._audit_codec import checkpoint as to_checkpoint, proof as to_proof
 from peculium.v1 import audit_service_pb2 as audit, types_pb2
-from peculium.v1.audit_service_pb2_grpc import AuditServiceStub
 from peculium_server import sealer as sealer_module
 from peculium_server.signing import is_signed
-from tests.rpc.wire import info_of, storing
+from tests.rpc.wire import info_of
 from tests.sealer.sealing import Sealing
 from tests.sweeper.fleet import Fleet
 
 FLIPPED = bytes([1]) + bytes(31)
-
-
-@pytest.fixture
-async def auditor(database: str) -> AsyncIterator[Any]:
-    async with storing(database) as stored:
-        yield AuditServiceStub(stored.channel)
 
 
 async def proven(auditor: Any, root: bytes, budget: bytes, seq: int) -> Proof:

@@ -6,8 +6,6 @@ import asyncio
 import hashlib
 from typing import Final
 
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from peculium.v1 import audit_service_pb2
 from peculium.v1.audit_service_pb2 import (
     GetBudgetRequest,
@@ -22,7 +20,7 @@ from peculium_server.rpc.calls import CallRefused
 from peculium_server.rpc.pages import page_token, read_page
 from peculium_server.rpc.reading import Line, Reader, line_of
 from peculium_server.rpc.responses import write_budget, write_entry, write_position, write_time
-from peculium_server.rpc.times import read_time
+from peculium_server.rpc.times import read_past
 from peculium_server.store.history import (
     Making,
     TokenStep,
@@ -38,7 +36,6 @@ from peculium_server.store.store import Store
 SUMS_MAX: Final = 2
 """Subtrees that are summed up at a time. Others wait."""
 _FINGERPRINT_BYTES: Final = 8
-_NANOS_PER_US: Final = 1_000
 
 
 class Past:
@@ -58,7 +55,7 @@ class Past:
         line, position = await self._reader.for_auditor(request.budget)
         used: Used | None = None
         if request.HasField("as_of"):
-            at = _read_past("as_of", request.as_of, line.at)
+            at = read_past("as_of", request.as_of, line.at)
             line = await self._line_at(line, at)
             if request.sum_subtree:
                 async with self._summing:
@@ -121,16 +118,6 @@ class Past:
             message = response.delegations.add()
             write_budget(told.budget, told.path, told.state, message.budget)
             _write_making(made[told.budget.budget_id], lane, message)
-
-
-def _read_past(field: str, message: Timestamp, now: int) -> int:
-    """A time that is over: the last microsecond that is not after it."""
-    at = read_time(field, message)
-    if message.nanos % _NANOS_PER_US:
-        at -= 1
-    if at > now:
-        raise CallRefused.malformed(field, f"must not be in the future: it is {time_text(now)}")
-    return at
 
 
 def _write_making(making: Making, lane: int, message: audit_service_pb2.Delegation) -> None:
