@@ -95,7 +95,7 @@ _OTHER_CODES = """
 | `DEADLINE_EXCEEDED` | the call's deadline, or the server's own, has passed | unknown: send it again |
 | `CANCELLED` | the caller has gone, or the server has stopped before it took the call | unknown: send it again |
 | `RESOURCE_EXHAUSTED` | the message is larger than the server accepts | nothing was done |
-| `UNIMPLEMENTED` | the server does not know the method, or does not do this yet | nothing was done |
+| `UNIMPLEMENTED` | the server does not know the method | nothing was done |
 | `INTERNAL` | a bug; `ErrorInfo.metadata.request` names the call in the server's log | unknown: send it again |
 """.rstrip().split("\n")
 
