@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import resource
 import signal
 import sys
-from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -37,14 +35,10 @@ def said(server: RunningServer) -> list[str]:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What processes inherit is not as it was when the one that forks was started."""
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where the process is that forks, which is there already."""
     forkserver.ensure_running()
     monkeypatch.chdir(tmp_path)
-    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files - 1, most))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
 
 
 @pytest.mark.usefixtures("elsewhere")
