@@ -203,6 +203,19 @@ def test_only_the_budgets_that_are_named_are_compared(
         assert {each["references"][0] for each in found} == unknown
 
 
+def test_calls_that_name_no_provider_may_be_any_providers(
+    cli: Cli, acme: peculium.Budget, tmp_path: Path
+) -> None:
+    for provider in ("openai", "anthropic", ""):
+        acme.spend(usd("0.25"), reference=f"r-{provider}", usage=Usage(provider=provider))
+    bill = written(
+        tmp_path / "bill.csv", "request_id,cost\nr-openai,0.25\nr-anthropic,0.25\nr-,0.25\n"
+    )
+    code, [found], summary = reconciled(cli, bill, "acme", "--provider", "openai")
+    assert (code, found["references"], found["status"]) == (1, ["r-anthropic"], "bill_only")
+    assert summary["findings"]["matched"]["count"] == 2
+
+
 def test_trees_of_different_units_are_not_one_bills(
     cli: Cli, acme: peculium.Budget, tmp_path: Path
 ) -> None:
