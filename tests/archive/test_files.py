@@ -121,6 +121,10 @@ def test_a_file_cut_anywhere_is_found_and_gone_on_with(
         (WHOLE.replace(b'"part":0', b'"part":0.0', 1), "a number is none"),
         (WHOLE.replace(b'"part":0', b'"part":0,"more":1', 1), "not known"),
         (WHOLE.replace(POSITIONS, b'"positions":[]', 1), "a number is none"),
+        (WHOLE.replace(b'"seq":1,', b'"seq":9223372036854775808,', 1), "beyond 64 bits"),
+        (WHOLE.replace(b'"balances":[', b'"balances":[0,', 1), "an entry has eight balances"),
+        (WHOLE.replace(b'"principal":', b'"principal":1,"other":', 1), "a principal is a text"),
+        (WHOLE.replace(b"}\n", b"} more\n", 1), "something follows the record"),
         (b"[" * 100_000 + b"\n", "line 1"),
     ],
 )

@@ -121,6 +121,28 @@ def test_a_missing_leaf_is_found() -> None:
     assert "leaves" in finding.detail
 
 
+def sealed_head() -> int:
+    """Where the last entry before the first checkpoint is, which is its budget's head there."""
+    return max(at for at, entry in enumerate(JOURNAL) if entry.position <= STOPS[0])
+
+
+def test_an_entry_that_was_sealed_and_is_missing_is_found() -> None:
+    at = sealed_head()
+    more = JOURNAL[at]._replace(seq=JOURNAL[at].seq + 1, hash=bytes(32))
+    [finding] = audited(sealed([*JOURNAL[: at + 1], more], STOPS[:1]), key=KEY)[0]
+    assert (finding.budget_id, finding.seq) == (more.budget_id, more.seq)
+    assert finding.detail.endswith("was sealed by checkpoint 1, and is missing")
+
+
+def test_an_entry_that_was_not_there_when_its_budget_was_sealed_is_found() -> None:
+    budget_id = ROOT.id
+    at = max(i for i in range(sealed_head() + 1) if JOURNAL[i].budget_id == budget_id)
+    fewer = [entry for index, entry in enumerate(JOURNAL) if index != at]
+    [finding] = audited(sealed(fewer, STOPS[:1]), key=KEY)[0]
+    assert (finding.budget_id, finding.seq) == (budget_id, JOURNAL[at].seq)
+    assert finding.detail.endswith("was not there when checkpoint 1 was sealed")
+
+
 def test_a_leaf_belongs_to_the_checkpoint_before_it() -> None:
     record = sealed(JOURNAL, STOPS)[0]
     audit = ExportAudit(public_keys=None, is_signed=is_signed)
