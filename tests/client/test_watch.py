@@ -15,7 +15,8 @@ import grpc
 import pytest
 
 import peculium
-from peculium import EntryFilter, LedgerUnavailable, Reach
+from peculium import EntryFilter, LedgerUnavailable, Reach, _aio_sender, _sync_sender
+from peculium._retry import delay_before
 from peculium.errors import Malformed
 from peculium.v1 import audit_service_pb2 as audit, audit_service_pb2_grpc
 from peculium_server.core.refusals import Refusal, Refused
@@ -142,6 +143,32 @@ def test_what_is_refused_is_not_asked_again_by_the_blocking_client(
     with peculium.connect(target) as client, pytest.raises(Malformed, match="damaged"):
         next(client.audit.watch())
     assert len(script.asked) == 1
+
+
+async def test_how_long_it_was_away_is_counted_from_the_last_answer(
+    script: Script, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[int] = []
+
+    def noted(attempt: int, *said: Any) -> float | None:
+        failures.append(attempt)
+        return delay_before(attempt, *said)
+
+    for sender in (_aio_sender, _sync_sender):
+        monkeypatch.setattr(sender, "delay_before", noted)
+    calls = [([b"a"], CUT), ([], CUT), ([b"ab"], CUT), ([b"abc"], CUT)]
+    script.calls += calls
+    async with peculium.aio.connect(target) as client:
+        watching = client.audit.watch(timeout=60)
+        assert [(await anext(watching)).cursor for _ in range(3)] == [b"a", b"ab", b"abc"]
+        await watching.aclose()  # type: ignore[attr-defined]
+    assert failures == [1, 2, 1]
+    failures.clear()
+    script.calls.clear()
+    script.calls += calls
+    with peculium.connect(target) as blocking:
+        assert len(list(islice(blocking.audit.watch(timeout=60), 3))) == 3
+    assert failures == [1, 2, 1]
 
 
 async def test_a_ledger_is_not_waited_for_longer_than_it_may_be_away(script: Script) -> None:

@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from peculium.v1 import audit_service_pb2 as audit, types_pb2
 from peculium.v1.audit_service_pb2_grpc import AuditServiceStub
-from peculium_server.rpc import listing
+from peculium_server.rpc import listing, pages
 from peculium_server.store import lists
 from tests.rpc.test_reads import by_path, delegated, granted, make, refusal, reserved
 from tests.rpc.wire import Stored, storing
@@ -196,16 +196,16 @@ async def test_a_page_of_budgets_is_cut_by_the_bytes_that_it_takes(
     await make(stored, root, wide)
     monkeypatch.setattr(listing, "PAGE_BYTES_MAX", 7_000)
     request = audit.ListBudgetsRequest(below=by_path("wide"), filter=choosing(states=states))
-    pages = []
+    told = []
     while True:
         page = await AuditServiceStub(stored.channel).ListBudgets(request)
         assert sum(budget.ByteSize() for budget in page.budgets) <= 7_000
-        pages.append([budget.budget_id for budget in page.budgets])
+        told.append([budget.budget_id for budget in page.budgets])
         if not page.next_page_token:
             break
         request.page_token = page.next_page_token
     first, *others = sorted(child.budget_id for child in wide.children)
-    assert pages == [[root.root_id, first], *([each] for each in others)]
+    assert told == [[root.root_id, first], *([each] for each in others)]
 
 
 async def test_a_budget_is_unknown_before_it_was_made(stored: Stored) -> None:
@@ -256,6 +256,38 @@ async def test_an_operation_that_what_is_read_at_once_ends_in_the_middle_of_come
     )
     page = await AuditServiceStub(stored.channel).ListEntries(request)
     listed = [(entry.operation_id, entry.part) for entry in page.entries]
+    operations = [(root.operation_id, 1), *((each.operation_id, 4) for each in wide)]
+    if descending:
+        operations.reverse()
+    assert listed == [(id_, part) for id_, parts in operations for part in range(parts)]
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("most", [1, 3_000, 5_000])
+async def test_no_page_ends_within_an_operation_also_where_a_message_is_full(
+    stored: Stored, monkeypatch: pytest.MonkeyPatch, descending: bool, most: int
+) -> None:
+    root = granted("wide")
+    wide = [
+        delegated(root, root.root_id, *(f"{number}-{name}" for name in "abc"))
+        for number in range(4)
+    ]
+    await make(stored, root, *wide)
+    monkeypatch.setattr(pages, "PAGE_BYTES_MAX", most)
+    request = audit.ListEntriesRequest(
+        budget=by_path("wide"), reach=audit.REACH_TREE, descending=descending
+    )
+    listed: list[tuple[bytes, int]] = []
+    calls = 0
+    while True:
+        page = await AuditServiceStub(stored.channel).ListEntries(request)
+        calls += 1
+        listed += [(entry.operation_id, entry.part) for entry in page.entries]
+        assert page.entries[-1].part == page.entries[-1].parts - 1
+        if not page.next_page_token:
+            break
+        request.page_token = page.next_page_token
+    assert calls > 1
     operations = [(root.operation_id, 1), *((each.operation_id, 4) for each in wide)]
     if descending:
         operations.reverse()

@@ -125,9 +125,11 @@ class Listing:
             descending=request.descending,
         )
         rows = fitting(page.rows, entry_bytes)
+        if reach is not Reach.BUDGET and len(rows) < len(page.rows):
+            rows = _whole(page.rows, len(rows))
         last = page.next
         if len(rows) < len(page.rows):
-            rows, last = _cut(page.rows, len(rows), whole=reach is not Reach.BUDGET)
+            last = rows[-1].seq if reach is Reach.BUDGET else rows[-1].position
         response = ListEntriesResponse(next_page_token=page_token(scope, last))
         lane = self._store.lane_of(budget.root_id)
         for entry in rows:
@@ -147,16 +149,12 @@ def _key_of(budget: Budget, top: Budget | None) -> bytes:
     return b"" if budget.budget_id == top.budget_id else budget.budget_id
 
 
-def _cut(rows: Sequence[Entry], fit: int, *, whole: bool) -> tuple[Sequence[Entry], int]:
-    """End a page that does not fit into a message, and say after which key the next one begins.
+def _whole(rows: Sequence[Entry], fit: int) -> Sequence[Entry]:
+    """The operations of which all parts fit into a message; the first one comes whole all the same.
 
     In the list of a subtree or tree the parts of an operation stay together, for its key is the
     operation's.
     """
-    if not whole:
-        return rows[:fit], rows[fit - 1].seq
     broken = rows[fit].position
     fitting_rows = [entry for entry in rows[:fit] if entry.position != broken]
-    # One operation that is larger than a page comes whole all the same.
-    fitting_rows = fitting_rows or [entry for entry in rows if entry.position == broken]
-    return fitting_rows, fitting_rows[-1].position
+    return fitting_rows or [entry for entry in rows if entry.position == broken]
