@@ -67,7 +67,7 @@ soak: install ## Keep a steady load for SECONDS=900 while agents die: nothing ma
 
 # PARTS=modelled,race runs only those; FOLDER=... keeps the histories there, whatever comes of it.
 .PHONY: faults
-faults: install ## Do harm to servers, connections and databases, and check the ledger (SECONDS=200 SEED=1).
+faults: install ## Do harm to servers, connections and databases, and check the ledger (SECONDS=300 SEED=1).
 	@$(BIN)/python -m tests.faults $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(PARTS),--parts $(PARTS)) $(if $(FOLDER),--folder $(FOLDER))
 
