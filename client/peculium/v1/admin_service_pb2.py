@@ -22,44 +22,109 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from peculium.v1 import alerts_pb2 as peculium_dot_v1_dot_alerts__pb2
 from peculium.v1 import types_pb2 as peculium_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpeculium/v1/admin_service.proto\x12\x0bpeculium.v1\x1a\x17peculium/v1/types.proto\"\x8a\x01\n\x0cGrantRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x0e\n\x06\x61mount\x18\x04 \x01(\x03\x12\x10\n\x08token_id\x18\x05 \x01(\x0c\x12\x0e\n\x06holder\x18\x06 \x01(\t\"6\n\rGrantResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"L\n\x0cTopUpRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x03\"6\n\rTopUpResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"O\n\x0fWithdrawRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x03\"9\n\x10WithdrawResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"M\n\rFreezeRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0e\n\x06reason\x18\x02 \x01(\t\"7\n\x0e\x46reezeResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"O\n\x0fUnfreezeRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0e\n\x06reason\x18\x02 \x01(\t\"9\n\x10UnfreezeResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"\x9b\x01\n\x1a\x41\x64minServiceRecoverRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x15\n\rnext_token_id\x18\x02 \x01(\x0c\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12(\n\x05holds\x18\x04 \x03(\x0b\x32\x19.peculium.v1.HoldRotation\"D\n\x1b\x41\x64minServiceRecoverResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"{\n\x1a\x41\x64minServiceResolveRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0f\n\x07hold_id\x18\x02 \x01(\x0c\x12\x0e\n\x06\x61\x63tual\x18\x03 \x01(\x03\x12\x0e\n\x06reason\x18\x04 \x01(\t\"D\n\x1b\x41\x64minServiceResolveResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome2\x9f\x04\n\x0c\x41\x64minService\x12>\n\x05Grant\x12\x19.peculium.v1.GrantRequest\x1a\x1a.peculium.v1.GrantResponse\x12>\n\x05TopUp\x12\x19.peculium.v1.TopUpRequest\x1a\x1a.peculium.v1.TopUpResponse\x12G\n\x08Withdraw\x12\x1c.peculium.v1.WithdrawRequest\x1a\x1d.peculium.v1.WithdrawResponse\x12\x41\n\x06\x46reeze\x12\x1a.peculium.v1.FreezeRequest\x1a\x1b.peculium.v1.FreezeResponse\x12G\n\x08Unfreeze\x12\x1c.peculium.v1.UnfreezeRequest\x1a\x1d.peculium.v1.UnfreezeResponse\x12\\\n\x07Recover\x12\'.peculium.v1.AdminServiceRecoverRequest\x1a(.peculium.v1.AdminServiceRecoverResponse\x12\\\n\x07Resolve\x12\'.peculium.v1.AdminServiceResolveRequest\x1a(.peculium.v1.AdminServiceResolveResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fpeculium/v1/admin_service.proto\x12\x0bpeculium.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18peculium/v1/alerts.proto\x1a\x17peculium/v1/types.proto\"\x8a\x01\n\x0cGrantRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x0e\n\x06\x61mount\x18\x04 \x01(\x03\x12\x10\n\x08token_id\x18\x05 \x01(\x0c\x12\x0e\n\x06holder\x18\x06 \x01(\t\"6\n\rGrantResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"L\n\x0cTopUpRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x03\"6\n\rTopUpResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"O\n\x0fWithdrawRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0e\n\x06\x61mount\x18\x02 \x01(\x03\"9\n\x10WithdrawResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"M\n\rFreezeRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0e\n\x06reason\x18\x02 \x01(\t\"7\n\x0e\x46reezeResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"O\n\x0fUnfreezeRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0e\n\x06reason\x18\x02 \x01(\t\"9\n\x10UnfreezeResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"\x9b\x01\n\x1a\x41\x64minServiceRecoverRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x15\n\rnext_token_id\x18\x02 \x01(\x0c\x12\x0e\n\x06holder\x18\x03 \x01(\t\x12(\n\x05holds\x18\x04 \x03(\x0b\x32\x19.peculium.v1.HoldRotation\"D\n\x1b\x41\x64minServiceRecoverResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"{\n\x1a\x41\x64minServiceResolveRequest\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1c.peculium.v1.OperationHeader\x12\x0f\n\x07hold_id\x18\x02 \x01(\x0c\x12\x0e\n\x06\x61\x63tual\x18\x03 \x01(\x03\x12\x0e\n\x06reason\x18\x04 \x01(\t\"D\n\x1b\x41\x64minServiceResolveResponse\x12%\n\x07outcome\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Outcome\"\xad\x02\n\x06\x41piKey\x12\x0e\n\x06key_id\x18\x01 \x01(\x0c\x12\x11\n\tprincipal\x18\x02 \x01(\t\x12 \n\x05roles\x18\x03 \x03(\x0e\x32\x11.peculium.v1.Role\x12\x11\n\tall_roots\x18\x04 \x01(\x08\x12\x10\n\x08root_ids\x18\x05 \x03(\x0c\x12\r\n\x05label\x18\x06 \x01(\t\x12$\n\x05state\x18\x07 \x01(\x0e\x32\x15.peculium.v1.KeyState\x12.\n\nexpires_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\roverlap_until\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12!\n\x04\x61\x63ts\x18\n \x03(\x0b\x32\x13.peculium.v1.KeyAct\"\x99\x01\n\x06KeyAct\x12%\n\x04kind\x18\x01 \x01(\x0e\x32\x17.peculium.v1.KeyActKind\x12\x14\n\x0coperation_id\x18\x02 \x01(\x0c\x12&\n\x02\x61t\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\n\n\x02\x62y\x18\x04 \x01(\t\x12\x0e\n\x06\x62y_key\x18\x05 \x01(\x0c\x12\x0e\n\x06reason\x18\x06 \x01(\t\"\xde\x01\n\x10\x43reateKeyRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\x0c\x12\x11\n\tprincipal\x18\x03 \x01(\t\x12 \n\x05roles\x18\x04 \x03(\x0e\x32\x11.peculium.v1.Role\x12\x11\n\tall_roots\x18\x05 \x01(\x08\x12\x10\n\x08root_ids\x18\x06 \x03(\x0c\x12\r\n\x05label\x18\x07 \x01(\t\x12\x0e\n\x06\x64igest\x18\x08 \x01(\x0c\x12+\n\x08lifetime\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\"G\n\x11\x43reateKeyResponse\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.peculium.v1.ApiKey\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"[\n\x0fListKeysRequest\x12\x11\n\tprincipal\x18\x01 \x01(\t\x12\x0e\n\x06key_id\x18\x02 \x01(\x0c\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"N\n\x10ListKeysResponse\x12!\n\x04keys\x18\x01 \x03(\x0b\x32\x13.peculium.v1.ApiKey\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xa1\x01\n\x10RotateKeyRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12*\n\x07overlap\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\x08lifetime\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\"G\n\x11RotateKeyResponse\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.peculium.v1.ApiKey\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"H\n\x10RevokeKeyRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\x0c\x12\x0e\n\x06key_id\x18\x02 \x01(\x0c\x12\x0e\n\x06reason\x18\x03 \x01(\t\"G\n\x11RevokeKeyResponse\x12 \n\x03key\x18\x01 \x01(\x0b\x32\x13.peculium.v1.ApiKey\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\x9d\x01\n\x16\x43reateAlertRuleRequest\x12\x0f\n\x07rule_id\x18\x01 \x01(\x0c\x12&\n\x06\x62udget\x18\x02 \x01(\x0b\x32\x16.peculium.v1.BudgetRef\x12$\n\x04kind\x18\x03 \x01(\x0e\x32\x16.peculium.v1.AlertKind\x12\x14\n\x0c\x62\x61sis_points\x18\x04 \x01(\x03\x12\x0e\n\x06\x61mount\x18\x05 \x01(\x03\"Q\n\x17\x43reateAlertRuleResponse\x12$\n\x04rule\x18\x01 \x01(\x0b\x32\x16.peculium.v1.AlertRule\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"f\n\x15ListAlertRulesRequest\x12&\n\x06\x62udget\x18\x01 \x01(\x0b\x32\x16.peculium.v1.BudgetRef\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"X\n\x16ListAlertRulesResponse\x12%\n\x05rules\x18\x01 \x03(\x0b\x32\x16.peculium.v1.AlertRule\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x16\x44\x65leteAlertRuleRequest\x12\x0f\n\x07rule_id\x18\x01 \x01(\x0c\"?\n\x17\x44\x65leteAlertRuleResponse\x12$\n\x04rule\x18\x01 \x01(\x0b\x32\x16.peculium.v1.AlertRule\"_\n\x14\x43reateWebhookRequest\x12\x12\n\nwebhook_id\x18\x01 \x01(\x0c\x12\x0b\n\x03url\x18\x02 \x01(\t\x12&\n\x06\x62udget\x18\x03 \x01(\x0b\x32\x16.peculium.v1.BudgetRef\"`\n\x15\x43reateWebhookResponse\x12%\n\x07webhook\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Webhook\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\x15\n\x13ListWebhooksRequest\">\n\x14ListWebhooksResponse\x12&\n\x08webhooks\x18\x01 \x03(\x0b\x32\x14.peculium.v1.Webhook\"*\n\x14\x44\x65leteWebhookRequest\x12\x12\n\nwebhook_id\x18\x01 \x01(\x0c\">\n\x15\x44\x65leteWebhookResponse\x12%\n\x07webhook\x18\x01 \x01(\x0b\x32\x14.peculium.v1.Webhook\"(\n\x12TestWebhookRequest\x12\x12\n\nwebhook_id\x18\x01 \x01(\x0c\"6\n\x13TestWebhookResponse\x12\x0e\n\x06status\x18\x01 \x01(\x05\x12\x0f\n\x07problem\x18\x02 \x01(\t\"~\n\x15ListDeliveriesRequest\x12\x12\n\nwebhook_id\x18\x01 \x01(\x0c\x12*\n\x06states\x18\x02 \x03(\x0e\x32\x1a.peculium.v1.DeliveryState\x12\x11\n\tpage_size\x18\x03 \x01(\x05\x12\x12\n\npage_token\x18\x04 \x01(\t\"\\\n\x16ListDeliveriesResponse\x12)\n\ndeliveries\x18\x01 \x03(\x0b\x32\x15.peculium.v1.Delivery\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\x17ReplayDeliveriesRequest\x12\x12\n\nwebhook_id\x18\x01 \x01(\x0c\x12\x11\n\talert_ids\x18\x02 \x03(\x0c\".\n\x18ReplayDeliveriesResponse\x12\x12\n\ndeliveries\x18\x01 \x01(\x03*N\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0e\n\nROLE_AGENT\x10\x01\x12\x0e\n\nROLE_ADMIN\x10\x02\x12\x10\n\x0cROLE_AUDITOR\x10\x03*i\n\x08KeyState\x12\x19\n\x15KEY_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10KEY_STATE_ACTIVE\x10\x01\x12\x15\n\x11KEY_STATE_EXPIRED\x10\x02\x12\x15\n\x11KEY_STATE_REVOKED\x10\x03*u\n\nKeyActKind\x12\x1c\n\x18KEY_ACT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13KEY_ACT_KIND_CREATE\x10\x01\x12\x17\n\x13KEY_ACT_KIND_ROTATE\x10\x02\x12\x17\n\x13KEY_ACT_KIND_REVOKE\x10\x03\x32\xf6\x0c\n\x0c\x41\x64minService\x12>\n\x05Grant\x12\x19.peculium.v1.GrantRequest\x1a\x1a.peculium.v1.GrantResponse\x12>\n\x05TopUp\x12\x19.peculium.v1.TopUpRequest\x1a\x1a.peculium.v1.TopUpResponse\x12G\n\x08Withdraw\x12\x1c.peculium.v1.WithdrawRequest\x1a\x1d.peculium.v1.WithdrawResponse\x12\x41\n\x06\x46reeze\x12\x1a.peculium.v1.FreezeRequest\x1a\x1b.peculium.v1.FreezeResponse\x12G\n\x08Unfreeze\x12\x1c.peculium.v1.UnfreezeRequest\x1a\x1d.peculium.v1.UnfreezeResponse\x12\\\n\x07Recover\x12\'.peculium.v1.AdminServiceRecoverRequest\x1a(.peculium.v1.AdminServiceRecoverResponse\x12\\\n\x07Resolve\x12\'.peculium.v1.AdminServiceResolveRequest\x1a(.peculium.v1.AdminServiceResolveResponse\x12J\n\tCreateKey\x12\x1d.peculium.v1.CreateKeyRequest\x1a\x1e.peculium.v1.CreateKeyResponse\x12G\n\x08ListKeys\x12\x1c.peculium.v1.ListKeysRequest\x1a\x1d.peculium.v1.ListKeysResponse\x12J\n\tRotateKey\x12\x1d.peculium.v1.RotateKeyRequest\x1a\x1e.peculium.v1.RotateKeyResponse\x12J\n\tRevokeKey\x12\x1d.peculium.v1.RevokeKeyRequest\x1a\x1e.peculium.v1.RevokeKeyResponse\x12\\\n\x0f\x43reateAlertRule\x12#.peculium.v1.CreateAlertRuleRequest\x1a$.peculium.v1.CreateAlertRuleResponse\x12Y\n\x0eListAlertRules\x12\".peculium.v1.ListAlertRulesRequest\x1a#.peculium.v1.ListAlertRulesResponse\x12\\\n\x0f\x44\x65leteAlertRule\x12#.peculium.v1.DeleteAlertRuleRequest\x1a$.peculium.v1.DeleteAlertRuleResponse\x12V\n\rCreateWebhook\x12!.peculium.v1.CreateWebhookRequest\x1a\".peculium.v1.CreateWebhookResponse\x12S\n\x0cListWebhooks\x12 .peculium.v1.ListWebhooksRequest\x1a!.peculium.v1.ListWebhooksResponse\x12V\n\rDeleteWebhook\x12!.peculium.v1.DeleteWebhookRequest\x1a\".peculium.v1.DeleteWebhookResponse\x12P\n\x0bTestWebhook\x12\x1f.peculium.v1.TestWebhookRequest\x1a .peculium.v1.TestWebhookResponse\x12Y\n\x0eListDeliveries\x12\".peculium.v1.ListDeliveriesRequest\x1a#.peculium.v1.ListDeliveriesResponse\x12_\n\x10ReplayDeliveries\x12$.peculium.v1.ReplayDeliveriesRequest\x1a%.peculium.v1.ReplayDeliveriesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'peculium.v1.admin_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_GRANTREQUEST']._serialized_start=74
-  _globals['_GRANTREQUEST']._serialized_end=212
-  _globals['_GRANTRESPONSE']._serialized_start=214
-  _globals['_GRANTRESPONSE']._serialized_end=268
-  _globals['_TOPUPREQUEST']._serialized_start=270
-  _globals['_TOPUPREQUEST']._serialized_end=346
-  _globals['_TOPUPRESPONSE']._serialized_start=348
-  _globals['_TOPUPRESPONSE']._serialized_end=402
-  _globals['_WITHDRAWREQUEST']._serialized_start=404
-  _globals['_WITHDRAWREQUEST']._serialized_end=483
-  _globals['_WITHDRAWRESPONSE']._serialized_start=485
-  _globals['_WITHDRAWRESPONSE']._serialized_end=542
-  _globals['_FREEZEREQUEST']._serialized_start=544
-  _globals['_FREEZEREQUEST']._serialized_end=621
-  _globals['_FREEZERESPONSE']._serialized_start=623
-  _globals['_FREEZERESPONSE']._serialized_end=678
-  _globals['_UNFREEZEREQUEST']._serialized_start=680
-  _globals['_UNFREEZEREQUEST']._serialized_end=759
-  _globals['_UNFREEZERESPONSE']._serialized_start=761
-  _globals['_UNFREEZERESPONSE']._serialized_end=818
-  _globals['_ADMINSERVICERECOVERREQUEST']._serialized_start=821
-  _globals['_ADMINSERVICERECOVERREQUEST']._serialized_end=976
-  _globals['_ADMINSERVICERECOVERRESPONSE']._serialized_start=978
-  _globals['_ADMINSERVICERECOVERRESPONSE']._serialized_end=1046
-  _globals['_ADMINSERVICERESOLVEREQUEST']._serialized_start=1048
-  _globals['_ADMINSERVICERESOLVEREQUEST']._serialized_end=1171
-  _globals['_ADMINSERVICERESOLVERESPONSE']._serialized_start=1173
-  _globals['_ADMINSERVICERESOLVERESPONSE']._serialized_end=1241
-  _globals['_ADMINSERVICE']._serialized_start=1244
-  _globals['_ADMINSERVICE']._serialized_end=1787
+  _globals['_ROLE']._serialized_start=4018
+  _globals['_ROLE']._serialized_end=4096
+  _globals['_KEYSTATE']._serialized_start=4098
+  _globals['_KEYSTATE']._serialized_end=4203
+  _globals['_KEYACTKIND']._serialized_start=4205
+  _globals['_KEYACTKIND']._serialized_end=4322
+  _globals['_GRANTREQUEST']._serialized_start=165
+  _globals['_GRANTREQUEST']._serialized_end=303
+  _globals['_GRANTRESPONSE']._serialized_start=305
+  _globals['_GRANTRESPONSE']._serialized_end=359
+  _globals['_TOPUPREQUEST']._serialized_start=361
+  _globals['_TOPUPREQUEST']._serialized_end=437
+  _globals['_TOPUPRESPONSE']._serialized_start=439
+  _globals['_TOPUPRESPONSE']._serialized_end=493
+  _globals['_WITHDRAWREQUEST']._serialized_start=495
+  _globals['_WITHDRAWREQUEST']._serialized_end=574
+  _globals['_WITHDRAWRESPONSE']._serialized_start=576
+  _globals['_WITHDRAWRESPONSE']._serialized_end=633
+  _globals['_FREEZEREQUEST']._serialized_start=635
+  _globals['_FREEZEREQUEST']._serialized_end=712
+  _globals['_FREEZERESPONSE']._serialized_start=714
+  _globals['_FREEZERESPONSE']._serialized_end=769
+  _globals['_UNFREEZEREQUEST']._serialized_start=771
+  _globals['_UNFREEZEREQUEST']._serialized_end=850
+  _globals['_UNFREEZERESPONSE']._serialized_start=852
+  _globals['_UNFREEZERESPONSE']._serialized_end=909
+  _globals['_ADMINSERVICERECOVERREQUEST']._serialized_start=912
+  _globals['_ADMINSERVICERECOVERREQUEST']._serialized_end=1067
+  _globals['_ADMINSERVICERECOVERRESPONSE']._serialized_start=1069
+  _globals['_ADMINSERVICERECOVERRESPONSE']._serialized_end=1137
+  _globals['_ADMINSERVICERESOLVEREQUEST']._serialized_start=1139
+  _globals['_ADMINSERVICERESOLVEREQUEST']._serialized_end=1262
+  _globals['_ADMINSERVICERESOLVERESPONSE']._serialized_start=1264
+  _globals['_ADMINSERVICERESOLVERESPONSE']._serialized_end=1332
+  _globals['_APIKEY']._serialized_start=1335
+  _globals['_APIKEY']._serialized_end=1636
+  _globals['_KEYACT']._serialized_start=1639
+  _globals['_KEYACT']._serialized_end=1792
+  _globals['_CREATEKEYREQUEST']._serialized_start=1795
+  _globals['_CREATEKEYREQUEST']._serialized_end=2017
+  _globals['_CREATEKEYRESPONSE']._serialized_start=2019
+  _globals['_CREATEKEYRESPONSE']._serialized_end=2090
+  _globals['_LISTKEYSREQUEST']._serialized_start=2092
+  _globals['_LISTKEYSREQUEST']._serialized_end=2183
+  _globals['_LISTKEYSRESPONSE']._serialized_start=2185
+  _globals['_LISTKEYSRESPONSE']._serialized_end=2263
+  _globals['_ROTATEKEYREQUEST']._serialized_start=2266
+  _globals['_ROTATEKEYREQUEST']._serialized_end=2427
+  _globals['_ROTATEKEYRESPONSE']._serialized_start=2429
+  _globals['_ROTATEKEYRESPONSE']._serialized_end=2500
+  _globals['_REVOKEKEYREQUEST']._serialized_start=2502
+  _globals['_REVOKEKEYREQUEST']._serialized_end=2574
+  _globals['_REVOKEKEYRESPONSE']._serialized_start=2576
+  _globals['_REVOKEKEYRESPONSE']._serialized_end=2647
+  _globals['_CREATEALERTRULEREQUEST']._serialized_start=2650
+  _globals['_CREATEALERTRULEREQUEST']._serialized_end=2807
+  _globals['_CREATEALERTRULERESPONSE']._serialized_start=2809
+  _globals['_CREATEALERTRULERESPONSE']._serialized_end=2890
+  _globals['_LISTALERTRULESREQUEST']._serialized_start=2892
+  _globals['_LISTALERTRULESREQUEST']._serialized_end=2994
+  _globals['_LISTALERTRULESRESPONSE']._serialized_start=2996
+  _globals['_LISTALERTRULESRESPONSE']._serialized_end=3084
+  _globals['_DELETEALERTRULEREQUEST']._serialized_start=3086
+  _globals['_DELETEALERTRULEREQUEST']._serialized_end=3127
+  _globals['_DELETEALERTRULERESPONSE']._serialized_start=3129
+  _globals['_DELETEALERTRULERESPONSE']._serialized_end=3192
+  _globals['_CREATEWEBHOOKREQUEST']._serialized_start=3194
+  _globals['_CREATEWEBHOOKREQUEST']._serialized_end=3289
+  _globals['_CREATEWEBHOOKRESPONSE']._serialized_start=3291
+  _globals['_CREATEWEBHOOKRESPONSE']._serialized_end=3387
+  _globals['_LISTWEBHOOKSREQUEST']._serialized_start=3389
+  _globals['_LISTWEBHOOKSREQUEST']._serialized_end=3410
+  _globals['_LISTWEBHOOKSRESPONSE']._serialized_start=3412
+  _globals['_LISTWEBHOOKSRESPONSE']._serialized_end=3474
+  _globals['_DELETEWEBHOOKREQUEST']._serialized_start=3476
+  _globals['_DELETEWEBHOOKREQUEST']._serialized_end=3518
+  _globals['_DELETEWEBHOOKRESPONSE']._serialized_start=3520
+  _globals['_DELETEWEBHOOKRESPONSE']._serialized_end=3582
+  _globals['_TESTWEBHOOKREQUEST']._serialized_start=3584
+  _globals['_TESTWEBHOOKREQUEST']._serialized_end=3624
+  _globals['_TESTWEBHOOKRESPONSE']._serialized_start=3626
+  _globals['_TESTWEBHOOKRESPONSE']._serialized_end=3680
+  _globals['_LISTDELIVERIESREQUEST']._serialized_start=3682
+  _globals['_LISTDELIVERIESREQUEST']._serialized_end=3808
+  _globals['_LISTDELIVERIESRESPONSE']._serialized_start=3810
+  _globals['_LISTDELIVERIESRESPONSE']._serialized_end=3902
+  _globals['_REPLAYDELIVERIESREQUEST']._serialized_start=3904
+  _globals['_REPLAYDELIVERIESREQUEST']._serialized_end=3968
+  _globals['_REPLAYDELIVERIESRESPONSE']._serialized_start=3970
+  _globals['_REPLAYDELIVERIESRESPONSE']._serialized_end=4016
+  _globals['_ADMINSERVICE']._serialized_start=4325
+  _globals['_ADMINSERVICE']._serialized_end=5979
 # @@protoc_insertion_point(module_scope)

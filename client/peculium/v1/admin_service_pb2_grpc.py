@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """What an admin may do. The role is the authority: headers carry none.
+    """What an admin may do. The role is the authority: headers carry none. ListKeys is for auditors, too.
     """
 
     def __init__(self, channel):
@@ -70,10 +70,75 @@ class AdminServiceStub(object):
                 request_serializer=peculium_dot_v1_dot_admin__service__pb2.AdminServiceResolveRequest.SerializeToString,
                 response_deserializer=peculium_dot_v1_dot_admin__service__pb2.AdminServiceResolveResponse.FromString,
                 _registered_method=True)
+        self.CreateKey = channel.unary_unary(
+                '/peculium.v1.AdminService/CreateKey',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.CreateKeyRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.CreateKeyResponse.FromString,
+                _registered_method=True)
+        self.ListKeys = channel.unary_unary(
+                '/peculium.v1.AdminService/ListKeys',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.ListKeysRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.ListKeysResponse.FromString,
+                _registered_method=True)
+        self.RotateKey = channel.unary_unary(
+                '/peculium.v1.AdminService/RotateKey',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.RotateKeyRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.RotateKeyResponse.FromString,
+                _registered_method=True)
+        self.RevokeKey = channel.unary_unary(
+                '/peculium.v1.AdminService/RevokeKey',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.RevokeKeyRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.RevokeKeyResponse.FromString,
+                _registered_method=True)
+        self.CreateAlertRule = channel.unary_unary(
+                '/peculium.v1.AdminService/CreateAlertRule',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.CreateAlertRuleRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.CreateAlertRuleResponse.FromString,
+                _registered_method=True)
+        self.ListAlertRules = channel.unary_unary(
+                '/peculium.v1.AdminService/ListAlertRules',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.ListAlertRulesRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.ListAlertRulesResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlertRule = channel.unary_unary(
+                '/peculium.v1.AdminService/DeleteAlertRule',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.DeleteAlertRuleRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.DeleteAlertRuleResponse.FromString,
+                _registered_method=True)
+        self.CreateWebhook = channel.unary_unary(
+                '/peculium.v1.AdminService/CreateWebhook',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.CreateWebhookRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.CreateWebhookResponse.FromString,
+                _registered_method=True)
+        self.ListWebhooks = channel.unary_unary(
+                '/peculium.v1.AdminService/ListWebhooks',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.ListWebhooksRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.ListWebhooksResponse.FromString,
+                _registered_method=True)
+        self.DeleteWebhook = channel.unary_unary(
+                '/peculium.v1.AdminService/DeleteWebhook',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.DeleteWebhookRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.DeleteWebhookResponse.FromString,
+                _registered_method=True)
+        self.TestWebhook = channel.unary_unary(
+                '/peculium.v1.AdminService/TestWebhook',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.TestWebhookRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.TestWebhookResponse.FromString,
+                _registered_method=True)
+        self.ListDeliveries = channel.unary_unary(
+                '/peculium.v1.AdminService/ListDeliveries',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.ListDeliveriesRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.ListDeliveriesResponse.FromString,
+                _registered_method=True)
+        self.ReplayDeliveries = channel.unary_unary(
+                '/peculium.v1.AdminService/ReplayDeliveries',
+                request_serializer=peculium_dot_v1_dot_admin__service__pb2.ReplayDeliveriesRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_admin__service__pb2.ReplayDeliveriesResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
-    """What an admin may do. The role is the authority: headers carry none.
+    """What an admin may do. The role is the authority: headers carry none. ListKeys is for auditors, too.
     """
 
     def Grant(self, request, context):
@@ -125,6 +190,97 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CreateKey(self, request, context):
+        """Makes an API key, whose text the caller has made.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListKeys(self, request, context):
+        """Lists the API keys and all that was done to them, without anything that one could call with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateKey(self, request, context):
+        """Gives an API key a new text; the one before stays valid for a while.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RevokeKey(self, request, context):
+        """Ends an API key, with all its texts, at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateAlertRule(self, request, context):
+        """Has something watched for in a subtree. Asking again with the same id and content is asking once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAlertRules(self, request, context):
+        """Lists what is watched for.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlertRule(self, request, context):
+        """Ends a rule. Asking twice is asking once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateWebhook(self, request, context):
+        """Has alerts sent to an address. Asking again with the same id and content is asking once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListWebhooks(self, request, context):
+        """Lists where alerts are sent to.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteWebhook(self, request, context):
+        """Ends a webhook, and with it what is pending for it. Asking twice is asking once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TestWebhook(self, request, context):
+        """Sends a message to a webhook at once, that says that it is a test, and tells what the receiver answers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDeliveries(self, request, context):
+        """Lists what became of alerts at webhooks, the latest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReplayDeliveries(self, request, context):
+        """Has deliveries tried as if for the first time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -163,6 +319,71 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     request_deserializer=peculium_dot_v1_dot_admin__service__pb2.AdminServiceResolveRequest.FromString,
                     response_serializer=peculium_dot_v1_dot_admin__service__pb2.AdminServiceResolveResponse.SerializeToString,
             ),
+            'CreateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateKey,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.CreateKeyRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.CreateKeyResponse.SerializeToString,
+            ),
+            'ListKeys': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKeys,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.ListKeysRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.ListKeysResponse.SerializeToString,
+            ),
+            'RotateKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateKey,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.RotateKeyRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.RotateKeyResponse.SerializeToString,
+            ),
+            'RevokeKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RevokeKey,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.RevokeKeyRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.RevokeKeyResponse.SerializeToString,
+            ),
+            'CreateAlertRule': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateAlertRule,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.CreateAlertRuleRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.CreateAlertRuleResponse.SerializeToString,
+            ),
+            'ListAlertRules': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAlertRules,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.ListAlertRulesRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.ListAlertRulesResponse.SerializeToString,
+            ),
+            'DeleteAlertRule': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlertRule,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.DeleteAlertRuleRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.DeleteAlertRuleResponse.SerializeToString,
+            ),
+            'CreateWebhook': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateWebhook,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.CreateWebhookRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.CreateWebhookResponse.SerializeToString,
+            ),
+            'ListWebhooks': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListWebhooks,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.ListWebhooksRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.ListWebhooksResponse.SerializeToString,
+            ),
+            'DeleteWebhook': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteWebhook,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.DeleteWebhookRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.DeleteWebhookResponse.SerializeToString,
+            ),
+            'TestWebhook': grpc.unary_unary_rpc_method_handler(
+                    servicer.TestWebhook,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.TestWebhookRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.TestWebhookResponse.SerializeToString,
+            ),
+            'ListDeliveries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeliveries,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.ListDeliveriesRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.ListDeliveriesResponse.SerializeToString,
+            ),
+            'ReplayDeliveries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReplayDeliveries,
+                    request_deserializer=peculium_dot_v1_dot_admin__service__pb2.ReplayDeliveriesRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_admin__service__pb2.ReplayDeliveriesResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'peculium.v1.AdminService', rpc_method_handlers)
@@ -172,7 +393,7 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """What an admin may do. The role is the authority: headers carry none.
+    """What an admin may do. The role is the authority: headers carry none. ListKeys is for auditors, too.
     """
 
     @staticmethod
@@ -354,6 +575,357 @@ class AdminService(object):
             '/peculium.v1.AdminService/Resolve',
             peculium_dot_v1_dot_admin__service__pb2.AdminServiceResolveRequest.SerializeToString,
             peculium_dot_v1_dot_admin__service__pb2.AdminServiceResolveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/CreateKey',
+            peculium_dot_v1_dot_admin__service__pb2.CreateKeyRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.CreateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKeys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/ListKeys',
+            peculium_dot_v1_dot_admin__service__pb2.ListKeysRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.ListKeysResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/RotateKey',
+            peculium_dot_v1_dot_admin__service__pb2.RotateKeyRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.RotateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RevokeKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/RevokeKey',
+            peculium_dot_v1_dot_admin__service__pb2.RevokeKeyRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.RevokeKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateAlertRule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/CreateAlertRule',
+            peculium_dot_v1_dot_admin__service__pb2.CreateAlertRuleRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.CreateAlertRuleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAlertRules(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/ListAlertRules',
+            peculium_dot_v1_dot_admin__service__pb2.ListAlertRulesRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.ListAlertRulesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlertRule(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/DeleteAlertRule',
+            peculium_dot_v1_dot_admin__service__pb2.DeleteAlertRuleRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.DeleteAlertRuleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateWebhook(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/CreateWebhook',
+            peculium_dot_v1_dot_admin__service__pb2.CreateWebhookRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.CreateWebhookResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListWebhooks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/ListWebhooks',
+            peculium_dot_v1_dot_admin__service__pb2.ListWebhooksRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.ListWebhooksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteWebhook(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/DeleteWebhook',
+            peculium_dot_v1_dot_admin__service__pb2.DeleteWebhookRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.DeleteWebhookResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TestWebhook(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/TestWebhook',
+            peculium_dot_v1_dot_admin__service__pb2.TestWebhookRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.TestWebhookResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeliveries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/ListDeliveries',
+            peculium_dot_v1_dot_admin__service__pb2.ListDeliveriesRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.ListDeliveriesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReplayDeliveries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AdminService/ReplayDeliveries',
+            peculium_dot_v1_dot_admin__service__pb2.ReplayDeliveriesRequest.SerializeToString,
+            peculium_dot_v1_dot_admin__service__pb2.ReplayDeliveriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from peculium.v1 import alerts_pb2 as _alerts_pb2
 from peculium.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -48,6 +49,34 @@ REACH_SUBTREE: Reach.ValueType  # 2
 REACH_TREE: Reach.ValueType  # 3
 """The whole tree that the budget belongs to."""
 Global___Reach: _TypeAlias = Reach  # noqa: Y015
+
+class _SecurityEventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SecurityEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SecurityEventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SECURITY_EVENT_KIND_UNSPECIFIED: _SecurityEventKind.ValueType  # 0
+    """Not set."""
+    SECURITY_EVENT_KIND_CONSUMED_TOKEN: _SecurityEventKind.ValueType  # 1
+    """A budget's token that another principal had consumed."""
+    SECURITY_EVENT_KIND_CONSUMED_HOLD_TOKEN: _SecurityEventKind.ValueType  # 2
+    """A hold's token that another principal had consumed."""
+    SECURITY_EVENT_KIND_BOUND_TOKEN: _SecurityEventKind.ValueType  # 3
+    """The live token of a budget that is bound to another principal."""
+
+class SecurityEventKind(_SecurityEventKind, metaclass=_SecurityEventKindEnumTypeWrapper):
+    """What a security event is of."""
+
+SECURITY_EVENT_KIND_UNSPECIFIED: SecurityEventKind.ValueType  # 0
+"""Not set."""
+SECURITY_EVENT_KIND_CONSUMED_TOKEN: SecurityEventKind.ValueType  # 1
+"""A budget's token that another principal had consumed."""
+SECURITY_EVENT_KIND_CONSUMED_HOLD_TOKEN: SecurityEventKind.ValueType  # 2
+"""A hold's token that another principal had consumed."""
+SECURITY_EVENT_KIND_BOUND_TOKEN: SecurityEventKind.ValueType  # 3
+"""The live token of a budget that is bound to another principal."""
+Global___SecurityEventKind: _TypeAlias = SecurityEventKind  # noqa: Y015
 
 @_typing.final
 class GetBudgetRequest(_message.Message):
@@ -95,12 +124,18 @@ class GetBudgetResponse(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     USED_FIELD_NUMBER: _builtins.int
     DISPUTED_FIELD_NUMBER: _builtins.int
+    HELD_FIELD_NUMBER: _builtins.int
+    HOLDS_LIVE_FIELD_NUMBER: _builtins.int
     used: _builtins.int
     """What its subtree has used: the sum of spent and forfeited over it and all below, closed budgets included. Absent
     unless it was asked for.
     """
     disputed: _builtins.int
     """What is disputed in its subtree, beside what is used. Absent unless it was asked for."""
+    held: _builtins.int
+    """What is held in live holds of its subtree. Absent unless it was asked for, and of the past."""
+    holds_live: _builtins.int
+    """How many live holds its subtree has. Absent unless it was asked for, and of the past."""
     @_builtins.property
     def budget(self) -> _types_pb2.Budget:
         """As it is, or was. Its state considers its ancestors at the same time."""
@@ -116,17 +151,27 @@ class GetBudgetResponse(_message.Message):
         ledger: _types_pb2.LedgerPosition | None = ...,
         used: _builtins.int | None = ...,
         disputed: _builtins.int | None = ...,
+        held: _builtins.int | None = ...,
+        holds_live: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_disputed", b"_disputed", "_used", b"_used", "budget", b"budget", "disputed", b"disputed", "ledger", b"ledger", "used", b"used"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_disputed", b"_disputed", "_held", b"_held", "_holds_live", b"_holds_live", "_used", b"_used", "budget", b"budget", "disputed", b"disputed", "held", b"held", "holds_live", b"holds_live", "ledger", b"ledger", "used", b"used"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disputed", b"_disputed", "_used", b"_used", "budget", b"budget", "disputed", b"disputed", "ledger", b"ledger", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_disputed", b"_disputed", "_held", b"_held", "_holds_live", b"_holds_live", "_used", b"_used", "budget", b"budget", "disputed", b"disputed", "held", b"held", "holds_live", b"holds_live", "ledger", b"ledger", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__disputed: _TypeAlias = _typing.Literal["disputed"]  # noqa: Y015
     _WhichOneofArgType__disputed: _TypeAlias = _typing.Literal["_disputed", b"_disputed"]  # noqa: Y015
+    _WhichOneofReturnType__held: _TypeAlias = _typing.Literal["held"]  # noqa: Y015
+    _WhichOneofArgType__held: _TypeAlias = _typing.Literal["_held", b"_held"]  # noqa: Y015
+    _WhichOneofReturnType__holds_live: _TypeAlias = _typing.Literal["holds_live"]  # noqa: Y015
+    _WhichOneofArgType__holds_live: _TypeAlias = _typing.Literal["_holds_live", b"_holds_live"]  # noqa: Y015
     _WhichOneofReturnType__used: _TypeAlias = _typing.Literal["used"]  # noqa: Y015
     _WhichOneofArgType__used: _TypeAlias = _typing.Literal["_used", b"_used"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__disputed) -> _WhichOneofReturnType__disputed | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__held) -> _WhichOneofReturnType__held | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__holds_live) -> _WhichOneofReturnType__holds_live | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__used) -> _WhichOneofReturnType__used | None: ...
 
@@ -1076,6 +1121,7 @@ class WatchEntriesRequest(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
     FROM_BEGINNING_FIELD_NUMBER: _builtins.int
+    ALERTS_FIELD_NUMBER: _builtins.int
     reach: Global___Reach.ValueType
     """How far around the budget. Budgets that are made below it are followed too."""
     cursor: _builtins.bytes
@@ -1085,6 +1131,10 @@ class WatchEntriesRequest(_message.Message):
     """
     from_beginning: _builtins.bool
     """Without a cursor: everything from the beginning."""
+    alerts: _builtins.bool
+    """Tell alerts, too: of rules on the budget and within its reach, whatever the filter says. A cursor that was given to a
+    watch without alerts goes on with those that were recorded after it.
+    """
     @_builtins.property
     def budget(self) -> _types_pb2.BudgetRef:
         """The budget whose entries are followed. Absent: the whole ledger."""
@@ -1101,10 +1151,11 @@ class WatchEntriesRequest(_message.Message):
         filter: Global___EntryFilter | None = ...,
         cursor: _builtins.bytes = ...,
         from_beginning: _builtins.bool = ...,
+        alerts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "filter", b"filter"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "cursor", b"cursor", "filter", b"filter", "from_beginning", b"from_beginning", "reach", b"reach"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alerts", b"alerts", "budget", b"budget", "cursor", b"cursor", "filter", b"filter", "from_beginning", b"from_beginning", "reach", b"reach"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1118,27 +1169,101 @@ class WatchEntriesResponse(_message.Message):
 
     ENTRIES_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
+    ALERTS_FIELD_NUMBER: _builtins.int
+    ALERTS_FORGOTTEN_FIELD_NUMBER: _builtins.int
     cursor: _builtins.bytes
     """To resume with, at any server of the same ledger."""
+    alerts_forgotten: _builtins.int
+    """So many alerts of the ledger since the cursor are kept no longer, and are not told."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
         """By position within each lane; a tree has one lane, and so has its own order. None in a heartbeat: the first message
         is one, and then one comes every few seconds in which there is nothing else to tell.
         """
 
+    @_builtins.property
+    def alerts(self) -> _containers.RepeatedCompositeFieldContainer[_alerts_pb2.Alert]:
+        """By number; each comes after the entries that it is of. In messages of their own."""
+
     def __init__(
         self,
         *,
         entries: _abc.Iterable[Global___Entry] | None = ...,
         cursor: _builtins.bytes = ...,
+        alerts: _abc.Iterable[_alerts_pb2.Alert] | None = ...,
+        alerts_forgotten: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "entries", b"entries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alerts", b"alerts", "alerts_forgotten", b"alerts_forgotten", "cursor", b"cursor", "entries", b"entries"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchEntriesResponse: _TypeAlias = WatchEntriesResponse  # noqa: Y015
+
+@_typing.final
+class ListAlertsRequest(_message.Message):
+    """Lists what alert rules have found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DESCENDING_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """1 to 1000; absent: 100."""
+    page_token: _builtins.str
+    """From the page before; absent: the first page."""
+    descending: _builtins.bool
+    """The latest first."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.BudgetRef:
+        """Of rules on this budget or below it. Absent: all."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.BudgetRef | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        descending: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "descending", b"descending", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAlertsRequest: _TypeAlias = ListAlertsRequest  # noqa: Y015
+
+@_typing.final
+class ListAlertsResponse(_message.Message):
+    """Some alerts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALERTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def alerts(self) -> _containers.RepeatedCompositeFieldContainer[_alerts_pb2.Alert]:
+        """By number."""
+
+    def __init__(
+        self,
+        *,
+        alerts: _abc.Iterable[_alerts_pb2.Alert] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alerts", b"alerts", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListAlertsResponse: _TypeAlias = ListAlertsResponse  # noqa: Y015
 
 @_typing.final
 class Checkpoint(_message.Message):
@@ -1263,6 +1388,298 @@ class ListCheckpointsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCheckpointsResponse: _TypeAlias = ListCheckpointsResponse  # noqa: Y015
+
+@_typing.final
+class ListRefusalsRequest(_message.Message):
+    """Lists refusals. They are no part of the record: servers count them, add them up every few seconds, and forget them
+    after some days.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
+    REASONS_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DESCENDING_FIELD_NUMBER: _builtins.int
+    reach: Global___Reach.ValueType
+    """How far around it."""
+    page_size: _builtins.int
+    """1 to 1000; absent: 100."""
+    page_token: _builtins.str
+    """From the page before; absent: the first page."""
+    descending: _builtins.bool
+    """The latest first."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.BudgetRef:
+        """The budget that was asked of. Absent: any of the ledger."""
+
+    @_builtins.property
+    def reasons(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.RefusalReason.ValueType]:
+        """For any of these reasons. Absent: for whatever reason."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """In minutes that began before this time."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.BudgetRef | None = ...,
+        reach: Global___Reach.ValueType = ...,
+        reasons: _abc.Iterable[_types_pb2.RefusalReason.ValueType] | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        descending: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "from", b"from", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "descending", b"descending", "from", b"from", "page_size", b"page_size", "page_token", b"page_token", "reach", b"reach", "reasons", b"reasons", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRefusalsRequest: _TypeAlias = ListRefusalsRequest  # noqa: Y015
+
+@_typing.final
+class ListRefusalsResponse(_message.Message):
+    """Some refusals."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusalCount]:
+        """By minute, then by root, budget and reason."""
+
+    def __init__(
+        self,
+        *,
+        refusals: _abc.Iterable[Global___RefusalCount] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "refusals", b"refusals"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListRefusalsResponse: _TypeAlias = ListRefusalsResponse  # noqa: Y015
+
+@_typing.final
+class RefusalCount(_message.Message):
+    """How often a budget was refused something within a minute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MINUTE_FIELD_NUMBER: _builtins.int
+    ROOT_ID_FIELD_NUMBER: _builtins.int
+    BUDGET_ID_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    root_id: _builtins.bytes
+    """The tree's root. Absent: too many budgets were refused at once to tell which."""
+    budget_id: _builtins.bytes
+    """The budget. Absent as the root is."""
+    path: _builtins.str
+    """Its path; absent if there is no such budget."""
+    reason: _types_pb2.RefusalReason.ValueType
+    """Why."""
+    count: _builtins.int
+    """How often."""
+    @_builtins.property
+    def minute(self) -> _timestamp_pb2.Timestamp:
+        """When the minute began, by the database's clock."""
+
+    def __init__(
+        self,
+        *,
+        minute: _timestamp_pb2.Timestamp | None = ...,
+        root_id: _builtins.bytes = ...,
+        budget_id: _builtins.bytes = ...,
+        path: _builtins.str = ...,
+        reason: _types_pb2.RefusalReason.ValueType = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["minute", b"minute"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_id", b"budget_id", "count", b"count", "minute", b"minute", "path", b"path", "reason", b"reason", "root_id", b"root_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusalCount: _TypeAlias = RefusalCount  # noqa: Y015
+
+@_typing.final
+class ListSecurityEventsRequest(_message.Message):
+    """Lists security events. They are no part of the record, and are never changed or forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUDGET_FIELD_NUMBER: _builtins.int
+    REACH_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    FROM_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    DESCENDING_FIELD_NUMBER: _builtins.int
+    reach: Global___Reach.ValueType
+    """How far around it."""
+    page_size: _builtins.int
+    """1 to 1000; absent: 100."""
+    page_token: _builtins.str
+    """From the page before; absent: the first page."""
+    descending: _builtins.bool
+    """The latest first."""
+    @_builtins.property
+    def budget(self) -> _types_pb2.BudgetRef:
+        """The budget that was asked of. Absent: any of the ledger."""
+
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___SecurityEventKind.ValueType]:
+        """Of any of these kinds. Absent: of any."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """Noticed before this time."""
+
+    def __init__(
+        self,
+        *,
+        budget: _types_pb2.BudgetRef | None = ...,
+        reach: Global___Reach.ValueType = ...,
+        kinds: _abc.Iterable[Global___SecurityEventKind.ValueType] | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+        descending: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "from", b"from", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget", b"budget", "descending", b"descending", "from", b"from", "kinds", b"kinds", "page_size", b"page_size", "page_token", b"page_token", "reach", b"reach", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSecurityEventsRequest: _TypeAlias = ListSecurityEventsRequest  # noqa: Y015
+
+@_typing.final
+class ListSecurityEventsResponse(_message.Message):
+    """Some security events."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Empty on the last page."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___SecurityEvent]:
+        """In the order in which they were noticed."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___SecurityEvent] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListSecurityEventsResponse: _TypeAlias = ListSecurityEventsResponse  # noqa: Y015
+
+@_typing.final
+class SecurityEvent(_message.Message):
+    """That a secret was shown by another principal than whose it was: a sign that a capability was stolen, or handed over and
+    used once more. What is alike within a minute is one event, or two: the first of it, and what followed.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENT_ID_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    ROOT_ID_FIELD_NUMBER: _builtins.int
+    BUDGET_ID_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    PRINCIPAL_FIELD_NUMBER: _builtins.int
+    OPERATION_ID_FIELD_NUMBER: _builtins.int
+    CONSUMED_BY_FIELD_NUMBER: _builtins.int
+    CONSUMED_OPERATION_ID_FIELD_NUMBER: _builtins.int
+    CONSUMED_KIND_FIELD_NUMBER: _builtins.int
+    CONSUMED_AT_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    FREEZE_ID_FIELD_NUMBER: _builtins.int
+    event_id: _builtins.bytes
+    """A UUID."""
+    kind: Global___SecurityEventKind.ValueType
+    """What was shown."""
+    root_id: _builtins.bytes
+    """The tree's root. Absent: there were too many at once to tell which, and whose."""
+    budget_id: _builtins.bytes
+    """The budget. Absent as the root is."""
+    path: _builtins.str
+    """Its path."""
+    principal: _builtins.str
+    """Who has shown the secret. Absent: there were too many at once to tell."""
+    operation_id: _builtins.bytes
+    """What they have asked, the first time. It was refused."""
+    consumed_by: _builtins.str
+    """Who had consumed the token. Absent of a live one."""
+    consumed_operation_id: _builtins.bytes
+    """The operation that had consumed it."""
+    consumed_kind: _types_pb2.OperationKind.ValueType
+    """The kind of that operation."""
+    holder: _builtins.str
+    """Whom the budget was bound to. Absent: nobody."""
+    count: _builtins.int
+    """How often."""
+    freeze_id: _builtins.bytes
+    """The Freeze of the budget that it has led to. Absent: none."""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When it was noticed first, by the database's clock."""
+
+    @_builtins.property
+    def consumed_at(self) -> _timestamp_pb2.Timestamp:
+        """When that was."""
+
+    def __init__(
+        self,
+        *,
+        event_id: _builtins.bytes = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+        kind: Global___SecurityEventKind.ValueType = ...,
+        root_id: _builtins.bytes = ...,
+        budget_id: _builtins.bytes = ...,
+        path: _builtins.str = ...,
+        principal: _builtins.str = ...,
+        operation_id: _builtins.bytes = ...,
+        consumed_by: _builtins.str = ...,
+        consumed_operation_id: _builtins.bytes = ...,
+        consumed_kind: _types_pb2.OperationKind.ValueType = ...,
+        consumed_at: _timestamp_pb2.Timestamp | None = ...,
+        holder: _builtins.str = ...,
+        count: _builtins.int = ...,
+        freeze_id: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "consumed_at", b"consumed_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "budget_id", b"budget_id", "consumed_at", b"consumed_at", "consumed_by", b"consumed_by", "consumed_kind", b"consumed_kind", "consumed_operation_id", b"consumed_operation_id", "count", b"count", "event_id", b"event_id", "freeze_id", b"freeze_id", "holder", b"holder", "kind", b"kind", "operation_id", b"operation_id", "path", b"path", "principal", b"principal", "root_id", b"root_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SecurityEvent: _TypeAlias = SecurityEvent  # noqa: Y015
 
 @_typing.final
 class ProveEntryRequest(_message.Message):
@@ -1502,6 +1919,7 @@ class ExportHeader(_message.Message):
     AT_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
     ROOT_ID_FIELD_NUMBER: _builtins.int
+    EARLIER_INCARNATIONS_FIELD_NUMBER: _builtins.int
     encoding_version: _builtins.int
     """Of the requests, effects and hashes."""
     incarnation: _builtins.bytes
@@ -1516,6 +1934,12 @@ class ExportHeader(_message.Message):
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Each lane's position at that instant, by lane."""
 
+    @_builtins.property
+    def earlier_incarnations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The incarnations that the ledger had before it was restored, the first one first: some checkpoints are
+        of these.
+        """
+
     def __init__(
         self,
         *,
@@ -1524,10 +1948,11 @@ class ExportHeader(_message.Message):
         at: _timestamp_pb2.Timestamp | None = ...,
         positions: _abc.Iterable[_builtins.int] | None = ...,
         root_id: _builtins.bytes = ...,
+        earlier_incarnations: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "encoding_version", b"encoding_version", "incarnation", b"incarnation", "positions", b"positions", "root_id", b"root_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "earlier_incarnations", b"earlier_incarnations", "encoding_version", b"encoding_version", "incarnation", b"incarnation", "positions", b"positions", "root_id", b"root_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -85,10 +85,25 @@ class AuditServiceStub(object):
                 request_serializer=peculium_dot_v1_dot_audit__service__pb2.ProveEntryRequest.SerializeToString,
                 response_deserializer=peculium_dot_v1_dot_audit__service__pb2.ProveEntryResponse.FromString,
                 _registered_method=True)
+        self.ListRefusals = channel.unary_unary(
+                '/peculium.v1.AuditService/ListRefusals',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.ListRefusalsRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListRefusalsResponse.FromString,
+                _registered_method=True)
+        self.ListSecurityEvents = channel.unary_unary(
+                '/peculium.v1.AuditService/ListSecurityEvents',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.ListSecurityEventsRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListSecurityEventsResponse.FromString,
+                _registered_method=True)
         self.Export = channel.unary_stream(
                 '/peculium.v1.AuditService/Export',
                 request_serializer=peculium_dot_v1_dot_audit__service__pb2.ExportRequest.SerializeToString,
                 response_deserializer=peculium_dot_v1_dot_audit__service__pb2.ExportResponse.FromString,
+                _registered_method=True)
+        self.ListAlerts = channel.unary_unary(
+                '/peculium.v1.AuditService/ListAlerts',
+                request_serializer=peculium_dot_v1_dot_audit__service__pb2.ListAlertsRequest.SerializeToString,
+                response_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListAlertsResponse.FromString,
                 _registered_method=True)
 
 
@@ -139,7 +154,7 @@ class AuditServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchEntries(self, request, context):
-        """Follows the entries as they are recorded, from any point on and without a gap.
+        """Follows the entries, and if wanted the alerts, as they are recorded, from any point on and without a gap.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -166,8 +181,29 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListRefusals(self, request, context):
+        """Lists how often budgets were refused what, by minute.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListSecurityEvents(self, request, context):
+        """Lists secrets that were shown by another principal than whose they were: signs of stolen capabilities.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Export(self, request, context):
         """Streams a tree or the whole ledger as it is at one instant: all that an offline verification needs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAlerts(self, request, context):
+        """Lists what alert rules have found.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -226,10 +262,25 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     request_deserializer=peculium_dot_v1_dot_audit__service__pb2.ProveEntryRequest.FromString,
                     response_serializer=peculium_dot_v1_dot_audit__service__pb2.ProveEntryResponse.SerializeToString,
             ),
+            'ListRefusals': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListRefusals,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListRefusalsRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.ListRefusalsResponse.SerializeToString,
+            ),
+            'ListSecurityEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListSecurityEvents,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListSecurityEventsRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.ListSecurityEventsResponse.SerializeToString,
+            ),
             'Export': grpc.unary_stream_rpc_method_handler(
                     servicer.Export,
                     request_deserializer=peculium_dot_v1_dot_audit__service__pb2.ExportRequest.FromString,
                     response_serializer=peculium_dot_v1_dot_audit__service__pb2.ExportResponse.SerializeToString,
+            ),
+            'ListAlerts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAlerts,
+                    request_deserializer=peculium_dot_v1_dot_audit__service__pb2.ListAlertsRequest.FromString,
+                    response_serializer=peculium_dot_v1_dot_audit__service__pb2.ListAlertsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -514,6 +565,60 @@ class AuditService(object):
             _registered_method=True)
 
     @staticmethod
+    def ListRefusals(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AuditService/ListRefusals',
+            peculium_dot_v1_dot_audit__service__pb2.ListRefusalsRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.ListRefusalsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListSecurityEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AuditService/ListSecurityEvents',
+            peculium_dot_v1_dot_audit__service__pb2.ListSecurityEventsRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.ListSecurityEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Export(request,
             target,
             options=(),
@@ -530,6 +635,33 @@ class AuditService(object):
             '/peculium.v1.AuditService/Export',
             peculium_dot_v1_dot_audit__service__pb2.ExportRequest.SerializeToString,
             peculium_dot_v1_dot_audit__service__pb2.ExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAlerts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peculium.v1.AuditService/ListAlerts',
+            peculium_dot_v1_dot_audit__service__pb2.ListAlertsRequest.SerializeToString,
+            peculium_dot_v1_dot_audit__service__pb2.ListAlertsResponse.FromString,
             options,
             channel_credentials,
             insecure,

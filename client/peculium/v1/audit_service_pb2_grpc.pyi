@@ -46,15 +46,21 @@ class AuditServiceStub:
     GetLineage: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.GetLineageRequest, _audit_service_pb2.GetLineageResponse]
     """Tells by whose authority a budget exists, and how its token went from hand to hand."""
     WatchEntries: _grpc.UnaryStreamMultiCallable[_audit_service_pb2.WatchEntriesRequest, _audit_service_pb2.WatchEntriesResponse]
-    """Follows the entries as they are recorded, from any point on and without a gap."""
+    """Follows the entries, and if wanted the alerts, as they are recorded, from any point on and without a gap."""
     Verify: _grpc.UnaryStreamMultiCallable[_audit_service_pb2.VerifyRequest, _audit_service_pb2.VerifyResponse]
     """Re-runs every decision of a tree from its entries alone, and compares."""
     ListCheckpoints: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.ListCheckpointsRequest, _audit_service_pb2.ListCheckpointsResponse]
     """Lists the sealed checkpoints."""
     ProveEntry: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.ProveEntryRequest, _audit_service_pb2.ProveEntryResponse]
     """Proves that an entry is under a sealed checkpoint."""
+    ListRefusals: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.ListRefusalsRequest, _audit_service_pb2.ListRefusalsResponse]
+    """Lists how often budgets were refused what, by minute."""
+    ListSecurityEvents: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.ListSecurityEventsRequest, _audit_service_pb2.ListSecurityEventsResponse]
+    """Lists secrets that were shown by another principal than whose they were: signs of stolen capabilities."""
     Export: _grpc.UnaryStreamMultiCallable[_audit_service_pb2.ExportRequest, _audit_service_pb2.ExportResponse]
     """Streams a tree or the whole ledger as it is at one instant: all that an offline verification needs."""
+    ListAlerts: _grpc.UnaryUnaryMultiCallable[_audit_service_pb2.ListAlertsRequest, _audit_service_pb2.ListAlertsResponse]
+    """Lists what alert rules have found."""
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
@@ -74,15 +80,21 @@ class AuditServiceAsyncStub(AuditServiceStub):
     GetLineage: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.GetLineageRequest, _audit_service_pb2.GetLineageResponse]  # type: ignore[assignment]
     """Tells by whose authority a budget exists, and how its token went from hand to hand."""
     WatchEntries: _aio.UnaryStreamMultiCallable[_audit_service_pb2.WatchEntriesRequest, _audit_service_pb2.WatchEntriesResponse]  # type: ignore[assignment]
-    """Follows the entries as they are recorded, from any point on and without a gap."""
+    """Follows the entries, and if wanted the alerts, as they are recorded, from any point on and without a gap."""
     Verify: _aio.UnaryStreamMultiCallable[_audit_service_pb2.VerifyRequest, _audit_service_pb2.VerifyResponse]  # type: ignore[assignment]
     """Re-runs every decision of a tree from its entries alone, and compares."""
     ListCheckpoints: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListCheckpointsRequest, _audit_service_pb2.ListCheckpointsResponse]  # type: ignore[assignment]
     """Lists the sealed checkpoints."""
     ProveEntry: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ProveEntryRequest, _audit_service_pb2.ProveEntryResponse]  # type: ignore[assignment]
     """Proves that an entry is under a sealed checkpoint."""
+    ListRefusals: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListRefusalsRequest, _audit_service_pb2.ListRefusalsResponse]  # type: ignore[assignment]
+    """Lists how often budgets were refused what, by minute."""
+    ListSecurityEvents: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListSecurityEventsRequest, _audit_service_pb2.ListSecurityEventsResponse]  # type: ignore[assignment]
+    """Lists secrets that were shown by another principal than whose they were: signs of stolen capabilities."""
     Export: _aio.UnaryStreamMultiCallable[_audit_service_pb2.ExportRequest, _audit_service_pb2.ExportResponse]  # type: ignore[assignment]
     """Streams a tree or the whole ledger as it is at one instant: all that an offline verification needs."""
+    ListAlerts: _aio.UnaryUnaryMultiCallable[_audit_service_pb2.ListAlertsRequest, _audit_service_pb2.ListAlertsResponse]  # type: ignore[assignment]
+    """Lists what alert rules have found."""
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     """What an auditor may ask."""
@@ -141,7 +153,7 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_service_pb2.WatchEntriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_audit_service_pb2.WatchEntriesResponse], _abc.AsyncIterator[_audit_service_pb2.WatchEntriesResponse]]:
-        """Follows the entries as they are recorded, from any point on and without a gap."""
+        """Follows the entries, and if wanted the alerts, as they are recorded, from any point on and without a gap."""
 
     @_abc_1.abstractmethod
     def Verify(
@@ -168,11 +180,35 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         """Proves that an entry is under a sealed checkpoint."""
 
     @_abc_1.abstractmethod
+    def ListRefusals(
+        self,
+        request: _audit_service_pb2.ListRefusalsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_service_pb2.ListRefusalsResponse, _abc.Awaitable[_audit_service_pb2.ListRefusalsResponse]]:
+        """Lists how often budgets were refused what, by minute."""
+
+    @_abc_1.abstractmethod
+    def ListSecurityEvents(
+        self,
+        request: _audit_service_pb2.ListSecurityEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_service_pb2.ListSecurityEventsResponse, _abc.Awaitable[_audit_service_pb2.ListSecurityEventsResponse]]:
+        """Lists secrets that were shown by another principal than whose they were: signs of stolen capabilities."""
+
+    @_abc_1.abstractmethod
     def Export(
         self,
         request: _audit_service_pb2.ExportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_audit_service_pb2.ExportResponse], _abc.AsyncIterator[_audit_service_pb2.ExportResponse]]:
         """Streams a tree or the whole ledger as it is at one instant: all that an offline verification needs."""
+
+    @_abc_1.abstractmethod
+    def ListAlerts(
+        self,
+        request: _audit_service_pb2.ListAlertsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_service_pb2.ListAlertsResponse, _abc.Awaitable[_audit_service_pb2.ListAlertsResponse]]:
+        """Lists what alert rules have found."""
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

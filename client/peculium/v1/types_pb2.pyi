@@ -240,7 +240,8 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     {"header": "authorization"}
     """
     REFUSAL_REASON_PERMISSION_DENIED: _RefusalReason.ValueType  # 4
-    """The caller's role may not do this.
+    """The caller's role may not do this; `needs` says which may. Or its key is limited to some roots, and this is about
+    another one, which `root` names, or about all of them: `needs` is "a key for this root" or "a key for all roots".
     {"principal": "svc-a", "role": "agent", "needs": "admin"}
     """
     REFUSAL_REASON_CAPABILITY_UNKNOWN: _RefusalReason.ValueType  # 5
@@ -281,7 +282,7 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     {"budget": "0192...", "hold": "0192..."}
     """
     REFUSAL_REASON_ID_TAKEN: _RefusalReason.ValueType  # 14
-    """A budget or hold id was used before in this root.
+    """A budget or hold id was used before in this root; or a rule's or webhook's id before, with other content.
     {"field": "hold_id", "id": "0192..."}
     """
     REFUSAL_REASON_NAME_TAKEN: _RefusalReason.ValueType  # 15
@@ -305,7 +306,8 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     {"budget": "0192...", "expired": "0192...", "lease_expires_at": "2026-11-23T10:00:00.000000Z"}
     """
     REFUSAL_REASON_BUDGET_FROZEN: _RefusalReason.ValueType  # 20
-    """The budget, or an ancestor, is frozen by an admin or by a dispute.
+    """The budget, or an ancestor, is frozen by an admin or by a dispute; or the whole ledger, since it was
+    restored and no operator has said yet that it may go on.
     {"budget": "0192...", "frozen": "0192...", "by": "dispute"}
     """
     REFUSAL_REASON_TREE_OVERRUN: _RefusalReason.ValueType  # 21
@@ -357,6 +359,30 @@ class _RefusalReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Refusal
     """ProveEntry: no checkpoint seals the entry yet, but those up to `sealed_seq`; the next one may.
     {"budget": "0192...", "path": "acme/run-7", "seq": "7", "sealed_seq": "5"}
     """
+    REFUSAL_REASON_KEY_UNKNOWN: _RefusalReason.ValueType  # 33
+    """There is no such API key.
+    {"key": "0192..."}
+    """
+    REFUSAL_REASON_KEY_ENDED: _RefusalReason.ValueType  # 34
+    """The API key was revoked before, or has expired.
+    {"key": "0192...", "principal": "svc-a", "revoked_at": "2026-11-23T10:00:00.000000Z", "revoked_by": "ops"}
+    """
+    REFUSAL_REASON_ALERT_UNKNOWN: _RefusalReason.ValueType  # 35
+    """There is no such alert rule, or no such alert at the webhook.
+    {"field": "rule_id", "id": "0192..."}
+    """
+    REFUSAL_REASON_WEBHOOK_UNKNOWN: _RefusalReason.ValueType  # 36
+    """There is no such webhook, or it was deleted.
+    {"webhook": "0192..."}
+    """
+    REFUSAL_REASON_TOO_MANY: _RefusalReason.ValueType  # 37
+    """There are as many alert rules or webhooks as there may be; delete some that are not needed.
+    {"what": "alert rules of a tree", "limit": "64"}
+    """
+    REFUSAL_REASON_WEBHOOKS_OFF: _RefusalReason.ValueType  # 38
+    """The server has no key to make webhooks' secrets of: its operator has to set webhook_key_file.
+    {"setting": "webhook_key_file"}
+    """
 
 class RefusalReason(_RefusalReason, metaclass=_RefusalReasonEnumTypeWrapper):
     """Why an operation was refused, in order of precedence: if several apply, the first one is the answer. Numbers are
@@ -378,7 +404,8 @@ REFUSAL_REASON_UNAUTHENTICATED: RefusalReason.ValueType  # 3
 {"header": "authorization"}
 """
 REFUSAL_REASON_PERMISSION_DENIED: RefusalReason.ValueType  # 4
-"""The caller's role may not do this.
+"""The caller's role may not do this; `needs` says which may. Or its key is limited to some roots, and this is about
+another one, which `root` names, or about all of them: `needs` is "a key for this root" or "a key for all roots".
 {"principal": "svc-a", "role": "agent", "needs": "admin"}
 """
 REFUSAL_REASON_CAPABILITY_UNKNOWN: RefusalReason.ValueType  # 5
@@ -419,7 +446,7 @@ REFUSAL_REASON_HOLD_UNKNOWN: RefusalReason.ValueType  # 13
 {"budget": "0192...", "hold": "0192..."}
 """
 REFUSAL_REASON_ID_TAKEN: RefusalReason.ValueType  # 14
-"""A budget or hold id was used before in this root.
+"""A budget or hold id was used before in this root; or a rule's or webhook's id before, with other content.
 {"field": "hold_id", "id": "0192..."}
 """
 REFUSAL_REASON_NAME_TAKEN: RefusalReason.ValueType  # 15
@@ -443,7 +470,8 @@ REFUSAL_REASON_BUDGET_EXPIRED: RefusalReason.ValueType  # 19
 {"budget": "0192...", "expired": "0192...", "lease_expires_at": "2026-11-23T10:00:00.000000Z"}
 """
 REFUSAL_REASON_BUDGET_FROZEN: RefusalReason.ValueType  # 20
-"""The budget, or an ancestor, is frozen by an admin or by a dispute.
+"""The budget, or an ancestor, is frozen by an admin or by a dispute; or the whole ledger, since it was
+restored and no operator has said yet that it may go on.
 {"budget": "0192...", "frozen": "0192...", "by": "dispute"}
 """
 REFUSAL_REASON_TREE_OVERRUN: RefusalReason.ValueType  # 21
@@ -495,6 +523,30 @@ REFUSAL_REASON_NOT_SEALED: RefusalReason.ValueType  # 32
 """ProveEntry: no checkpoint seals the entry yet, but those up to `sealed_seq`; the next one may.
 {"budget": "0192...", "path": "acme/run-7", "seq": "7", "sealed_seq": "5"}
 """
+REFUSAL_REASON_KEY_UNKNOWN: RefusalReason.ValueType  # 33
+"""There is no such API key.
+{"key": "0192..."}
+"""
+REFUSAL_REASON_KEY_ENDED: RefusalReason.ValueType  # 34
+"""The API key was revoked before, or has expired.
+{"key": "0192...", "principal": "svc-a", "revoked_at": "2026-11-23T10:00:00.000000Z", "revoked_by": "ops"}
+"""
+REFUSAL_REASON_ALERT_UNKNOWN: RefusalReason.ValueType  # 35
+"""There is no such alert rule, or no such alert at the webhook.
+{"field": "rule_id", "id": "0192..."}
+"""
+REFUSAL_REASON_WEBHOOK_UNKNOWN: RefusalReason.ValueType  # 36
+"""There is no such webhook, or it was deleted.
+{"webhook": "0192..."}
+"""
+REFUSAL_REASON_TOO_MANY: RefusalReason.ValueType  # 37
+"""There are as many alert rules or webhooks as there may be; delete some that are not needed.
+{"what": "alert rules of a tree", "limit": "64"}
+"""
+REFUSAL_REASON_WEBHOOKS_OFF: RefusalReason.ValueType  # 38
+"""The server has no key to make webhooks' secrets of: its operator has to set webhook_key_file.
+{"setting": "webhook_key_file"}
+"""
 Global___RefusalReason: _TypeAlias = RefusalReason  # noqa: Y015
 
 class _UnavailableReason:
@@ -518,12 +570,28 @@ class _UnavailableReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Una
     {}
     """
     UNAVAILABLE_REASON_CONTENDED: _UnavailableReason.ValueType  # 4
-    """Conflicts with other servers did not end within the bounded number of retries; nothing was done.
+    """Conflicts with other sessions of the database did not end within the bounded number of retries; nothing was done.
     {"attempts": "10"}
     """
     UNAVAILABLE_REASON_TOO_MANY_WATCHES: _UnavailableReason.ValueType  # 5
     """As many follow the ledger at this server as it allows.
     {"limit": "32"}
+    """
+    UNAVAILABLE_REASON_KEYS_OUTDATED: _UnavailableReason.ValueType  # 6
+    """The server could not read from the database for too long which keys are valid; nothing was done.
+    {"limit_seconds": "10"}
+    """
+    UNAVAILABLE_REASON_RATE_LIMITED: _UnavailableReason.ValueType  # 7
+    """The caller asks for more operations in a second than this server lets one ask for; nothing was done.
+    {"principal": "svc-a", "limit": "20000", "burst": "40000"}
+    """
+    UNAVAILABLE_REASON_TOO_MANY_AT_ONCE: _UnavailableReason.ValueType  # 8
+    """The caller has as many operations in progress as this server lets one have; nothing was done.
+    {"principal": "svc-a", "limit": "10000"}
+    """
+    UNAVAILABLE_REASON_TOO_MANY_STREAMS: _UnavailableReason.ValueType  # 9
+    """The caller has as many streams open as this server lets one have.
+    {"principal": "svc-a", "limit": "16"}
     """
 
 class UnavailableReason(_UnavailableReason, metaclass=_UnavailableReasonEnumTypeWrapper):
@@ -546,12 +614,28 @@ UNAVAILABLE_REASON_DATABASE_UNAVAILABLE: UnavailableReason.ValueType  # 3
 {}
 """
 UNAVAILABLE_REASON_CONTENDED: UnavailableReason.ValueType  # 4
-"""Conflicts with other servers did not end within the bounded number of retries; nothing was done.
+"""Conflicts with other sessions of the database did not end within the bounded number of retries; nothing was done.
 {"attempts": "10"}
 """
 UNAVAILABLE_REASON_TOO_MANY_WATCHES: UnavailableReason.ValueType  # 5
 """As many follow the ledger at this server as it allows.
 {"limit": "32"}
+"""
+UNAVAILABLE_REASON_KEYS_OUTDATED: UnavailableReason.ValueType  # 6
+"""The server could not read from the database for too long which keys are valid; nothing was done.
+{"limit_seconds": "10"}
+"""
+UNAVAILABLE_REASON_RATE_LIMITED: UnavailableReason.ValueType  # 7
+"""The caller asks for more operations in a second than this server lets one ask for; nothing was done.
+{"principal": "svc-a", "limit": "20000", "burst": "40000"}
+"""
+UNAVAILABLE_REASON_TOO_MANY_AT_ONCE: UnavailableReason.ValueType  # 8
+"""The caller has as many operations in progress as this server lets one have; nothing was done.
+{"principal": "svc-a", "limit": "10000"}
+"""
+UNAVAILABLE_REASON_TOO_MANY_STREAMS: UnavailableReason.ValueType  # 9
+"""The caller has as many streams open as this server lets one have.
+{"principal": "svc-a", "limit": "16"}
 """
 Global___UnavailableReason: _TypeAlias = UnavailableReason  # noqa: Y015
 
