@@ -169,6 +169,17 @@ def test_a_revision_says_what_operators_have_to_know(
         assert said in header
 
 
+def test_migrating_says_which_servers_may_go_on(empty_database: str) -> None:
+    migrate.upgrade(empty_database)
+    with psycopg.connect(empty_database) as connection:
+        connection.execute("UPDATE ledger SET serves_from = '0000'")
+    migrate.upgrade(empty_database)
+    with psycopg.connect(empty_database) as connection:
+        assert connection.execute("SELECT serves_from FROM ledger").fetchall() == [
+            (schema.SERVES_FROM,)
+        ]
+
+
 def test_the_reference_names_every_table_column_and_index() -> None:
     reference = (ROOT / "docs" / "reference" / "schema.md").read_text(encoding="utf-8")
     said = set(re.findall(r"`([^`]+)`", reference)) | set(re.findall(r"\*\*(\w+)\*\*", reference))

@@ -258,6 +258,38 @@ LEFT JOIN LATERAL (
     OFFSET 0
 ) AS first ON true;
 
+-- The head of an item of deterministic CBOR: what the item is, and its number or how long it is.
+CREATE FUNCTION audit.item(major integer, argument bigint) RETURNS bytea
+LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
+RETURN CASE
+    WHEN argument < 24 THEN substr(int4send(major * 32 + argument::integer), 4)
+    WHEN argument < 256 THEN substr(int4send(major * 32 + 24), 4) || substr(int8send(argument), 8)
+    WHEN argument < 65536 THEN substr(int4send(major * 32 + 25), 4) || substr(int8send(argument), 7)
+    WHEN argument < 4294967296 THEN substr(int4send(major * 32 + 26), 4) || substr(int8send(argument), 5)
+    ELSE substr(int4send(major * 32 + 27), 4) || int8send(argument)
+END;
+
+CREATE VIEW audit.checkpoints AS
+SELECT
+    c.number, c.sealed_at, l.incarnation, c.positions,
+    (SELECT sum(each)::bigint FROM unnest(c.positions) AS each) AS operations,
+    c.merkle_root, c.leaves, c.previous_hash, c.hash, c.key_id, c.signature, k.public_key,
+    'peculium.checkpoint.v1'::bytea || '\x00'::bytea || audit.item(4, 7)
+        || audit.item(0, c.number)
+        || audit.item(0, (extract(epoch FROM c.sealed_at) * 1000000)::bigint)
+        || audit.item(2, 16) || uuid_send(l.incarnation)
+        || audit.item(4, cardinality(c.positions)) || (
+            SELECT string_agg(audit.item(0, lane.position), ''::bytea ORDER BY lane.nth)
+            FROM unnest(c.positions) WITH ORDINALITY AS lane (position, nth)
+        )
+        || audit.item(2, octet_length(c.merkle_root)) || c.merkle_root
+        || audit.item(0, c.leaves)
+        || audit.item(2, octet_length(c.previous_hash)) || c.previous_hash AS hashed,
+    'peculium.checkpoint-signature.v1'::bytea || '\x00'::bytea || c.hash AS signed
+FROM checkpoints AS c
+CROSS JOIN ledger AS l
+LEFT JOIN checkpoint_keys AS k ON k.key_id = c.key_id;
+
 -- OFFSET 0 here: one look-up by the index for each budget, in its lane, however the planner would join.
 CREATE FUNCTION audit.budget(place text)
 RETURNS TABLE (lane smallint, root_id uuid, budget_id uuid)

@@ -183,6 +183,25 @@ VIEWS: dict[str, tuple[str, dict[str, str]]] = {
             "amount": "What it was made with.",
         },
     ),
+    "checkpoints": (
+        "Sealed checkpoints, of the whole ledger: docs/reference/checkpoints.md.",
+        {
+            "number": "1, 2, 3, …",
+            "sealed_at": "When it was sealed, by the database's clock.",
+            "incarnation": "Of the ledger.",
+            "positions": "The position in each lane up to which all is sealed: positions[lane + 1].",
+            "operations": "How many operations are sealed by it and those before.",
+            "merkle_root": "Over the heads of the budgets that moved since the checkpoint before.",
+            "leaves": "How many these are.",
+            "previous_hash": "The hash of the checkpoint before; 32 zero bytes for the first one.",
+            "hash": "Of this checkpoint, as recorded: SHA-256 of hashed, if nobody has altered anything.",
+            "key_id": "The first 8 bytes of SHA-256 of the public key.",
+            "signature": "Ed25519 over signed.",
+            "public_key": "As the ledger has it, which proves nothing: compare it with what was published.",
+            "hashed": "What the checkpoint says, in the bytes that its hash is made of.",
+            "signed": "The bytes that its signature is made over.",
+        },
+    ),
 }
 
 FUNCTIONS = {
@@ -192,6 +211,7 @@ FUNCTIONS = {
     "effect(bytea)": "An encoded effect with its fields' names.",
     "kind(smallint)": "The name of a kind of operation.",
     "instant(bigint)": "The time so many microseconds after the Unix epoch.",
+    "item(integer, bigint)": "The head of an item of deterministic CBOR: its kind, and its number or length.",
     "budget(text)": "The keys of the budget at a path: to ask for its rows by the index.",
     "subtree(text)": "The budget at a path and all budgets below it.",
     "as_of(text, timestamptz)": "The balances of a budget and of those below it, as they were at a time.",
