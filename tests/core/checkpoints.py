@@ -51,9 +51,12 @@ def signed(checkpoint: Checkpoint, key: Ed25519PrivateKey = KEY) -> Sealed:
 
 
 def sealed(
-    journal: Sequence[Entry], positions: Sequence[int], keys: Sequence[Ed25519PrivateKey] = (KEY,)
+    journal: Sequence[Entry],
+    positions: Sequence[int],
+    keys: Sequence[Ed25519PrivateKey] = (KEY,),
+    incarnations: Sequence[bytes] = (INCARNATION,),
 ) -> list[Record]:
-    """Seal a journal of one lane up to one position after another; the last key goes on."""
+    """Seal a journal of one lane up to one position after another; the last key and incarnation go on."""
     records: list[Record] = []
     before = 0
     for index, position in enumerate(positions):
@@ -66,7 +69,7 @@ def sealed(
         checkpoint = Checkpoint(
             number=index + 1,
             sealed_at=1_795_000_000_000_000 + index * 60_000_000,
-            incarnation=INCARNATION,
+            incarnation=incarnations[min(index, len(incarnations) - 1)],
             positions=(position,),
             merkle_root=root_of(leaf.hash() for leaf in leaves),
             leaves=len(leaves),
@@ -81,10 +84,11 @@ def verified(
     records: Iterable[Record],
     journal: Iterable[Entry],
     keys: Iterable[Ed25519PrivateKey] = (KEY,),
+    earlier: Sequence[bytes] = (),
 ) -> Finding | None:
     """What is found in checkpoints, or else in the entries that they have sealed."""
     known = {key_id_of(public(key)): public(key) for key in keys}
-    chain = Chain(INCARNATION, 1, known, is_signed)
+    chain = Chain(INCARNATION, 1, known, is_signed, earlier=earlier)
     numbered: list[tuple[int, Leaf]] = []
     for record in records:
         chain.checkpoint(record.sealed)

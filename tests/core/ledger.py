@@ -131,6 +131,7 @@ class Ledger:
     def __init__(self, *, eager: int = EAGER_COLLECTIONS_MAX, checked: bool = True) -> None:
         self.now = START
         self.eager = eager
+        self.restored = False
         self.checked = checked
         self.trees: dict[bytes, WholeTree] = {}
         self.journal: list[Entry] = []
@@ -277,6 +278,7 @@ class Ledger:
     def _load(self, root_id: bytes, named: Footprint) -> Tree:
         whole = self.trees.get(root_id) or WholeTree(root_id)
         tree = Tree(root_id)
+        tree.restored = self.restored
         wanted = set(named.budgets)
         for top in named.subtrees:
             free = sorted(

@@ -123,6 +123,34 @@ def test_a_truncated_tail_is_found_behind_what_the_checkpoint_has_seen_too() -> 
     assert finding.seq == of_budget[-2].seq
 
 
+def several() -> tuple[bytes, list[Entry]]:
+    """A budget with the last three entries of its own up to some position."""
+    for entry in reversed(JOURNAL):
+        of_budget = [each for each in JOURNAL if each.budget_id == entry.budget_id]
+        if len(of_budget) > 4:
+            return entry.budget_id, of_budget[-3:]
+    raise AssertionError("no budget has so many entries")
+
+
+def test_of_entries_that_no_leaf_seals_the_first_is_named() -> None:
+    budget_id, last = several()
+    before = last[0].position - 1
+    fewer = [entry for entry in JOURNAL if entry not in last]
+    finding = verified(sealed(fewer, [before, LAST]), JOURNAL)
+    assert finding is not None
+    assert (finding.budget_id, finding.seq) == (budget_id, last[0].seq)
+    assert finding.detail.endswith("is not sealed by checkpoint 2")
+
+
+def test_of_entries_behind_a_sealed_one_the_first_is_named() -> None:
+    budget_id, last = several()
+    fewer = [entry for entry in JOURNAL if entry not in last[1:]]
+    finding = verified(sealed(fewer, [LAST]), JOURNAL)
+    assert finding is not None
+    assert (finding.budget_id, finding.seq) == (budget_id, last[1].seq)
+    assert finding.detail.endswith("was not there when checkpoint 1 was sealed")
+
+
 def test_an_entry_that_is_put_in_before_a_checkpoint_is_found() -> None:
     first = JOURNAL[0]
     head = max(
@@ -281,6 +309,52 @@ def test_keys_change_and_old_signatures_stay_good() -> None:
     finding = verified(records, JOURNAL, keys=[OTHER_KEY])
     assert finding is not None
     assert finding.detail.startswith("checkpoint 1: it is signed with the key")
+
+
+FIRST, SECOND = bytes([1]) * 16, bytes([2]) * 16
+"""What a ledger was before it was restored, twice."""
+
+
+@pytest.mark.parametrize(
+    "incarnations",
+    [
+        (FIRST, SECOND, INCARNATION),
+        (FIRST, FIRST, INCARNATION),
+        # Nothing was sealed between two restores, or since the last.
+        (FIRST, INCARNATION),
+        (FIRST, SECOND),
+        (FIRST,),
+        (INCARNATION,),
+    ],
+)
+def test_a_ledger_that_was_restored_goes_on_with_its_checkpoints(
+    incarnations: tuple[bytes, ...],
+) -> None:
+    records = sealed(JOURNAL, [2, 5, LAST], incarnations=incarnations)
+    assert verified(records, JOURNAL, earlier=[FIRST, SECOND]) is None
+
+
+@pytest.mark.parametrize(
+    ("incarnations", "number"),
+    [
+        ((SECOND, FIRST), 2),
+        ((FIRST, INCARNATION, FIRST), 3),
+        ((bytes(16),), 1),
+    ],
+)
+def test_no_checkpoint_is_of_an_earlier_incarnation_than_the_one_before(
+    incarnations: tuple[bytes, ...], number: int
+) -> None:
+    records = sealed(JOURNAL, [2, 5, LAST], incarnations=incarnations)
+    finding = verified(records, JOURNAL, earlier=[FIRST, SECOND])
+    assert finding is not None
+    assert finding.detail == f"checkpoint {number}: it is of another ledger"
+
+
+def test_a_ledger_that_got_its_incarnation_back_has_it_twice() -> None:
+    records = sealed(JOURNAL, [2, 5, LAST], incarnations=(INCARNATION, FIRST, INCARNATION))
+    assert verified(records, JOURNAL, earlier=[INCARNATION, FIRST]) is None
+    assert verified(records, JOURNAL, earlier=[FIRST]) is not None
 
 
 def test_a_key_under_another_keys_id_is_not_believed() -> None:

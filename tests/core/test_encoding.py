@@ -213,6 +213,57 @@ def test_what_is_no_effect_is_refused(value: Any) -> None:
         decode_effect(cbor.encode(value), bytes(16))
 
 
+@pytest.mark.parametrize(
+    ("what", "encoded"),
+    [
+        ("nothing", ""),
+        ("keys in another order", "a2040102" + "01"),
+        ("a key twice", "a2020102" + "01"),
+        ("a key that is none", "a10001"),
+        ("a key beyond all", "a11001"),
+        ("zero", "a10200"),
+        ("a number in a longer form", "a1021817"),
+        ("a number that is a text", "a10260"),
+        ("false", "a105f4"),
+        ("a flag that is a number", "a10501"),
+        ("no changes", "a101a0"),
+        ("a change by zero", "a101a10100"),
+        ("changes in another order", "a101a202010101"),
+        ("changes of what is no balance", "a101a10901"),
+        ("a change in a longer form", "a101a1011900ff"),
+        ("a change that is bytes", "a101a10140"),
+        ("no versions", "a10a80"),
+        ("versions that are texts", "a10a8160"),
+        ("a hold without an id", "a10ba10201"),
+        ("a hold with a shorter id", "a10ba2014f" + 15 * "00" + "0201"),
+        ("a hold without a state", "a10ba1" + "0150" + 16 * "00"),
+        ("a hold in no state", "a10ba2" + "0150" + 16 * "00" + "0206"),
+        ("no holds", "a10e80"),
+        ("something behind it", "a000"),
+        ("a number that is cut short", "a10219"),
+        ("a change that is cut short", "a101a1011a0001"),
+        ("versions that are cut short", "a10a8201"),
+    ],
+)
+def test_what_is_no_encoding_of_an_effect_is_refused(what: str, encoded: str) -> None:
+    with pytest.raises(ValueError, match="not an effect"):
+        decode_effect(bytes.fromhex(encoded), bytes(16))
+
+
+@given(EFFECT, st.data())
+def test_an_effect_with_a_byte_changed_is_another_or_refused(
+    effect: Effect, data: st.DataObject
+) -> None:
+    encoded = bytearray(encode_effect(effect))
+    at = data.draw(st.integers(0, len(encoded) - 1))
+    encoded[at] ^= data.draw(st.integers(1, 255))
+    try:
+        other = decode_effect(bytes(encoded), bytes(16))
+    except ValueError:
+        return
+    assert encode_effect(other) == bytes(encoded)
+
+
 # -- Keys -------------------------------------------------------------------------------------------------
 
 HEADER = {field.name for field in fields(Header)}

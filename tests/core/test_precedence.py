@@ -29,7 +29,11 @@ from tests.core.ledger import HOUR, MINUTE, Answer, Ledger, Node
 
 R = Refusal
 
-NOT_OF_THE_CORE = {R.UNAUTHENTICATED, R.BATCH_REFUSED, R.NOT_SEALED}
+NOT_OF_THE_CORE = {
+    *(R.UNAUTHENTICATED, R.BATCH_REFUSED, R.NOT_SEALED),
+    *(R.KEY_UNKNOWN, R.KEY_ENDED),
+    *(R.ALERT_UNKNOWN, R.WEBHOOK_UNKNOWN, R.TOO_MANY, R.WEBHOOKS_OFF),
+}
 """Who the caller is, whether all of an atomic batch may happen, and what is sealed is found out around the
 core."""
 

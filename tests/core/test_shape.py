@@ -40,7 +40,7 @@ from peculium_server.core.operations import (
     Usage,
 )
 from peculium_server.core.refusals import Refusal
-from peculium_server.core.shape import check_shape
+from peculium_server.core.shape import NOT_TOLD, check_shape
 from tests.core.ledger import HOUR, SYSTEM_KINDS, Ledger
 
 LEDGER = Ledger()
@@ -317,8 +317,10 @@ def test_an_id_that_is_made_is_a_uuid7_and_one_of_the_ledgers_own_a_uuid8(
     name: str, own: str, field: str
 ) -> None:
     """So no client can take the id of what the ledger is going to do."""
-    others = ID if WELL_FORMED[name].kind in SYSTEM_KINDS else ID_OF_SYSTEM
-    for value in (b"", ID[:15], ID + b"\x00", UUID4, UUID7_OTHER_VARIANT, bytes(16), others):
+    kind = WELL_FORMED[name].kind
+    # A Freeze may be the ledger's own, too; who asks for it is not a matter of its shape.
+    others = [] if kind is Kind.FREEZE else [ID if kind in SYSTEM_KINDS else ID_OF_SYSTEM]
+    for value in (b"", ID[:15], ID + b"\x00", UUID4, UUID7_OTHER_VARIANT, bytes(16), *others):
         changes = {"children": {own: value}} if "children" in field else {own: value}
         refused = check_shape(_with(name, changes))
         assert refused is not None
@@ -600,6 +602,54 @@ def test_the_first_problem_in_the_order_of_fields_is_told() -> None:
         if cure:
             operation = replace(operation, **{cure: getattr(WELL_FORMED["reserve"], cure)})
     assert told == ["operation_id", "labels key", "trace_id", "amount", "ttl", None]
+
+
+SECRETS = {
+    "a capability": f"pec_{'-' * 92}",
+    "an API key": f"pek_{'_' * 72}",
+    "a webhook's secret": f"whsec_{'+' * 43}=",
+}
+RECORDED: dict[str, tuple[str, dict[str, Any]]] = {
+    "name": ("grant", {"name": "{}"}),
+    "holder": ("grant", {"holder": "the one with {}"}),
+    "labels value": ("reserve", {"labels": (("team", "{}é"),)}),
+    "reference": ("settle", {"reference": "see {}"}),
+    "usage.model": ("spend", {"usage": _usage(model="{}")}),
+    "reason": ("freeze", {"reason": "{} was found"}),
+    "children[0].name": ("delegate", {"children": {"name": "{}"}}),
+    "children[0].labels value": ("delegate", {"children": {"labels": (("team", "{}"),)}}),
+}
+
+
+def _told(value: Any, secret: str) -> Any:
+    """The same with a secret in its texts."""
+    match value:
+        case str():
+            return value.replace("{}", secret)
+        case tuple():
+            return tuple(_told(each, secret) for each in value)
+        case dict():
+            return {name: _told(each, secret) for name, each in value.items()}
+        case Usage():
+            return replace(value, model=_told(value.model, secret))
+        case _:
+            return value
+
+
+@pytest.mark.parametrize("field", RECORDED)
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_is_recorded_has_nothing_in_it_that_one_could_spend_or_call_with(
+    field: str, secret: str
+) -> None:
+    name, changes = RECORDED[field]
+    refused = check_shape(_with(name, _told(changes, SECRETS[secret])))
+    assert refused is not None
+    assert refused.reason is Refusal.MALFORMED
+    # The answer does not repeat it.
+    assert refused.facts == {"field": field, "problem": NOT_TOLD}
+    # Neither a beginning is one, nor what only begins so.
+    for harmless in (SECRETS[secret][:40], "pec_" + "." * 92, "spec_sheet"):
+        assert check_shape(_with(name, _told(changes, harmless))) is None
 
 
 # -- Whatever comes -------------------------------------------------------------------------------------------

@@ -241,6 +241,25 @@ def test_a_frozen_budget_ends_its_calls_and_starts_none(
     assert _refused(ledger, asked, Refusal.BUDGET_FROZEN) == set()
 
 
+def test_all_of_a_restored_ledger_is_as_frozen(ledger: Ledger, root: Node) -> None:
+    child = root.child(50, lease_us=10 * HOUR)
+    below = child.child(10)
+    asked = _asked(child, below)
+    ledger.pass_time(HOUR)
+    ledger.restored = True
+    assert _refused(ledger, asked, Refusal.BUDGET_FROZEN) == FROZEN
+    facts = ledger.refuse(below.spend(1), Refusal.BUDGET_FROZEN)
+    assert facts["frozen"].replace("-", "") == root.id.hex()
+    assert facts["by"] == "restore"
+    # No admin's key lifts it.
+    ledger.do(root.freeze())
+    ledger.do(root.unfreeze())
+    ledger.refuse(child.spend(1), Refusal.BUDGET_FROZEN)
+    ledger.do(root.top_up(10))
+    ledger.restored = False
+    assert _refused(ledger, asked, Refusal.BUDGET_FROZEN) == set()
+
+
 def test_a_frozen_root_is_topped_up_and_withdrawn_from(ledger: Ledger, root: Node) -> None:
     ledger.do(root.freeze())
     ledger.do(root.top_up(10))

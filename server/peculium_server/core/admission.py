@@ -15,6 +15,7 @@ from peculium_server.core import limits
 from peculium_server.core.operations import (
     HOLD_OPERATIONS,
     PRODUCING,
+    SYSTEM,
     Accept,
     Actor,
     ByHolder,
@@ -22,6 +23,7 @@ from peculium_server.core.operations import (
     ByToken,
     Child,
     Delegate,
+    Freeze,
     Grant,
     Kind,
     Operation,
@@ -31,6 +33,8 @@ from peculium_server.core.operations import (
 )
 from peculium_server.core.outcome import Outcome, tell
 from peculium_server.core.refusals import Refusal, Refused, id_text, time_text
+from peculium_server.core.reuse import Reuse, ReuseKind, reuse_of
+from peculium_server.core.shape import uuid_problem
 from peculium_server.core.state import (
     Budget,
     Consumption,
@@ -64,6 +68,12 @@ class Case(NamedTuple):
 
 def check_role(operation: Operation, actor: Actor) -> Refused | None:
     """Roles: an agent operates on what it holds, an admin on everything, the ledger on time."""
+    if isinstance(operation, Freeze) and actor.principal != SYSTEM.principal:
+        # The ledger's own has another: nobody else takes the id of what the ledger would do.
+        found = uuid_problem("operation_id", operation.operation_id)
+        if found is not None:
+            field, problem = found
+            return Refused(Refusal.MALFORMED, {"field": field, "problem": problem})
     if operation.kind in SYSTEM_KINDS:
         needs = Role.SYSTEM
     elif isinstance(operation.authority, ByRole):
@@ -98,6 +108,7 @@ def stand(
 ) -> Standing | Outcome | Refused:
     """The rungs from principal and budget to the consumed token."""
     consumption: Consumption | None = None
+    reuse: Reuse | None = None
     consumed: bytes | None = None
     if budget is None:
         if not isinstance(operation, Grant):
@@ -107,7 +118,8 @@ def stand(
         if not _is_live(tree, operation, actor, budget, consumed):
             consumption = tree.consumed[operation.budget_id, consumed]
             if consumption is None:
-                return _unknown(operation)
+                return _unknown(operation, _bound(operation, budget, consumed, now))
+            reuse = reuse_of(actor.principal, budget, consumption, now)
     elif isinstance(operation.authority, ByHolder):
         if not _holds(operation, actor, budget):
             return _unknown(operation)
@@ -122,24 +134,24 @@ def stand(
         consumed = budget.token
     recorded = tree.recorded[operation.operation_id]
     if recorded is not None:
-        return _replay(recorded, operation, actor)
+        return _replay(recorded, operation, actor, reuse)
     if isinstance(operation.authority, ByHolder) and not isinstance(operation, Recover):
         refused = _check_age(operation.operation_id, now)
         if refused is not None:
             return refused
     if consumption is not None:
-        return _consumed(operation, consumption)
+        return _consumed(operation, consumption, reuse)
     return new(Standing, (consumed,))
 
 
-def _unknown(operation: Operation) -> Refused:
+def _unknown(operation: Operation, reuse: Reuse | None = None) -> Refused:
     """One answer for a wrong secret, an unknown budget and another's; admins may know which."""
     reason = (
         Refusal.BUDGET_UNKNOWN
         if isinstance(operation.authority, ByRole)
         else Refusal.CAPABILITY_UNKNOWN
     )
-    return Refused(reason, {"budget": id_text(operation.budget_id)})
+    return Refused(reason, {"budget": id_text(operation.budget_id)}, reuse)
 
 
 def _is_live(
@@ -165,13 +177,24 @@ def _is_live(
     )
 
 
+def _bound(operation: Operation, budget: Budget, token_id: bytes, now: int) -> Reuse | None:
+    """What it is a sign of that a token is not live for the caller: it may be, for whom it is bound to."""
+    if isinstance(operation, HOLD_OPERATIONS) or budget.token is None:
+        return None
+    if not compare_digest(budget.token, token_id):
+        return None
+    return Reuse(ReuseKind.BOUND_TOKEN, now, budget.holder, budget.frozen, None)
+
+
 def _holds(operation: Operation, actor: Actor, budget: Budget) -> bool:
     """Say whether the caller is the holder, and this is how the budget may be used."""
     by_name_alone = budget.custody is Custody.PRINCIPAL or isinstance(operation, Recover)
     return by_name_alone and budget.holder == actor.principal
 
 
-def _replay(recorded: Recorded, operation: Operation, actor: Actor) -> Outcome | Refused:
+def _replay(
+    recorded: Recorded, operation: Operation, actor: Actor, reuse: Reuse | None
+) -> Outcome | Refused:
     """The recorded outcome again, if the content is the same; else the first field that differs."""
     was = recorded.operation
     differs: str | None = None
@@ -185,6 +208,7 @@ def _replay(recorded: Recorded, operation: Operation, actor: Actor) -> Outcome |
         return Refused(
             Refusal.OPERATION_ID_REUSED,
             {"operation": id_text(operation.operation_id), "field": differs},
+            reuse,
         )
     return tell(was, recorded.entries, replayed=True)
 
@@ -217,7 +241,7 @@ def _check_age(operation_id: bytes, now: int) -> Refused | None:
     )
 
 
-def _consumed(operation: Operation, consumption: Consumption) -> Refused:
+def _consumed(operation: Operation, consumption: Consumption, reuse: Reuse | None) -> Refused:
     facts = {
         "budget": id_text(operation.budget_id),
         "consumed_by": id_text(consumption.operation_id),
@@ -226,7 +250,7 @@ def _consumed(operation: Operation, consumption: Consumption) -> Refused:
     }
     if consumption.kind in (Kind.RECOVER, Kind.ACCEPT):
         facts["fenced_by"] = consumption.principal
-    return Refused(Refusal.TOKEN_CONSUMED, facts)
+    return Refused(Refusal.TOKEN_CONSUMED, facts, reuse)
 
 
 def named(tree: Tree, budget: Budget) -> dict[str, str]:
@@ -288,7 +312,7 @@ def _seen(tree: Tree, budget_id: bytes, token_id: bytes) -> bool:
         return False
     key = budget_id, token_id
     return (
-        token_id == budget.token
+        (budget.token is not None and compare_digest(token_id, budget.token))
         or tree.consumed[key] is not None
         or tree.hold_tokens[key] is not None
     )
@@ -331,6 +355,16 @@ def check_state(case: Case, kind: Kind, budget: Budget) -> Refused | None:
                     },
                 )
     if kind in FREEZABLE_KINDS:
+        if case.tree.restored:
+            return Refused(
+                Refusal.BUDGET_FROZEN,
+                named(case.tree, budget)
+                | {
+                    "frozen": id_text(line[-1].budget_id),
+                    "by": "restore",
+                    "remedy": "have_an_operator_run_peculium_restored",
+                },
+            )
         for level in line:
             if level.frozen or level.disputes:
                 return Refused(

@@ -29,12 +29,16 @@ from peculium_server.core.state import Accepted, Tree
 class Request:
     """One operation of a client's request, and its index there. It is never changed."""
 
-    __slots__ = ("_checked", "_malformed", "actor", "index", "operation")
+    __slots__ = ("_checked", "_malformed", "actor", "index", "operation", "traceparent")
 
-    def __init__(self, operation: Operation, actor: Actor, index: int) -> None:
+    def __init__(
+        self, operation: Operation, actor: Actor, index: int, traceparent: str = ""
+    ) -> None:
         self.operation = operation
         self.actor = actor
         self.index = index
+        self.traceparent = traceparent
+        """The W3C trace context that it came with, as it came, if anybody collects spans."""
         self._checked = False
         self._malformed: Refused | None = None
 

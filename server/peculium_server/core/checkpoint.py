@@ -24,7 +24,7 @@ SIGNATURE_DOMAIN = b"peculium.checkpoint-signature.v1\x00"
 KEY_ID_BYTES = 8
 SEQ_BYTES = 8
 
-_LEAF_LENGTHS = [ID_BYTES, ID_BYTES, HASH_BYTES]
+_LEAF_LENGTHS = (ID_BYTES, ID_BYTES, HASH_BYTES)
 
 RULE = "checkpoint"
 """What findings here say is broken."""
@@ -45,7 +45,8 @@ class Leaf(NamedTuple):
 
     def hash(self) -> bytes:
         """The leaf in the Merkle tree."""
-        return leaf_hash(self.root_id + self.budget_id + self.seq.to_bytes(SEQ_BYTES) + self.head)
+        root_id, budget_id, seq, head = self
+        return leaf_hash(root_id + budget_id + seq.to_bytes(SEQ_BYTES) + head)
 
 
 class Checkpoint(NamedTuple):
@@ -56,7 +57,7 @@ class Checkpoint(NamedTuple):
     sealed_at: int
     """By the database's clock, never before the checkpoint before. Microseconds since the Unix epoch."""
     incarnation: bytes
-    """Of the ledger."""
+    """Of the ledger, when this was sealed."""
     positions: tuple[int, ...]
     """Of each lane, up to where everything is sealed."""
     merkle_root: bytes
@@ -105,6 +106,22 @@ def key_id_of(public_key: bytes) -> bytes:
     return hashlib.sha256(public_key).digest()[:KEY_ID_BYTES]
 
 
+def wrong_signature(
+    checkpoint_hash: bytes,
+    key_id: bytes,
+    signature: bytes,
+    public_keys: Mapping[bytes, bytes],
+    is_signed: SignatureCheck,
+) -> str | None:
+    """What is wrong with the signature of a checkpoint; None: one of the keys has made it."""
+    public_key = public_keys.get(key_id)
+    if public_key is None or key_id_of(public_key) != key_id:
+        return f"it is signed with the key {key_id.hex()}, which is not known"
+    if not is_signed(public_key, signature, signed_message(checkpoint_hash)):
+        return f"it is not signed with the key {key_id.hex()}"
+    return None
+
+
 class Chain:
     """Verifies checkpoints from the first one on, one after another.
 
@@ -118,11 +135,14 @@ class Chain:
         lanes: int,
         public_keys: Mapping[bytes, bytes],
         is_signed: SignatureCheck,
+        *,
+        earlier: Sequence[bytes] = (),
     ) -> None:
         """Begin with nothing sealed.
 
         Args:
             incarnation: Of the ledger.
+            earlier: The incarnations that the ledger had before it was restored, the first one first.
             lanes: How many the ledger has.
             public_keys: Those that are trusted, by their ids.
             is_signed: Checks signatures.
@@ -132,7 +152,8 @@ class Chain:
         """The last checkpoint that holds, with all its leaves."""
         self.positions = tuple(array("q") for _ in range(lanes))
         """For each lane, its position by each checkpoint that holds: the first has index 0."""
-        self._incarnation = incarnation
+        self._incarnations = [*earlier, incarnation]
+        """What the next checkpoint may be of: none goes back to an incarnation before the last one's."""
         self._public_keys = public_keys
         self._is_signed = is_signed
         self._open: Checkpoint | None = None
@@ -148,6 +169,7 @@ class Chain:
                 self._found(sealed.checkpoint.number, problem)
                 return
             self._open = sealed.checkpoint
+            del self._incarnations[: self._incarnations.index(sealed.checkpoint.incarnation)]
             self._tree = Growing()
             self._leaf = b"", b""
 
@@ -157,10 +179,11 @@ class Chain:
             return
         if self._open is None:
             raise ValueError("a leaf without a checkpoint")
-        budget = leaf.root_id, leaf.budget_id
-        if leaf.seq < 1 or [len(each) for each in (*budget, leaf.head)] != _LEAF_LENGTHS:
+        root_id, budget_id, seq, head = leaf
+        if seq < 1 or (len(root_id), len(budget_id), len(head)) != _LEAF_LENGTHS:
             self._found(self._open.number, "a leaf of it is none", leaf)
             return
+        budget = root_id, budget_id
         if budget <= self._leaf:
             self._found(self._open.number, "its leaves are not in the order of their ids", leaf)
             return
@@ -194,7 +217,7 @@ class Chain:
         before = [0] * len(self.positions) if last is None else last.positions
         if checkpoint.number != expected:
             return f"checkpoint {expected} was expected, and is missing"
-        if checkpoint.incarnation != self._incarnation:
+        if checkpoint.incarnation not in self._incarnations:
             return "it is of another ledger"
         if checkpoint.previous_hash != (GENESIS if last is None else last.hash()):
             return "it does not follow the checkpoint before"
@@ -207,16 +230,45 @@ class Chain:
         moved = [now - then for now, then in zip(checkpoint.positions, before, strict=True)]
         if min(moved) < 0 or not any(moved) or checkpoint.leaves < 1:
             return "it takes back what was sealed, or seals nothing"
-        public_key = self._public_keys.get(sealed.key_id)
-        if public_key is None or key_id_of(public_key) != sealed.key_id:
-            return f"it is signed with the key {sealed.key_id.hex()}, which is not known"
-        if not self._is_signed(public_key, sealed.signature, signed_message(sealed.hash)):
-            return f"it is not signed with the key {sealed.key_id.hex()}"
-        return None
+        return wrong_signature(
+            sealed.hash, sealed.key_id, sealed.signature, self._public_keys, self._is_signed
+        )
 
     def _found(self, number: int, problem: str, leaf: Leaf | None = None) -> None:
         root_id, budget_id, seq = (b"", b"", 0) if leaf is None else leaf[:3]
         self.finding = Finding(root_id, budget_id, seq, RULE, f"checkpoint {number}: {problem}")
+
+
+class Published:
+    """Compares checkpoints with those that were published: what nobody can make anew.
+
+    Feed `checkpoint` with all there are, then ask `finish`. So it is found if the last ones were cut off
+    together with all that they have sealed, or if the ledger was written anew with the right key.
+    """
+
+    def __init__(self, published: Mapping[int, bytes]) -> None:
+        """Begin with what was published.
+
+        Args:
+            published: Hashes of checkpoints, by their numbers.
+        """
+        self._missing = dict(published)
+        self._findings: list[Finding] = []
+
+    def checkpoint(self, number: int, checkpoint_hash: bytes) -> None:
+        """Take the next checkpoint."""
+        published = self._missing.pop(number, checkpoint_hash)
+        if published != checkpoint_hash:
+            self._found(number, "it has another hash than the one that was published")
+
+    def finish(self) -> list[Finding]:
+        """A finding for each that differs or is missing."""
+        for number in sorted(self._missing):
+            self._found(number, "it was published, and is missing")
+        return self._findings
+
+    def _found(self, number: int, problem: str) -> None:
+        self._findings.append(Finding(b"", b"", 0, RULE, f"checkpoint {number}: {problem}"))
 
 
 class SealedHeads:

@@ -46,9 +46,14 @@ USAGE_TOKENS_MAX = 2**53
 
 OVERRUN_FACTOR_MAX = 1000
 
+KEY_LABEL_BYTES_MAX = 256
+KEY_ROOTS_MAX = 100
+"""Trees that one key is limited to: they are looked through for each call."""
+
 ID_BYTES = 16
 SECRET_BYTES = 32
 TOKEN_ID_BYTES = 32
+KEY_DIGEST_BYTES = 32
 
 SECOND_US = 1_000_000
 HOLD_TTL_US_MIN = 1 * SECOND_US
@@ -62,3 +67,8 @@ LEASE_US_MAX = 3_660 * 86_400 * SECOND_US
 OPERATION_AGE_US_MAX = 600 * SECOND_US
 """On a principal-held budget, where no token fences a delayed duplicate, an operation's UUIDv7 time
 may differ from the database's by this much."""
+
+KEY_LIFETIME_US_MIN = 1 * SECOND_US
+KEY_LIFETIME_US_MAX = 3_660 * 86_400 * SECOND_US
+KEY_OVERLAP_US_MAX = 30 * 86_400 * SECOND_US
+"""A key that was rotated is valid beside the new one for a month at most: then it is two keys."""

@@ -36,6 +36,9 @@ class Kind(IntEnum):
     EXPIRE = 20
     COLLECT = 21
 
+    # An enumeration's own is a function in Python, and every operation is looked up by its kind many times.
+    __hash__ = int.__hash__
+
 
 class Role(IntEnum):
     """What a principal may do."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 from peculium_server.core.limits import SECOND_US
+
+if TYPE_CHECKING:
+    from peculium_server.core.reuse import Reuse
 
 
 class Refusal(IntEnum):
@@ -49,6 +52,12 @@ class Refusal(IntEnum):
     BATCH_REFUSED = 30
     BUDGET_CHANGED = 31
     NOT_SEALED = 32
+    KEY_UNKNOWN = 33
+    KEY_ENDED = 34
+    ALERT_UNKNOWN = 35
+    WEBHOOK_UNKNOWN = 36
+    TOO_MANY = 37
+    WEBHOOKS_OFF = 38
 
 
 class Rule(NamedTuple):
@@ -68,7 +77,9 @@ RULES: dict[Refusal, Rule] = {
         transient=False, sentence="The request carries more than one request may."
     ),
     Refusal.UNAUTHENTICATED: Rule(transient=False, sentence="Credentials are missing or unknown."),
-    Refusal.PERMISSION_DENIED: Rule(transient=False, sentence="The caller's role may not do this."),
+    Refusal.PERMISSION_DENIED: Rule(
+        transient=False, sentence="The caller's role or key may not do this."
+    ),
     Refusal.CAPABILITY_UNKNOWN: Rule(
         transient=False,
         sentence="No such capability: a wrong secret, an unknown budget, or another's.",
@@ -97,9 +108,7 @@ RULES: dict[Refusal, Rule] = {
         transient=False, sentence="There is no such budget below this one."
     ),
     Refusal.HOLD_UNKNOWN: Rule(transient=False, sentence="The budget has no such hold."),
-    Refusal.ID_TAKEN: Rule(
-        transient=False, sentence="The id was used before in this root; make a new one."
-    ),
+    Refusal.ID_TAKEN: Rule(transient=False, sentence="The id was used before; make a new one."),
     Refusal.NAME_TAKEN: Rule(
         transient=False, sentence="A sibling has or had this name; choose another."
     ),
@@ -117,7 +126,7 @@ RULES: dict[Refusal, Rule] = {
     ),
     Refusal.BUDGET_FROZEN: Rule(
         transient=True,
-        sentence="The budget, or one above it, is frozen; an admin can unfreeze or resolve it.",
+        sentence="The budget, one above it, or the whole ledger is frozen; an admin can say it may go on.",
     ),
     Refusal.TREE_OVERRUN: Rule(
         transient=True,
@@ -150,6 +159,23 @@ RULES: dict[Refusal, Rule] = {
     Refusal.NOT_SEALED: Rule(
         transient=True, sentence="No checkpoint seals the entry yet; the next one may."
     ),
+    Refusal.KEY_UNKNOWN: Rule(transient=False, sentence="There is no such API key."),
+    Refusal.KEY_ENDED: Rule(
+        transient=False, sentence="The API key was revoked or has expired; make a new one."
+    ),
+    Refusal.ALERT_UNKNOWN: Rule(
+        transient=False, sentence="There is no such alert rule, or no such alert there."
+    ),
+    Refusal.WEBHOOK_UNKNOWN: Rule(
+        transient=False, sentence="There is no such webhook, or it was deleted."
+    ),
+    Refusal.TOO_MANY: Rule(
+        transient=True, sentence="There are as many as there may be; delete some first."
+    ),
+    Refusal.WEBHOOKS_OFF: Rule(
+        transient=True,
+        sentence="The server has no key to make webhooks' secrets of; its operator can give it one.",
+    ),
 }
 
 
@@ -159,6 +185,8 @@ class Refused:
 
     reason: Refusal
     facts: dict[str, str]
+    reuse: Reuse | None = None
+    """What it is a sign of, beside what the caller is told."""
 
     @property
     def message(self) -> str:

@@ -48,6 +48,10 @@ Problem = tuple[str, str]
 _UNIT_ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_")
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters (NUL does not fit into the database) and halves of surrogate pairs."""
+_SECRET = re.compile("pe[ck]_[A-Za-z0-9_-]{72}|whsec_[A-Za-z0-9+/]{43}")
+"""A capability, an API key or a webhook's secret, as clients write them: what is recorded is kept for ever."""
+_SECRET_CHARACTERS_MIN = 49
+NOT_TOLD = "must not contain a capability, a key or a webhook's secret"
 
 
 def check_shape(operation: Operation) -> Refused | None:
@@ -88,8 +92,7 @@ def _too_large(field: str, repeated: tuple[object, ...], limit: int) -> Refused:
 
 def _problem(operation: Operation) -> Problem | None:
     return (
-        # Of the ledger's own operations the version is another, so that no client can take their ids.
-        _uuid("operation_id", operation.operation_id, 8 if isinstance(operation, _SYSTEM) else 7)
+        _operation_id(operation)
         or _id("root_id", operation.root_id)
         or _id("budget_id", operation.budget_id)
         or _authority(operation)
@@ -103,8 +106,19 @@ def _problem(operation: Operation) -> Problem | None:
 _SYSTEM = (Lapse, Expire, Collect)
 
 
+def _operation_id(operation: Operation) -> Problem | None:
+    """Of the ledger's own operations the version is another, so that no client can take their ids.
+
+    A Freeze may be the ledger's own, too.
+    """
+    field, value = "operation_id", operation.operation_id
+    if isinstance(operation, Freeze) and uuid_problem(field, value, 8) is None:
+        return None
+    return uuid_problem(field, value, 8 if isinstance(operation, _SYSTEM) else 7)
+
+
 def _batch(batch: AtomicBatch) -> Problem | None:
-    found = _uuid("batch.operation_id", batch.batch_id)
+    found = uuid_problem("batch.operation_id", batch.batch_id)
     if found is None and not 1 <= batch.size <= limits.OPERATIONS_MAX:
         return "batch.size", f"must be 1 to {limits.OPERATIONS_MAX}"
     return found
@@ -208,7 +222,7 @@ def _grant(grant: Grant) -> Problem | None:
 
 
 def _root(grant: Grant) -> Problem | None:
-    found = _uuid("budget_id", grant.budget_id)
+    found = uuid_problem("budget_id", grant.budget_id)
     if found is None and grant.root_id != grant.budget_id:
         return "budget_id", "must be the root id: a grant makes a root"
     return found
@@ -222,7 +236,7 @@ def _reserve(reserve: Reserve) -> Problem | None:
     return (
         _amount("amount", reserve.amount, 1)
         or _ttl(reserve.ttl_us)
-        or _uuid("hold_id", reserve.hold_id)
+        or uuid_problem("hold_id", reserve.hold_id)
         or _token("hold_token_id", reserve.hold_token_id)
     )
 
@@ -294,7 +308,7 @@ def _delegate(delegate: Delegate) -> Problem | None:
 
 def _child(child: Child) -> Problem | None:
     return (
-        _uuid("budget_id", child.budget_id)
+        uuid_problem("budget_id", child.budget_id)
         or _name("name", child.name)
         or _amount("amount", child.amount, 0)
         or _receiver(child.token_id, child.holder)
@@ -434,7 +448,8 @@ def _id(field: str, value: bytes) -> Problem | None:
     return _length(field, value, limits.ID_BYTES)
 
 
-def _uuid(field: str, value: bytes, version: int = 7) -> Problem | None:
+def uuid_problem(field: str, value: bytes, version: int = 7) -> Problem | None:
+    """What is wrong with an id that somebody has made."""
     found = _id(field, value)
     if found is None and (value[6] >> 4 != version or value[8] >> 6 != 2):  # noqa: PLR2004 - RFC 9562, section 4.1
         return field, f"must be a UUIDv{version}"
@@ -486,14 +501,22 @@ def _lease(field: str, value: int) -> Problem | None:
 
 def text_problem(field: str, value: str, most: int, least: int = 0) -> Problem | None:
     """What is wrong with a text: its length in bytes, or what it is made of."""
-    if value.isascii() and value.isprintable() and least <= len(value) <= most:
+    fits = value.isascii() and value.isprintable() and least <= len(value) <= most
+    if fits and len(value) < _SECRET_CHARACTERS_MIN:
         return None
     size = len(value.encode(errors="surrogatepass"))
     if not least <= size <= most:
         return field, f"must be {least} to {most} bytes of UTF-8, not {size}"
     if _UNPRINTABLE.search(value):
         return field, "must not contain control characters"
+    if has_secret(value):
+        return field, NOT_TOLD
     return None
+
+
+def has_secret(value: str) -> bool:
+    """Say whether somebody who reads a text could spend, or call, or sign with what is in it."""
+    return _SECRET.search(value) is not None
 
 
 def _name(field: str, value: str) -> Problem | None:

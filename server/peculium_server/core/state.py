@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from peculium_server.core.limits import BALANCE_MAX
+from peculium_server.core.operations import ByToken
 
 if TYPE_CHECKING:
     from peculium_server.core.operations import Actor, Kind, Labels, Operation
@@ -178,6 +179,10 @@ class Consumption(NamedTuple):
     kind: Kind
     at: int
     principal: str
+    part: int
+    """Of the operation: of several tokens the first part consumes the budget's, the others holds'."""
+    shown: bool
+    """Its secret was shown; else it was ended on the word of the holder, an admin, or the budget's owner."""
 
 
 class Effect(NamedTuple):
@@ -281,6 +286,8 @@ class Tree:
         """What is available below a budget in those that are not among `budgets`."""
         self.open_holds: dict[bytes, tuple[Hold, ...]] = {}
         """Live and lapsed holds, of the lowest ids `OPEN_HOLDS_MAX`, by budget."""
+        self.restored = False
+        """The ledger was restored, and nobody has said yet that it may go on: all trees are as frozen."""
 
     def copy(self) -> Tree:
         """The same, to be changed apart from it: all values are frozen."""
@@ -321,10 +328,13 @@ class Tree:
                     other for other in self.open_holds[budget_id] if other.hold_id != hold_id
                 )
                 self.open_holds[budget_id] = (*others, hold) if hold.settleable else others
+        by_token = isinstance(accepted.operation.authority, ByToken)
         for entry in accepted.entries:
             if entry.consumed is not None:
+                shown = by_token and not entry.part
                 self.consumed[entry.budget_id, entry.consumed] = new(
-                    Consumption, (entry.operation_id, entry.kind, entry.at, entry.principal)
+                    Consumption,
+                    (entry.operation_id, entry.kind, entry.at, entry.principal, entry.part, shown),
                 )
         self.recorded[accepted.operation.operation_id] = new(
             Recorded, (accepted.operation, accepted.actor.principal, accepted.entries)

@@ -47,7 +47,7 @@ def collect(root_id: bytes, budget_id: bytes) -> Collect:
 
 
 def system_id(kind: Kind, subject: bytes) -> bytes:
-    """The id of a system operation on a hold or budget, in the form of a UUIDv8.
+    """The id of an operation of the ledger's own on a hold or budget, or after an operation: a UUIDv8.
 
     Its first 48 bits are its subject's, which are a time: so ids of one age lie together in the
     index of entries. The version is not the one of clients' ids, so that no client can take it first

@@ -39,8 +39,8 @@ class Finding(NamedTuple):
     seq: int
     """The entry; 0 if it is about the row of a budget or hold."""
     rule: str
-    """What it breaks: "parts", "position", "operation", "seq", "digest", "chain", "request", "decision", "fold",
-    "checkpoint"."""
+    """What it breaks: "parts", "position", "operation", "seq", "digest", "chain", "request", "decision", "fold";
+    "checkpoint", see `checkpoint`; "lane", "name", "collection", see `placement`; "ledger"."""
     detail: str
 
 

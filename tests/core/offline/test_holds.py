@@ -156,3 +156,39 @@ def test_a_budget_counts_its_holds(name: str) -> None:
 def test_money_is_held_by_holds_alone() -> None:
     index = at(Kind.SPEND)
     breaks(moved(index, spent=-1, forfeited=1), "hold", index)
+
+
+def test_an_open_dispute_is_counted() -> None:
+    ledger = Ledger()
+    child = ledger.grant(1_000).child(100, overrun_factor=1)
+    ledger.do(child.hold(10).settle(50))
+    assert child.budget.disputes == 1
+    assert Exported.of(ledger).findings(decide=True) == []
+    [disputed] = [e for e in ledger.journal if e.kind is Kind.SETTLE and e.budget_id == child.id]
+    told = decode_effect(disputed.effect_bytes, child.id)
+    # So that nothing says that it is frozen: neither does its version.
+    hidden = encode_effect(told._replace(disputes=0, version=0))
+    entries = [e._replace(effect_bytes=hidden) if e is disputed else e for e in ledger.journal]
+    finding = only(Exported.of(ledger)._replace(entries=rehashed(entries)).findings())
+    assert (finding.rule, finding.seq) == ("hold", disputed.seq)
+    assert "disputes" in finding.detail
+
+
+@pytest.mark.parametrize("name", ["state", "amount", "booked", "created_at", "expires_at"])
+def test_a_new_hold_is_as_it_was_asked_for(name: str) -> None:
+    index = at(Kind.RESERVE)
+    hold = hold_of(index)
+    other: Any = HoldState.LAPSED if name == "state" else getattr(hold, name) + 1
+    breaks(
+        forged(index, effect_bytes=effect(index, hold=hold._replace(**{name: other}))),
+        "hold",
+        index,
+    )
+
+
+@pytest.mark.parametrize("kind", [Kind.RESERVE, Kind.SETTLE, Kind.LAPSE])
+def test_an_operation_says_the_hold_that_it_names(kind: Kind) -> None:
+    index = at(kind)
+    other = hold_of(index)._replace(hold_id=b"another hold's 1")
+    finding = breaks(forged(index, effect_bytes=effect(index, hold=other)), "hold", index)
+    assert "that it names" in finding.detail

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 from peculium_server.core import cbor
-from peculium_server.core.encoding import BY_HOLDER, BY_TOKEN
+from peculium_server.core.encoding import BY_HOLDER, BY_TOKEN, decode_effect, encode_effect
 from peculium_server.core.operations import Kind
-from tests.core.offline.forging import LEDGER, at, breaks, forged, request
+from tests.core.ledger import Ledger
+from tests.core.offline.exported import Exported
+from tests.core.offline.forging import LEDGER, ROOT, asking, at, breaks, forged, request
+from tests.core.tampering import rehashed
 
 
 @pytest.mark.parametrize(
@@ -119,6 +122,14 @@ def test_a_kind_is_the_admins() -> None:
     breaks(forged(index, request=request(index, {1: 2})), "authority", index)
 
 
+@pytest.mark.parametrize("kind", [Kind.TOP_UP, Kind.FREEZE, Kind.LAPSE, Kind.COLLECT])
+def test_what_no_agent_may_is_not_by_a_token_that_is_anyones(kind: Kind) -> None:
+    index = at(kind)
+    holder = ROOT.tree.budget(LEDGER.journal[index].budget_id).holder
+    asked = request(index, {1: BY_TOKEN})
+    breaks(forged(index, request=asked, principal=holder or "anyone"), "authority", index)
+
+
 def test_the_ledgers_own_operations_are_the_systems() -> None:
     index = at(Kind.LAPSE)
     breaks(forged(index, principal="mallory"), "authority", index)
@@ -127,3 +138,28 @@ def test_the_ledgers_own_operations_are_the_systems() -> None:
 def test_an_admin_does_not_spend() -> None:
     index = at(Kind.SPEND)
     breaks(forged(index, request=request(index, {1: 3})), "authority", index)
+
+
+def test_a_hold_that_has_ended_is_not_rotated() -> None:
+    """Everything that it says of the hold is so, but that there was anything to rotate."""
+    ledger = Ledger()
+    root = ledger.grant(100, holder="agent")
+    ended, live = root.hold(10), root.hold(20)
+    ledger.do(ended.release())
+    ledger.do(root.recover(holds=(live.rotation(),)))
+    *before, first, second = ledger.journal
+    assert (first.kind, first.parts) == (Kind.RECOVER, 2)
+    asked: Any = cbor.decode(first.request or b"")
+    [[_, token]] = asked[HOLDS]
+    told = decode_effect(second.effect_bytes, root.id)._replace(hold=ended.hold)
+    forged_parts = [
+        first._replace(request=asking(first.request, {HOLDS: [[ended.id, token]]})),
+        second._replace(consumed=ended.hold.token, effect_bytes=encode_effect(told)),
+    ]
+    exported = Exported.of(ledger)._replace(entries=rehashed([*before, *forged_parts]))
+    finding = breaks(exported, "token", len(before))
+    assert finding.detail == "a hold that it rotates has no live token"
+
+
+HOLDS = 23
+"""The key of the holds that a request rotates."""

@@ -60,6 +60,18 @@ def test_seq() -> None:
     breaks(forged(index, seq=LEDGER.journal[index].seq + 1), "seq", index)
 
 
+def test_seq_goes_on_within_an_operation() -> None:
+    index = at(Kind.RECOVER, 1)
+    assert LEDGER.journal[index].budget_id == LEDGER.journal[index - 1].budget_id
+    breaks(forged(index, seq=LEDGER.journal[index].seq + 1), "seq", index)
+
+
+def test_labels_are_texts() -> None:
+    index = at(Kind.SPEND)
+    for labels in ({"run": 7}, {7: "run"}):
+        breaks(forged(index, request=request(index, {2: labels})), "request", index)
+
+
 def test_position_has_no_gap() -> None:
     index = at(Kind.SPEND)
     entries = [entry for i, entry in enumerate(WHOLE.entries) if i != index]
@@ -98,6 +110,28 @@ def test_parts_are_all_there(part: int) -> None:
     index = next(i for i, e in enumerate(WHOLE.entries) if e.kind is Kind.DELEGATE and e.parts == 3)
     entries = [entry for i, entry in enumerate(WHOLE.entries) if i != index + part]
     assert only(WHOLE._replace(entries=entries).findings()).rule == "parts"
+
+
+def test_the_part_of_another_operation_makes_none_whole() -> None:
+    """The first one lacks its last part, the next one its first: what is left looks like one operation."""
+    entries = WHOLE.entries
+    index = next(
+        i
+        for i, (e, other) in enumerate(zip(entries, entries[2:], strict=False))
+        if (e.part, e.parts, other.part) == (0, 2, 0) and other.parts > 1
+    )
+    left = [*entries[: index + 1], *entries[index + 3 :]]
+    assert left[index].operation_id != left[index + 1].operation_id
+    assert left[index + 1].part == 1
+    finding = breaks(WHOLE._replace(entries=left), "parts", index)
+    assert finding.detail == "1 are missing"
+
+
+def test_a_part_that_is_missing_at_the_end_is_told_before_the_rows_that_differ_for_it() -> None:
+    last = WHOLE.entries[-1]
+    entries = [*WHOLE.entries[:-1], last._replace(parts=last.parts + 1)]
+    finding = breaks(WHOLE._replace(entries=entries), "parts", len(entries) - 1)
+    assert finding.detail == "1 are missing"
 
 
 def test_parts_agree() -> None:

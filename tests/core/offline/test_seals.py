@@ -32,12 +32,14 @@ def audited(
     budgets: Sequence[Budget] | None = None,
     key: Ed25519PrivateKey | None = None,
     told: Mapping[bytes, bytes] | None = None,
+    published: Mapping[int, bytes] | None = None,
+    earlier: tuple[bytes, ...] = (),
 ) -> tuple[list[Finding], int | None]:
     """What is found in an export with checkpoints, and how many entries are not sealed."""
     keys = None if key is None else {key_id_of(public(key)): public(key)}
-    audit = ExportAudit(public_keys=keys, is_signed=is_signed)
+    audit = ExportAudit(public_keys=keys, is_signed=is_signed, published=published)
     position = journal[-1].position
-    audit.header(Header(1, INCARNATION, LEDGER.now, (position,), None))
+    audit.header(Header(1, INCARNATION, LEDGER.now, (position,), None, earlier))
     for entry in journal:
         audit.entry(entry, 0)
     for row in budgets if budgets is not None else ROOT.tree.known_budgets():
@@ -143,6 +145,15 @@ def test_an_entry_that_was_not_there_when_its_budget_was_sealed_is_found() -> No
     assert finding.detail.endswith("was not there when checkpoint 1 was sealed")
 
 
+@pytest.mark.parametrize(("earlier", "held"), [((bytes(16),), True), ((), False)])
+def test_an_export_says_what_the_ledger_was_before_it_was_restored(
+    earlier: tuple[bytes, ...], held: bool
+) -> None:
+    records = sealed(JOURNAL, STOPS, incarnations=(bytes(16), INCARNATION))
+    findings, _ = audited(records, earlier=earlier)
+    assert (findings == []) is held
+
+
 def test_a_leaf_belongs_to_the_checkpoint_before_it() -> None:
     record = sealed(JOURNAL, STOPS)[0]
     audit = ExportAudit(public_keys=None, is_signed=is_signed)
@@ -167,3 +178,37 @@ def test_a_missing_checkpoint_is_found() -> None:
     records = sealed(JOURNAL, STOPS)
     [finding] = audited([records[0], records[2]], key=KEY)[0]
     assert finding.detail == "checkpoint 3: checkpoint 2 was expected, and is missing"
+
+
+def test_what_a_checkpoint_has_left_out_is_found_although_a_later_one_seals_more() -> None:
+    """Who has the key leaves out what a budget did at first; what it did later is sealed as it is."""
+    moved_later = {e.budget_id for e in JOURNAL if STOPS[0] < e.position <= STOPS[1]}
+    budget_id = next(e.budget_id for e in JOURNAL if e.budget_id in moved_later)
+    early = [e for e in JOURNAL if e.budget_id == budget_id and e.position <= STOPS[0]]
+    assert early
+    fewer = [entry for entry in JOURNAL if entry not in early]
+    [finding] = audited(sealed(fewer, STOPS), key=KEY)[0]
+    assert (finding.budget_id, finding.seq) == (budget_id, 1)
+    assert finding.detail == "entry 1 of the budget is not sealed by checkpoint 1"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_checkpoint_that_was_published_has_the_hash_that_was_published(number: int) -> None:
+    records = sealed(JOURNAL, STOPS)
+    published = {number: records[number - 1].sealed.hash}
+    assert audited(records, key=KEY, published=published)[0] == []
+    [finding] = audited(records, key=KEY, published={number: bytes(32)})[0]
+    assert finding.rule == "checkpoint"
+    assert finding.detail == (
+        f"checkpoint {number}: it has another hash than the one that was published"
+    )
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_checkpoint_that_was_published_and_cut_off_is_found(left: int) -> None:
+    records = sealed(JOURNAL, STOPS)
+    published = {3: records[2].sealed.hash}
+    # By itself what is left is a ledger that sealed no more.
+    assert audited(records[:left], key=KEY)[0] == []
+    [finding] = audited(records[:left], key=KEY, published=published)[0]
+    assert finding.detail == "checkpoint 3: it was published, and is missing"

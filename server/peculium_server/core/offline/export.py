@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from peculium_server.core.checkpoint import SignatureCheck
+from peculium_server.core.checkpoint import Published, SignatureCheck
 from peculium_server.core.encoding import ENCODING_VERSION
 from peculium_server.core.lanes import lane_of
 from peculium_server.core.offline.records import Counts, Header, LeafOf, SealedBy
@@ -47,6 +47,7 @@ class ExportAudit:
         public_keys: Mapping[bytes, bytes] | None,
         is_signed: SignatureCheck,
         decide: bool = False,
+        published: Mapping[int, bytes] | None = None,
     ) -> None:
         """Begin with the header.
 
@@ -54,6 +55,7 @@ class ExportAudit:
             public_keys: Those that are trusted, by their ids; None: those that the ledger names itself.
             is_signed: Checks signatures.
             decide: Make every decision again too.
+            published: Hashes of checkpoints that are known from elsewhere, by their numbers.
         """
         self.entries = 0
         self.budgets = 0
@@ -63,12 +65,17 @@ class ExportAudit:
         """After `finish`: entries that nothing has sealed yet; None: there is no checkpoint."""
         self._public_keys = public_keys
         self._is_signed = is_signed
+        self._published = Published(published or {})
         self._seals: SealAudit | None = None
         self.trees: dict[bytes, TreeAudit] = {}
         self._decide = decide
         self._verifiers: dict[bytes, Verifier] = {}
         self.exported: Header | None = None
         """The last header."""
+        self._root_id: bytes | None = None
+        """The only tree that is exported."""
+        self._whole = False
+        """Whether the whole ledger is exported."""
         self._positions: list[int] = []
         self._parts: list[list[Entry]] = []
         """By lane: the operation that is being read."""
@@ -79,11 +86,6 @@ class ExportAudit:
     def counts(self) -> Counts:
         """What there was so far."""
         return Counts(self.entries, self.budgets, self.holds, self.checkpoints)
-
-    @property
-    def _whole(self) -> bool:
-        """Say whether the whole ledger is exported."""
-        return self.exported is not None and self.exported.root_id is None
 
     @property
     def findings(self) -> list[Finding]:
@@ -110,14 +112,17 @@ class ExportAudit:
         if header.encoding_version != ENCODING_VERSION:
             self._say("header", f"encoding {header.encoding_version} is not known")
         self.exported = header
+        self._root_id = header.root_id
+        self._whole = header.root_id is None
 
     def entry(self, entry: Entry, lane: int) -> None:
         """Check the next entry; of an operation of several parts, with the last of them."""
         self.entries += 1
-        tree = self._tree(entry.root_id)
+        root_id = entry.root_id
+        tree = self.trees.get(root_id) or self._tree(root_id)
         if lane != tree.lane:
             tree.broken(Broken("lane", f"the tree is not of lane {lane}"), entry)
-        elif self.exported is None or self.exported.root_id not in (None, entry.root_id):
+        elif not self._whole and self._root_id != root_id:
             tree.broken(Broken("lane", "it is not the tree that is exported"), entry)
         if lane >= len(self._parts):
             return
@@ -138,7 +143,7 @@ class ExportAudit:
     def budget(self, row: Budget, token_digest: bytes | None) -> None:
         """Compare the row of a budget, whose token is left out, with the fold of its entries."""
         self.budgets += 1
-        tree = self._tree(row.root_id)
+        tree = self._entered(row.root_id)
         fold = tree.budgets.get(row.budget_id)
         tree.budget(row, token_digest)
         verifier = self._verifiers.get(row.root_id)
@@ -148,7 +153,7 @@ class ExportAudit:
     def hold(self, root_id: bytes, row: Hold, token_digest: bytes | None) -> None:
         """Compare the row of a hold, whose token is left out, with the fold of its entries."""
         self.holds += 1
-        tree = self._tree(root_id)
+        tree = self._entered(root_id)
         fold = tree.holds.get(row.hold_id)
         tree.hold(row, token_digest)
         verifier = self._verifiers.get(root_id)
@@ -163,6 +168,7 @@ class ExportAudit:
         if self._seals is None:
             self._seals = SealAudit(self.exported, self.trees, self._public_keys, self._is_signed)
         self._seals.checkpoint(record)
+        self._published.checkpoint(record.sealed.checkpoint.number, record.sealed.hash)
 
     def leaf(self, record: LeafOf) -> None:
         """Check the next leaf of a checkpoint."""
@@ -198,6 +204,7 @@ class ExportAudit:
             finding, self.unsealed = self._seals.finish()
             if finding is not None:
                 self._general.append(finding)
+        self._general += self._published.finish()
         for verifier in self._verifiers.values():
             verifier.finish()
         return self.findings
@@ -207,6 +214,13 @@ class ExportAudit:
         if tree is None:
             lane = lane_of(root_id, max(1, len(self._parts)))
             tree = self.trees[root_id] = TreeAudit(root_id, lane)
+        return tree
+
+    def _entered(self, root_id: bytes) -> TreeAudit:
+        """A tree whose rows are told: all its entries were."""
+        tree = self._tree(root_id)
+        if tree.lane < len(self._parts) and self._parts[tree.lane]:
+            self._incomplete(tree.lane)
         return tree
 
     def _incomplete(self, lane: int) -> None:
@@ -219,12 +233,13 @@ class ExportAudit:
             )
 
     def _next_position(self, tree: TreeAudit, entry: Entry, lane: int) -> None:
-        before = self._positions[lane]
+        before, position = self._positions[lane], entry.position
         whole = self._whole
-        if entry.position <= before or (whole and entry.position != before + 1):
+        if position <= before or (whole and position != before + 1):
             expected = f"{before + 1} was expected" if whole else f"{before} was before"
-            tree.broken(Broken("position", f"position {entry.position}: {expected}"), entry)
-        self._positions[lane] = max(before, entry.position)
+            tree.broken(Broken("position", f"position {position}: {expected}"), entry)
+            position = max(before, position)
+        self._positions[lane] = position
 
     def _operation(self, tree: TreeAudit, parts: list[Entry]) -> None:
         first = parts[0]

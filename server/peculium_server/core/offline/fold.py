@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from operator import attrgetter
 
 from peculium_server.core.merkle import HASH_BYTES
 from peculium_server.core.operations import Labels
@@ -17,6 +18,7 @@ from peculium_server.core.state import (
 )
 
 NOTHING = Balances()
+_VERSION = attrgetter("version")
 
 
 class Folded:
@@ -42,6 +44,7 @@ class Folded:
         "seq",
         "token",
         "unit",
+        "version",
     )
 
     def __init__(
@@ -71,6 +74,8 @@ class Folded:
         self.money = NOTHING
         self.effect: Effect | None = None
         """Of its last entry; None before the first one."""
+        self.version = 0
+        """Of that effect."""
         self.seq = 0
         self.last_at = 0
         self.head = GENESIS
@@ -87,10 +92,11 @@ class Folded:
         """Go on to the state after an entry."""
         self.money = entry.money
         self.effect = effect
+        self.version = effect.version
         self.seq = entry.seq
         self.last_at = entry.at
-        self.head = entry.hash
-        self.hashes += entry.hash
+        self.head = head = entry.hash
+        self.hashes += head
         self.positions.append(entry.position)
 
     def hash_at(self, seq: int) -> bytes | None:
@@ -101,7 +107,7 @@ class Folded:
 
     def versions(self) -> tuple[int, ...]:
         """The versions of its ancestors, the parent's first."""
-        return tuple([0 if above.effect is None else above.effect.version for above in self.line])
+        return tuple(map(_VERSION, self.line))
 
     def row(self, root_id: bytes) -> Budget:
         """The row that the ledger has to have of it."""
@@ -134,9 +140,17 @@ def gate_changed(
     before: Effect, money_before: Balances, after: Effect, money_after: Balances
 ) -> bool:
     """Say whether anything of a budget changed that a decision below may read: its version counts that."""
+    overrun_changed = (money_before.overrun > 0) is not (money_after.overrun > 0)
+    disputes, disputes_after = before[2], after[2]
+    flags, flags_after = before[4:7], after[4:7]
+    if flags == flags_after and disputes == disputes_after:
+        # As after nearly every entry.
+        return overrun_changed
+    closed, frozen, lease_until = flags
+    closed_after, frozen_after, lease_until_after = flags_after
     return (
-        before.closed is not after.closed
-        or (before.frozen or before.disputes > 0) is not (after.frozen or after.disputes > 0)
-        or before.lease_until != after.lease_until
-        or (money_before.overrun > 0) is not (money_after.overrun > 0)
+        overrun_changed
+        or closed is not closed_after
+        or (frozen or disputes > 0) is not (frozen_after or disputes_after > 0)
+        or lease_until != lease_until_after
     )

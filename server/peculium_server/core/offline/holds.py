@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from operator import sub
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from peculium_server.core.offline.rights import produce
 from peculium_server.core.offline.rules import Broken, Step
 from peculium_server.core.operations import Kind
-from peculium_server.core.state import Effect, Hold, HoldState, new
+from peculium_server.core.state import Hold, HoldState, new
 
 _HOLD_KINDS: Final = frozenset(
     {Kind.RESERVE, Kind.SETTLE, Kind.RELEASE, Kind.EXTEND, Kind.RESOLVE, Kind.LAPSE}
@@ -20,44 +19,47 @@ _SAYS_AMOUNT: Final = frozenset(
 _RETURNING: Final = frozenset({Kind.RETURN, Kind.REVOKE, Kind.EXPIRE, Kind.COLLECT})
 
 
-class _Share(NamedTuple):
-    """What a hold is in the sums of its budget."""
+_LIVE: Final = HoldState.LIVE
+_TOKEN: Final = Hold._fields.index("token")
 
-    held: int
-    forfeited: int
-    spent: int
-    disputed: int
-    disputes: int
-    live: int
-
-
-_NONE: Final = _Share(0, 0, 0, 0, 0, 0)
+_Share = tuple[int, int, int, int, int, int]
+"""What a hold is in the sums of its budget, in the order of `_SUMS`."""
+_SUMS: Final = ("held", "forfeited", "spent", "disputed", "disputes", "live")
+_NONE: Final[_Share] = (0, 0, 0, 0, 0, 0)
 
 
 def _moved(was: Hold | None, now: Hold) -> _Share:
     """What an operation on a hold does to the sums of its budget."""
-    share = _share(now)
-    return share if was is None else new(_Share, map(sub, share, _share(was)))
-
-
-def _share(hold: Hold) -> _Share:
-    _, _, _, state, _, remaining, booked, disputed, _, _ = hold
-    live = state is HoldState.LIVE
-    forfeited = remaining if state is HoldState.LAPSED else 0
-    disputes = 1 if state is HoldState.DISPUTED else 0
-    return new(
-        _Share, (remaining if live else 0, forfeited, booked, disputed, disputes, 1 if live else 0)
+    if was is None:
+        return _share(now)
+    held, forfeited, spent, disputed, disputes, live = _share(now)
+    held_before, forfeited_before, spent_before, disputed_before, disputes_before, live_before = (
+        _share(was)
+    )
+    return (
+        held - held_before,
+        forfeited - forfeited_before,
+        spent - spent_before,
+        disputed - disputed_before,
+        disputes - disputes_before,
+        live - live_before,
     )
 
 
-def check_holds(
-    steps: list[Step], before: list[Effect | None], asked: dict[str, Any], holds: dict[bytes, Hold]
-) -> None:
+def _share(hold: Hold) -> _Share:
+    state, _, remaining, booked, disputed = hold[3:8]
+    if state is _LIVE:
+        return remaining, 0, booked, disputed, 0, 1
+    if state is HoldState.LAPSED:
+        return 0, remaining, booked, disputed, 0, 0
+    return 0, 0, booked, disputed, 1 if state is HoldState.DISPUTED else 0, 0
+
+
+def check_holds(steps: list[Step], asked: dict[str, Any], holds: dict[bytes, Hold]) -> None:
     """Check what an operation says of holds, and its amount, and take the holds over.
 
     Args:
         steps: Its entries.
-        before: The effect of the entry before of each one's budget.
         asked: The request.
         holds: Those of the tree; the ones concerned are changed.
     """
@@ -66,71 +68,61 @@ def check_holds(
     was: Hold | None = None
     hold = first.effect.hold
     if kind in _HOLD_KINDS:
-        hold_id = asked.get("hold_id")
+        hold_id: bytes = asked.get("hold_id", b"")
         if hold is None or hold.hold_id != hold_id:
             raise Broken("hold", "it does not say what became of the hold that it names")
-        was = holds.get(hold.hold_id)
-        _check_hold(first, was, hold, asked)
-        token = _token_of(first, was, hold, asked)
-        holds[hold.hold_id] = new(Hold, (*hold[:2], token, *hold[3:]))
+        was = holds.get(hold_id)
+        _check_hold(first, kind, was, hold, asked)
+        token = _token_of(first, kind, was, hold, asked)
+        kept = [*hold]
+        kept[_TOKEN] = token
+        holds[hold_id] = new(Hold, kept)
     elif hold is not None:
         raise Broken("hold", "it concerns no hold")
-    _check_amount(first, was, hold, asked)
+    _check_amount(first, kind, was, hold, asked)
     moved = _NONE if hold is None else _moved(was, hold)
     if kind is Kind.SPEND:
-        moved = _NONE._replace(spent=amount)
+        moved = (0, 0, amount, 0, 0, 0)
     for index, step in enumerate(steps):
-        _check_share(index, step, before[index], moved if index == 0 else _NONE)
+        _check_share(index, step, moved if index == 0 else _NONE)
     if len(steps) > 1:
         _check_more(steps, asked, holds)
 
 
-def _check_hold(step: Step, was: Hold | None, hold: Hold, asked: dict[str, Any]) -> None:
+def _check_hold(
+    step: Step, kind: Kind, was: Hold | None, hold: Hold, asked: dict[str, Any]
+) -> None:
     """A hold is made by a Reserve and never made anew; it keeps its amount and is within it."""
     entry = step.entry
-    _, _, _, state, amount, remaining, booked, disputed, created_at, expires_at = hold
-    if entry.kind is Kind.RESERVE:
-        made = (
-            HoldState.LIVE,
-            asked.get("amount"),
-            amount,
-            0,
-            0,
-            entry.at,
-            entry.at + asked.get("ttl_us", 0),
-        )
-        if was is not None or made != (
-            state,
-            amount,
-            remaining,
-            booked,
-            disputed,
-            created_at,
-            expires_at,
-        ):
+    if kind is Kind.RESERVE:
+        asked_amount, at = asked.get("amount"), entry.at
+        expires_at = at + asked.get("ttl_us", 0)
+        made = (_LIVE, asked_amount, asked_amount, 0, 0, at, expires_at)
+        if was is not None or hold[3:] != made:
             raise Broken("hold", "it is not the new hold that was asked for")
         return
     if was is None or was.budget_id != entry.budget_id:
         raise Broken("hold", "the budget never had the hold")
+    state, amount, remaining, booked, disputed, created_at, expires_at = hold[3:]
     if was.amount != amount or was.created_at != created_at:
         raise Broken("hold", "the hold is another than it was")
-    settleable = state in (HoldState.LIVE, HoldState.LAPSED)
+    settleable = hold.settleable
     if (
         remaining > amount
         or (remaining and not settleable)
         or (disputed > 0) is not (state is HoldState.DISPUTED)
-        or (entry.kind is not Kind.EXTEND and expires_at != was.expires_at)
+        or (kind is not Kind.EXTEND and expires_at != was.expires_at)
     ):
         raise Broken("hold", "the hold contradicts itself")
-    if entry.kind is Kind.LAPSE:
+    if kind is Kind.LAPSE:
         fine = (
             was.state is HoldState.LIVE and state is HoldState.LAPSED and remaining == was.remaining
         )
-    elif entry.kind is Kind.EXTEND:
+    elif kind is Kind.EXTEND:
         fine = (
             was.state is HoldState.LIVE and state is HoldState.LIVE and remaining == was.remaining
         )
-    elif entry.kind is Kind.SETTLE and settleable:
+    elif kind is Kind.SETTLE and settleable:
         fine = (
             asked.get("keep_open", False)
             and was.state is HoldState.LIVE
@@ -140,14 +132,14 @@ def _check_hold(step: Step, was: Hold | None, hold: Hold, asked: dict[str, Any])
     else:
         fine = not settleable
     if not fine:
-        raise Broken("hold", f"a {was.state.name} hold does not become so by a {entry.kind.name}")
+        raise Broken("hold", f"a {was.state.name} hold does not become so by a {kind.name}")
 
 
-def _token_of(step: Step, was: Hold | None, hold: Hold, asked: dict[str, Any]) -> bytes:
+def _token_of(step: Step, kind: Kind, was: Hold | None, hold: Hold, asked: dict[str, Any]) -> bytes:
     """The hold's token after the operation."""
     if was is None:
         token: bytes | None = asked.get("hold_token_id")
-    elif hold.state is HoldState.LIVE and step.entry.kind is not Kind.LAPSE:
+    elif hold.state is _LIVE and kind is not Kind.LAPSE:
         token = asked.get("next_hold_token_id")
     else:
         return was.token
@@ -157,9 +149,11 @@ def _token_of(step: Step, was: Hold | None, hold: Hold, asked: dict[str, Any]) -
     return token
 
 
-def _check_amount(step: Step, was: Hold | None, hold: Hold | None, asked: dict[str, Any]) -> None:
+def _check_amount(
+    step: Step, kind: Kind, was: Hold | None, hold: Hold | None, asked: dict[str, Any]
+) -> None:
     """The headline amount is what was asked for, and what was recorded of the hold."""
-    kind, amount = step.entry.kind, step.entry.amount
+    amount = step.entry.amount
     recorded = 0
     if kind in _SAYS_AMOUNT:
         expected = asked.get("amount")
@@ -187,19 +181,18 @@ def _check_amount(step: Step, was: Hold | None, hold: Hold | None, asked: dict[s
         raise Broken("amount", f"the amount has to be {expected}")
 
 
-def _check_share(index: int, step: Step, before: Effect | None, moved: _Share) -> None:
+def _check_share(index: int, step: Step, moved: _Share) -> None:
     """What the budget has held, forfeited, spent and disputed changes by what its hold does."""
-    changes, effect = step.effect.changes, step.effect
-    told = (
-        changes.held,
-        changes.forfeited,
-        changes.spent,
-        effect.disputed - (0 if before is None else before.disputed),
-        effect.disputes - (0 if before is None else before.disputes),
-        effect.holds_live - (0 if before is None else before.holds_live),
-    )
+    _, _, held, _, spent, forfeited, _, _ = step.changes[:]
+    disputed, disputes, live = step.effect[1:4]
+    if step.before is not None:
+        disputed_before, disputes_before, live_before = step.before[1:4]
+        disputed -= disputed_before
+        disputes -= disputes_before
+        live -= live_before
+    told = held, forfeited, spent, disputed, disputes, live
     if told != moved:
-        name = next(n for n, a, b in zip(_Share._fields, told, moved, strict=True) if a != b)
+        name = next(n for n, a, b in zip(_SUMS, told, moved, strict=True) if a != b)
         raise Broken("hold", f"what is {name} does not change as its holds do", index)
 
 

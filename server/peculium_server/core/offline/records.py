@@ -25,6 +25,8 @@ class Header(NamedTuple):
     """Each lane's position at that instant."""
     root_id: bytes | None
     """The only tree; None: the whole ledger."""
+    earlier_incarnations: tuple[bytes, ...] = ()
+    """Those that the ledger had before it was restored, the first one first."""
 
 
 class Recorded(NamedTuple):

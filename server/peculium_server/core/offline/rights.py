@@ -18,23 +18,26 @@ from peculium_server.core.state import Custody, Entry, Hold
 
 _BY_HOLD: Final = frozenset(operation.kind for operation in HOLD_OPERATIONS)
 """Their token is the hold's."""
-_EITHER: Final = frozenset({Kind.RECOVER, Kind.RESOLVE})
-"""By an admin too."""
+_NOT_BY_AGENTS: Final = ADMIN_KINDS | SYSTEM_KINDS
+_BY_ROLE: Final = _NOT_BY_AGENTS | {Kind.RECOVER, Kind.RESOLVE}
+"""The last two are by an admin too."""
 
 
 def check_rights(steps: list[Step], asked: dict[str, Any], holds: dict[bytes, Hold]) -> None:
     """Check authority and tokens of an operation, and go on to its budget's next token."""
-    entry, budget = steps[0].entry, steps[0].budget
-    by = asked["authority"]
-    _check_authority(entry, budget, by)
-    needed = _needed(entry, budget, asked, holds)
+    first = steps[0]
+    entry, budget = first.entry, first.budget
+    kind, by = entry.kind, asked["authority"]
+    _check_authority(entry, kind, budget, by)
+    rotates = kind is Kind.RECOVER or (by == BY_TOKEN and kind not in _BY_HOLD)
+    needed = _needed(kind, budget, by, asked, holds, rotates=rotates)
     if len(steps) == 1:
         consumed = entry.consumed
         if (needed != [consumed]) if consumed is not None else needed:
             raise Broken("token", _NOT_LIVE)
     else:
         _check_consumed(steps, budget, needed)
-    if entry.kind is Kind.RECOVER or (by == BY_TOKEN and entry.kind not in _BY_HOLD):
+    if rotates:
         _rotate(entry, budget, asked, by)
     elif asked.get("next_token_id") is not None:
         raise Broken("token", "it may not produce a token")
@@ -80,29 +83,33 @@ def produce(budget: Folded, token: bytes, part: int = 0) -> None:
     budget.seen.add(token)
 
 
-def _check_authority(entry: Entry, budget: Folded, by: int) -> None:
-    kind = entry.kind
+def _check_authority(entry: Entry, kind: Kind, budget: Folded, by: int) -> None:
     if by == BY_ROLE:
-        allowed = kind in ADMIN_KINDS or kind in SYSTEM_KINDS or kind in _EITHER
+        allowed = kind in _BY_ROLE
+        if kind in SYSTEM_KINDS and entry.principal != SYSTEM.principal:
+            allowed = False
+    elif kind in _NOT_BY_AGENTS:
+        allowed = False
     elif by == BY_HOLDER:
         allowed = budget.holder == entry.principal and kind not in _BY_HOLD
     else:
         allowed = kind in _BY_HOLD or budget.holder in (None, entry.principal)
-    if by != BY_ROLE and (kind in ADMIN_KINDS or kind in SYSTEM_KINDS):
-        allowed = False
-    if kind in SYSTEM_KINDS and entry.principal != SYSTEM.principal:
-        allowed = False
     if not allowed:
         raise Broken("authority", f"{entry.principal} has no authority for it")
 
 
 def _needed(
-    entry: Entry, budget: Folded, asked: dict[str, Any], holds: dict[bytes, Hold]
+    kind: Kind,
+    budget: Folded,
+    by: int,
+    asked: dict[str, Any],
+    holds: dict[bytes, Hold],
+    *,
+    rotates: bool,
 ) -> list[bytes]:
     """The tokens that the operation has to consume, in the order of its entries."""
-    kind, by = entry.kind, asked["authority"]
     needed: list[bytes] = []
-    if kind is Kind.RECOVER or (by == BY_TOKEN and kind not in _BY_HOLD):
+    if rotates:
         if budget.token is not None:
             needed.append(budget.token)
         elif by == BY_TOKEN:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from peculium_server.core.offline.fold import Folded
 from peculium_server.core.state import Effect, Entry
 
@@ -19,11 +17,17 @@ class Broken(Exception):
         """Where in the list of its entries."""
 
 
-class Step(NamedTuple):
+class Step:
     """One entry of an operation, with all that it is judged by."""
 
-    entry: Entry
-    effect: Effect
-    budget: Folded
-    versions: tuple[int, ...]
-    """Of its ancestors before the operation, the parent's first."""
+    __slots__ = ("before", "budget", "changes", "effect", "entry", "versions")
+
+    def __init__(self, entry: Entry, effect: Effect, budget: Folded) -> None:
+        self.entry = entry
+        self.effect = effect
+        self.changes = effect.changes
+        self.budget = budget
+        self.before: Effect | None = None
+        """Of the entry before of its budget, which may be of the operation too; None: there is none."""
+        self.versions = budget.versions()
+        """Of its ancestors before the operation, the parent's first."""

@@ -34,7 +34,13 @@ class SealAudit:
         self._trees = trees
         self._told_keys: dict[bytes, bytes] = {}
         keys = self._told_keys if public_keys is None else public_keys
-        self._chain = Chain(header.incarnation, len(header.positions), keys, is_signed)
+        self._chain = Chain(
+            header.incarnation,
+            len(header.positions),
+            keys,
+            is_signed,
+            earlier=header.earlier_incarnations,
+        )
         self._finding: Finding | None = None
         self._number = 0
         self._before: Sequence[int] = [0] * len(header.positions)
@@ -77,12 +83,11 @@ class SealAudit:
             budget.sealed = leaf.seq
 
     def _compare(self, budget: Folded, leaf: Leaf, lane: int) -> None:
-        number = self._number
-        before = bisect_right(budget.positions, self._before[lane])
-        now = bisect_right(budget.positions, self._positions[lane])
-        if budget.sealed < before:
+        number, positions, sealed = self._number, budget.positions, budget.sealed
+        now = bisect_right(positions, self._positions[lane])
+        if sealed < len(positions) and positions[sealed] <= self._before[lane]:
             missing = f"is not sealed by checkpoint {number - 1}"
-            self._found(leaf, budget.sealed + 1, missing)
+            self._found(leaf, sealed + 1, missing)
         elif now < leaf.seq:
             self._found(leaf, now + 1, f"was sealed by checkpoint {number}, and is missing")
         elif now > leaf.seq:
@@ -90,8 +95,8 @@ class SealAudit:
             self._found(leaf, leaf.seq + 1, there)
         elif budget.hash_at(leaf.seq) != leaf.head:
             other = f"has another hash than checkpoint {number} has sealed"
-            if budget.sealed + 1 < leaf.seq:
-                other += f": it, or one from {budget.sealed + 1} on, was altered"
+            if sealed + 1 < leaf.seq:
+                other += f": it, or one from {sealed + 1} on, was altered"
             self._found(leaf, leaf.seq, other)
 
     def finish(self) -> tuple[Finding | None, int]:

@@ -33,9 +33,11 @@ from peculium_server.core.offline.records import digest_of
 from peculium_server.core.offline.rights import check_rights
 from peculium_server.core.offline.rules import Broken, Step
 from peculium_server.core.operations import AtomicBatch, Child, Kind
-from peculium_server.core.state import GENESIS, Budget, Effect, Entry, Hold, new
+from peculium_server.core.state import GENESIS, Balances, Budget, Effect, Entry, Hold
 from peculium_server.core.verify import Finding
 
+_MAKING: Final = frozenset({Kind.GRANT, Kind.DELEGATE})
+"""They make budgets."""
 _WORLD: Final = {Kind.GRANT: 1, Kind.TOP_UP: 1, Kind.WITHDRAW: -1}
 """What brings money into a root or takes it out; nothing else changes what was granted to it."""
 
@@ -80,24 +82,28 @@ class TreeAudit:
     def _operation(self, parts: list[Entry]) -> AtomicBatch | None:
         first = parts[0]
         self._check_parts(parts)
-        if first.operation_id in self._operations:
+        operation_id = first.operation_id
+        if operation_id in self._operations:
             raise Broken("operation", "its id was recorded before")
-        self._operations.add(first.operation_id)
+        self._operations.add(operation_id)
         self._check_hashes(parts)
         asked = _asked(first)
-        self._make(first, asked)
+        kind = first.kind
+        if kind in _MAKING:
+            self._make(first, asked)
         steps = [self._step(index, part) for index, part in enumerate(parts)]
-        before: list[Effect | None] = []
         for index, step in enumerate(steps):
-            _check_money(index, step)
-            _check_versions(index, step)
-            before.append(step.budget.effect)
-            step.budget.take(step.entry, step.effect)
-        if first.kind is Kind.DELEGATE:
+            budget, entry, effect = step.budget, step.entry, step.effect
+            money = entry.money
+            step.before = budget.effect
+            _check_money(index, budget, money, effect)
+            _check_versions(index, step, money)
+            budget.take(entry, effect)
+        if kind is Kind.DELEGATE:
             _check_children(steps, asked.get("children", ()))
         _check_conservation(steps)
         check_rights(steps, asked, self.holds)
-        check_holds(steps, before, asked, self.holds)
+        check_holds(steps, asked, self.holds)
         batch: AtomicBatch | None = asked.get("batch")
         return batch
 
@@ -115,27 +121,33 @@ class TreeAudit:
                 raise Broken("request", "only part 0 says what was asked", index)
 
     def _check_hashes(self, parts: list[Entry]) -> None:
-        heads: dict[bytes, tuple[int, bytes]] = {}
-        chained = []
-        for index, part in enumerate(parts):
-            budget_id = part.budget_id
-            known = heads.get(budget_id)
-            if known is None:
-                budget = self.budgets.get(budget_id)
-                known = (0, GENESIS) if budget is None else (budget.seq, budget.head)
-            if part.seq != known[0] + 1:
-                raise Broken("seq", f"{known[0] + 1} was expected", index)
-            heads[budget_id] = part.seq, part.hash
-            chained.append(known[1])
+        first = parts[0]
+        heads = [self._head_before(first, 0, None)]
+        if len(parts) > 1:
+            last = {first.budget_id: first}
+            for index, part in enumerate(parts[1:], start=1):
+                heads.append(self._head_before(part, index, last.get(part.budget_id)))
+                last[part.budget_id] = part
         digest = digest_of_parts(parts)
-        if parts[0].digest != digest:
+        if first.digest != digest:
             raise Broken("digest", "the digest is not that of the operation's parts")
-        for index, (part, head) in enumerate(zip(parts, chained, strict=True)):
-            if part.hash != entry_hash(head, digest, part.part):
+        for index, (part, head) in enumerate(zip(parts, heads, strict=True)):
+            if part.hash != entry_hash(head, digest, index):
                 raise Broken("chain", "the hash is not that of the entry and the one before", index)
 
+    def _head_before(self, part: Entry, index: int, other: Entry | None) -> bytes:
+        """The hash of the entry before of its budget, which may be another one of the operation."""
+        if other is not None:
+            seq, head = other.seq, other.hash
+        else:
+            budget = self.budgets.get(part.budget_id)
+            seq, head = (0, GENESIS) if budget is None else (budget.seq, budget.head)
+        if part.seq != seq + 1:
+            raise Broken("seq", f"{seq + 1} was expected", index)
+        return head
+
     def _make(self, first: Entry, asked: dict[str, Any]) -> None:
-        """Add the budgets that an operation makes."""
+        """Add the budgets that a Grant or a Delegate makes."""
         if first.kind is Kind.GRANT:
             if first.budget_id != self.root_id or self.budgets:
                 raise Broken("budget", "a grant makes the root, and is the first of its tree")
@@ -151,7 +163,7 @@ class TreeAudit:
                 created_at=first.at,
             )
             self.budgets[self.root_id] = root
-        elif first.kind is Kind.DELEGATE:
+        else:
             parent = self.budgets.get(first.budget_id)
             if parent is None:
                 raise Broken("budget", "nothing has made the budget")
@@ -178,12 +190,13 @@ class TreeAudit:
         if budget is None:
             raise Broken("budget", "nothing has made the budget", index)
         try:
-            effect = decode_effect(part.effect_bytes, part.budget_id)
+            # With the id of the fold: a hold keeps it.
+            effect = decode_effect(part.effect_bytes, budget.budget_id)
         except ValueError as error:
             raise Broken("effect", str(error), index) from error
         if part.at < budget.last_at:
             raise Broken("time", "it was decided before the entry before it", index)
-        return new(Step, (part, effect, budget, budget.versions()))
+        return Step(part, effect, budget)
 
     # -- Rows -----------------------------------------------------------------------------------
 
@@ -251,25 +264,24 @@ def _asked(first: Entry) -> dict[str, Any]:
         raise Broken("request", str(error)) from error
 
 
-def _check_money(index: int, step: Step) -> None:
+def _check_money(index: int, budget: Folded, money: Balances, effect: Effect) -> None:
     """The balances are those before and the changes; they add up, and none is beyond its bounds."""
-    entry, effect, budget, _ = step
-    money = entry.money
-    if not money.balanced() or max(money) > BALANCE_MAX or (money.overrun and budget.line):
+    # While nothing is overrun none is more than was granted.
+    largest = max(money) if money.overrun else money.granted
+    if not money.balanced() or largest > BALANCE_MAX or (budget.line and money.overrun):
         raise Broken("balances", "the balances do not add up, or are beyond their bounds", index)
     if money != tuple(map(add, budget.money, effect.changes)):
         raise Broken("changes", "the balances are not those before and the changes", index)
 
 
-def _check_versions(index: int, step: Step) -> None:
+def _check_versions(index: int, step: Step, money: Balances) -> None:
     """It read its ancestors as they were; its own version counts what a decision below may read."""
-    entry, effect, budget, versions = step
-    if effect.versions != versions:
+    effect, before, budget = step.effect, step.before, step.budget
+    if effect.versions != step.versions:
         raise Broken("versions", "the ancestors had other versions", index)
-    before = budget.effect
     expected = 0
     if before is not None:
-        expected = before.version + gate_changed(before, budget.money, effect, entry.money)
+        expected = budget.version + gate_changed(before, budget.money, effect, money)
     if effect.version != expected:
         raise Broken("versions", f"version {expected} was expected", index)
 
@@ -285,18 +297,18 @@ def _check_children(steps: list[Step], children: tuple[Child, ...]) -> None:
 
 def _check_conservation(steps: list[Step]) -> None:
     """What was delegated by a budget was granted to its children; the world's money goes to roots."""
-    first = steps[0].entry
-    world = _WORLD.get(first.kind, 0) * first.amount
+    first = steps[0]
+    world = _WORLD.get(first.entry.kind, 0) * first.entry.amount
     if len(steps) == 1:
-        _, effect, budget, _ = steps[0]
-        granted = 0 if budget.line else world
-        if effect.changes.granted != granted or effect.changes.delegated:
+        granted = 0 if first.budget.line else world
+        if first.changes.granted != granted or first.changes.delegated:
             raise Broken("conservation", "money comes from nowhere, or goes there")
         return
     unmatched: dict[bytes, int] = {}
     where: dict[bytes, int] = {}
-    for index, (_, effect, budget, _) in enumerate(steps):
-        budget_id, changes = budget.budget_id, effect.changes
+    for index, step in enumerate(steps):
+        budget, changes = step.budget, step.changes
+        budget_id = budget.budget_id
         where.setdefault(budget_id, index)
         unmatched[budget_id] = unmatched.get(budget_id, 0) + changes.delegated
         above = budget.line[0].budget_id if budget.line else _NOBODY
