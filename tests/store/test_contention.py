@@ -9,8 +9,9 @@ import psycopg
 import pytest
 
 from peculium_server.core.outcome import Outcome
-from peculium_server.store import connect, lane
+from peculium_server.store import connect, lane, statements
 from peculium_server.store.errors import StoreContended, StoreUnavailable
+from peculium_server.store.known import Known
 from peculium_server.store.lane import LaneWriter, Loaded
 from peculium_server.store.store import Store
 from peculium_server.store.wire import Connection, Flown, Step
@@ -29,10 +30,13 @@ async def test_writers_that_take_turns_are_never_aborted(
     root = await spender.grant(store)
     number = store.lane_of(root.root_id)
     writers = (store.writer(number), other_store.writer(number))
+    # Both are connected, so that neither is alone for long enough to do without the lock.
+    for writer in writers:
+        await spender.spend(writer, root)
     spender.decisions = 0
     await asyncio.gather(*(spender.spend(writers[each % 2], root) for each in range(60)))
     assert spender.decisions == 60
-    assert await spent(store, root) == 60
+    assert await spent(store, root) == 62
 
 
 async def test_without_the_lock_nothing_is_lost_or_doubled_only_repeated(
@@ -67,13 +71,43 @@ async def test_two_servers_share_a_lane_fairly(
     turns: list[int] = []
 
     async def work(which: int, writer: LaneWriter) -> None:
-        await spender.spend(writer, root)
         while len(turns) < 200:
             await spender.spend(writer, root)
             turns.append(which)
 
-    await asyncio.gather(work(0, store.writer(number)), work(1, other_store.writer(number)))
+    writers = store.writer(number), other_store.writer(number)
+    for writer in writers:
+        # Connected, before the other begins.
+        await spender.spend(writer, root)
+    await asyncio.gather(*(work(which, writer) for which, writer in enumerate(writers)))
     assert 70 <= sum(turns) <= len(turns) - 70
+
+
+async def test_a_writer_that_is_alone_and_never_rests_lets_another_in(
+    store: Store, other_store: Store, spender: Spender, patience: None
+) -> None:
+    root = await spender.grant(store)
+    number = store.lane_of(root.root_id)
+    busy, other = store.writer(number), other_store.writer(number)
+    await spender.spend(other, root)
+    done = 0
+    alone, served = asyncio.Event(), asyncio.Event()
+
+    async def never_rest() -> None:
+        nonlocal done
+        while not served.is_set():
+            await spender.spend(busy, root)
+            done += 1
+            if done == 2 * Known.ALONE_AFTER:
+                alone.set()
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        group.create_task(never_rest())
+        await alone.wait()
+        before = done
+        await spender.spend(other, root)
+        served.set()
+    assert done - before < 20
 
 
 async def test_a_writer_goes_without_the_lock_when_another_keeps_it(
@@ -82,7 +116,7 @@ async def test_a_writer_goes_without_the_lock_when_another_keeps_it(
     root = await spender.grant(store)
     number = store.lane_of(root.root_id)
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as hoarder:
-        await hoarder.execute("SELECT pg_advisory_lock(%s)", [lane._LOCK_KEYS | number])
+        await hoarder.execute("SELECT pg_advisory_lock(%s)", [statements.LOCK_KEYS + number])
         await spender.spend(store.writer(number), root)
     assert await spent(store, root) == 1
 

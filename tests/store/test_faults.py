@@ -15,7 +15,12 @@ from psycopg.pq import PGconn
 from peculium_server.core.operations import Grant
 from peculium_server.core.outcome import Outcome
 from peculium_server.store import connect, lane, wire
-from peculium_server.store.errors import LedgerCorrupt, StatementRefused, StoreUnavailable
+from peculium_server.store.errors import (
+    LedgerCorrupt,
+    LedgerRestored,
+    StatementRefused,
+    StoreUnavailable,
+)
 from peculium_server.store.known import Known
 from peculium_server.store.lane import LaneWriter, Loaded
 from peculium_server.store.store import Store
@@ -325,13 +330,20 @@ async def test_rows_that_contradict_what_was_loaded_are_not_overwritten(
     assert await spent(store, root) == 0
 
 
+ANOTHER = (
+    "INSERT INTO incarnations SELECT number + 1, at, system_identifier, timeline, database_oid,"
+    " pg_current_xact_id()::text::bigint, gen_random_uuid(), frozen, event, reason, principal, positions"
+    " FROM incarnations ORDER BY number DESC LIMIT 1"
+)
+
+
 async def test_another_ledger_in_the_same_place_is_not_written_to(
     store: Store, spender: Spender, root: Grant, database: str
 ) -> None:
     async with await psycopg.AsyncConnection.connect(database) as admin:
-        await admin.execute("UPDATE ledger SET incarnation = gen_random_uuid()")
+        await admin.execute(ANOTHER)
     await terminate(database)
-    with pytest.raises(LedgerCorrupt, match="another ledger"):
+    with pytest.raises(LedgerRestored):
         await spender.spend(store.writer(store.lane_of(root.root_id)), root)
 
 
@@ -472,24 +484,41 @@ async def test_another_ledger_in_the_same_place_is_not_read_from(
 ) -> None:
     assert await store.budget(root.root_id, root.root_id)
     async with await psycopg.AsyncConnection.connect(database) as admin:
-        await admin.execute("UPDATE ledger SET incarnation = gen_random_uuid()")
+        await admin.execute(ANOTHER)
     await terminate(database)
-    with pytest.raises(LedgerCorrupt, match="another ledger"):
+    with pytest.raises(LedgerRestored):
         await store.budget(root.root_id, root.root_id)
 
 
 async def test_a_probe_commits_and_changes_nothing(store: Store, database: str) -> None:
-    before = await store.standing(0)
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
-        rows = await _version_of_lane(admin, 0)
+        before = await _lanes(admin)
         await store.probe()
-        assert await _version_of_lane(admin, 0) != rows
-    assert (await store.standing(0)).position == before.position
+        after = await _lanes(admin)
+    assert [position for position, *_ in before] == [position for position, *_ in after]
+    assert sum(one != other for one, other in zip(before, after, strict=True)) == 1
 
 
-async def _version_of_lane(admin: psycopg.AsyncConnection, lane: int) -> object:
-    cursor = await admin.execute("SELECT xmin, ctid FROM lanes WHERE lane = %s", [lane])
-    return await cursor.fetchone()
+async def test_a_probe_keeps_out_of_lanes_that_others_commit_to(
+    store: Store, other_store: Store, spender: Spender, database: str
+) -> None:
+    # The lane that is probed first.
+    while (lane := store.lane_of((root := await spender.grant(store)).root_id)) != store._probed:
+        pass
+    await store.probe()
+    store._probed = lane
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
+        for _ in range(5):
+            await spender.spend(other_store.writer(lane), root)
+            before = await _lanes(admin)
+            await store.probe()
+            assert (await _lanes(admin))[lane] == before[lane]
+
+
+async def _lanes(admin: psycopg.AsyncConnection) -> list[tuple[object, ...]]:
+    """Position and version of each lane's row."""
+    cursor = await admin.execute("SELECT position, xmin, ctid FROM lanes ORDER BY lane")
+    return await cursor.fetchall()
 
 
 async def test_a_probe_finds_what_only_writers_would_notice(store: Store, database: str) -> None:
@@ -514,7 +543,7 @@ async def test_callers_with_little_time_do_not_keep_a_writer_from_the_host_that_
         found["host"] = f"127.0.0.1,{found['host']}"
         found["port"] = f"{silent.getsockname()[1]},{found['port']}"
         both = psycopg.conninfo.make_conninfo("", **found, connect_timeout=2)
-        writer = LaneWriter(both, store.incarnation, store.lane_of(root.root_id))
+        writer = LaneWriter(both, store._memory, store.lane_of(root.root_id))
         clock = asyncio.get_running_loop().time
         operation, tried = spender.ask(root), 0
         async with asyncio.timeout(30):

@@ -58,8 +58,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-GUESSED = ["begin", "advance_position", "save_budgets", "add_entries", "commit"]
-SAVED = ["save_position", "save_budgets", "add_entries", "commit"]
+GUESSED = ["begin", "advance_position", "save_budget", "add_entry", "commit"]
+SAVED = ["save_position", "save_budget", "add_entry", "commit"]
 
 
 async def test_what_a_writer_remembers_is_not_asked_for(
@@ -69,13 +69,13 @@ async def test_what_a_writer_remembers_is_not_asked_for(
     await guessing.accept(reserve)
     assert asked == [
         *("begin", "advance_position", "refuse_seen"),
-        *("save_budgets", "add_holds", "add_entries", "commit"),
+        *("save_budget", "add_hold", "add_entry", "commit"),
     ]
     asked.clear()
     await guessing.accept(HoldRef(root, reserve.hold_id).settle(3))
     assert asked == [
         *("begin", "advance_position"),
-        *("save_budgets", "save_holds", "add_entries", "commit"),
+        *("save_budget", "save_hold", "add_entry", "commit"),
     ]
 
 

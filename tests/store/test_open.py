@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import traceback
+
 import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from peculium_server.config import ConfigInvalid
 from peculium_server.core.lanes import lane_of
 from peculium_server.store import migrate
-from peculium_server.store.errors import SchemaOutdated, SettingsUnsafe, StoreUnavailable
+from peculium_server.store.errors import (
+    SchemaOutdated,
+    ServerOutdated,
+    SettingsUnsafe,
+    StoreUnavailable,
+)
 from peculium_server.store.schema import LANES
 from peculium_server.store.store import Store
 
@@ -40,11 +48,48 @@ async def test_an_empty_database_is_refused(empty_database: str) -> None:
     assert "peculium migrate" in str(raised.value)
 
 
-async def test_a_database_at_another_revision_is_refused(database: str) -> None:
+SECRET = "correct-horse"
+
+
+@pytest.mark.parametrize(
+    "dsn",
+    [
+        f"postgresql://ledger:per%zzcent{SECRET}@db.example/p",
+        f"postgresql://ledger@db.example/p?pasword={SECRET}={SECRET}",
+        f"host=db.example password='{SECRET}",
+        f"host=db.example {SECRET}=x",
+    ],
+)
+async def test_of_an_address_that_libpq_cannot_read_nothing_is_repeated(dsn: str) -> None:
+    with pytest.raises(ConfigInvalid) as raised:
+        await Store.open(dsn)
+    assert SECRET not in "".join(traceback.format_exception(raised.value))
+
+
+async def at_revision(database: str, revision: str, serves_from: str) -> None:
     async with await psycopg.AsyncConnection.connect(database, autocommit=True) as admin:
-        await admin.execute("UPDATE alembic_version SET version_num = 'ffff'")
-    with pytest.raises(SchemaOutdated, match="at schema ffff"):
+        await admin.execute("UPDATE alembic_version SET version_num = %s", [revision])
+        await admin.execute("UPDATE ledger SET serves_from = %s", [serves_from])
+
+
+async def test_a_database_at_an_older_revision_is_refused(database: str) -> None:
+    await at_revision(database, "0001", "0001")
+    with pytest.raises(SchemaOutdated, match=r"at schema 0001.* run peculium migrate"):
         await Store.open(database)
+
+
+async def test_a_database_that_a_newer_version_has_expanded_is_served(database: str) -> None:
+    """So it is migrated before its servers are replaced."""
+    await at_revision(database, "9999", migrate.head())
+    store = await Store.open(database)
+    await store.close()
+
+
+async def test_a_database_that_lacks_what_this_version_uses_is_refused(database: str) -> None:
+    await at_revision(database, "9999", "9998")
+    with pytest.raises(ServerOutdated, match="servers of schema 9998 or newer") as raised:
+        await Store.open(database)
+    assert (raised.value.found, raised.value.own) == ("9999", migrate.head())
 
 
 async def test_a_database_that_forgets_commits_is_refused_unless_that_is_allowed(

@@ -17,13 +17,18 @@ from peculium_server.core.batch import Request, decide_group
 from peculium_server.core.operations import ByToken, Operation
 from peculium_server.store import (
     accounts,
+    alerts,
     audit_reads,
     checkpoints,
+    keys,
     reads,
+    refusals,
     schema,
+    security,
     snapshot,
     statements,
     tail,
+    waiting,
 )
 from peculium_server.store.connect import _WRITER_SETTINGS_POSTGRES
 from peculium_server.store.save import changes
@@ -46,7 +51,10 @@ def test_every_statement_is_the_same_for_cockroachdb(cockroach: Dialect) -> None
     assert of_lane.keys() == statements.LANE_RECIPES.keys()
     executables = {name: recipe.build(here) for name, recipe in statements.LANE_RECIPES.items()}
     sent = {name: statement.sql for name, statement in of_lane.items()}
-    for module in (reads, accounts, audit_reads, tail, checkpoints, snapshot):
+    for module in (
+        *(reads, accounts, alerts, audit_reads, tail, checkpoints, refusals, snapshot, keys),
+        *(security, waiting),
+    ):
         of_module = f"{module.__name__}."
         executables |= {
             of_module + name: executable for name, (executable, _) in module.RECIPES.items()
@@ -95,7 +103,9 @@ LOOKUPS: dict[str, list[tuple[str, str, set[str]]]] = {
     "load_open_children": [("budgets", NAME_KEY, {"lane", "root_id", "parent_id"})],
     "load_position": [("lanes", "pkey", {"lane"})],
     "save_position": [("lanes", "pkey", {"lane"})],
+    "save_budget": [("budgets", "pkey", {"lane", "root_id", "budget_id"})],
     "save_budgets": [("budgets", "pkey", {"lane", "root_id", "budget_id"})],
+    "save_hold": [("holds", "pkey", {"lane", "root_id", "hold_id"})],
     "save_holds": [("holds", "pkey", {"lane", "root_id", "hold_id"})],
 }
 
@@ -176,15 +186,15 @@ async def test_plans_are_made_again_as_a_lane_grows(
 def test_rows_are_written_in_one_order_each_kind_sorted_by_its_key() -> None:
     ledger = Ledger(eager=0)
     root = ledger.grant(1_000, holder="agent", by_token=False)
-    hold = root.hold(1)
-    child = root.child(10)
+    settled = [root.hold(1) for _ in range(2)]
+    children = [root.child(10) for _ in range(2)]
     tops = [root.child(10) for _ in range(2)]
     for top in tops:
         top.child(5)
     operations: list[Operation] = [
         root.delegate(root.spec(5), root.spec(6)),
-        child.reserve(3),
-        hold.settle(1),
+        *(child.reserve(3) for child in children),
+        *(hold.settle(1) for hold in settled),
         ledger.ask_grant(7),
         *[root.revoke(top) for top in reversed(tops)],
     ]
@@ -196,7 +206,7 @@ def test_rows_are_written_in_one_order_each_kind_sorted_by_its_key() -> None:
     _, accepted = decide_group(trees, group, ledger.now, ledger.position)
     assert len(accepted) == len(operations)
     of_lane = statements.of_lane(3)
-    existing = {(root.root_id, hold.id)}
+    existing = {(root.root_id, hold.id) for hold in settled}
     steps, position = changes(of_lane, accepted, existing, ledger.position)
     assert position == ledger.position + len(operations)
     names = {statement: name for name, statement in of_lane._asdict().items()}
@@ -241,11 +251,11 @@ def test_a_budget_that_changed_twice_is_written_once_as_it_was_left() -> None:
     _, accepted = decide_group(trees, group, ledger.now, ledger.position)
     steps, _ = changes(statements.of_lane(3), accepted, set(), ledger.position)
     saved = {step.statement.name: step.values for step in steps}
-    assert saved[b"save_budgets_3"]["seq"] == (3,)
-    assert saved[b"save_budgets_3"]["before"] == (1,)
-    assert saved[b"save_budgets_3"]["spent"] == (3,)
-    assert saved[b"add_holds_3"]["remaining"] == (0,)
-    assert b"save_holds_3" not in saved
+    assert saved[b"save_budget_3"]["seq"] == 3
+    assert saved[b"save_budget_3"]["before"] == 1
+    assert saved[b"save_budget_3"]["spent"] == 3
+    assert saved[b"add_hold_3"]["remaining"] == 0
+    assert not saved.keys() & {b"save_hold_3", b"save_holds_3"}
     assert sorted(saved[b"add_entries_3"]["seq"]) == [2, 3]
 
 

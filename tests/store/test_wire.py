@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import select
 from collections.abc import AsyncIterator
 
 import psycopg
@@ -133,6 +134,21 @@ async def test_flights_that_follow_each_other_land_in_their_order(connection: Co
     await asyncio.gather(*(land(number) for number in range(5)))
     assert landed == [0, 1, 2, 3, 4]
     assert await connection.fetch(step("SELECT 5")) == [(5,)]
+
+
+async def test_an_answer_that_arrives_while_the_next_flight_is_sent_is_noticed(
+    connection: Connection,
+) -> None:
+    # More than the system takes at once: libpq, which cannot send the rest, reads what is there instead.
+    large = Statement(b"large", b"SELECT length($1)", (("text", wire.encode_text),))
+    # Also what is prepared, so that nothing but the answer is missing.
+    await connection.fly([step("SELECT 1 FROM pg_sleep(0.01)", "first")])
+    first = asyncio.create_task(connection.launch([step("SELECT 1 FROM pg_sleep(0.01)", "first")]))
+    await asyncio.sleep(0)
+    # The event loop does not get to see it.
+    select.select([connection.pgconn.socket], [], [])
+    second = connection.launch([Step(large, {"text": "x" * 5_000_000})])
+    assert [await first, await second] == [[[[(1,)]]], [[[(5_000_000,)]]]]
 
 
 async def test_a_statement_that_a_flight_in_the_air_prepares_is_not_prepared_again(

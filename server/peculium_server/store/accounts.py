@@ -12,7 +12,6 @@ holds of it as of a budget, and no money is counted twice.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from itertools import groupby
 from typing import Any, Final, NamedTuple
 from uuid import UUID
@@ -38,6 +37,7 @@ from peculium_server.core.lanes import lane_of
 from peculium_server.core.operations import Kind
 from peculium_server.core.selection import Period
 from peculium_server.core.state import Balances
+from peculium_server.core.times import FIRST, LAST, moment
 from peculium_server.core.usage import Booking, Level
 from peculium_server.store.clauses import BUDGET, ID, in_subtree, in_tree, of_subtree
 from peculium_server.store.errors import LedgerCorrupt
@@ -48,11 +48,6 @@ from peculium_server.store.wire import Connection, Statement, Step
 
 _PORTION_ROWS: Final = 500
 """Rows that are fetched at once, so that memory stays bounded."""
-
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_FIRST: Final = datetime.min.replace(tzinfo=UTC)
-_LAST: Final = datetime.max.replace(tzinfo=UTC)
-_LAST_US: Final = (_LAST - _EPOCH) // timedelta(microseconds=1)
 
 BOOKING_KINDS: Final = (Kind.SETTLE, Kind.RELEASE, Kind.SPEND, Kind.RESOLVE, Kind.LAPSE)
 """Nothing else changes what is spent or forfeited, and these do only in the budget that they name."""
@@ -342,8 +337,8 @@ class Accounts:
             "lane": self._lane(account.root_id),
             "root_id": UUID(bytes=account.root_id),
             "budget_id": UUID(bytes=account.budget_id),
-            "since": _FIRST if period.since is None else _time(period.since),
-            "until": _LAST if period.until is None else _time(period.until),
+            "since": FIRST if period.since is None else moment(period.since),
+            "until": LAST if period.until is None else moment(period.until),
         }
         statement = STATEMENTS[f"{name}_of_{_REACHES[account.subtree]}"]
         return statement, tuple(values[parameter] for parameter, _ in statement.parameters)
@@ -357,10 +352,6 @@ def _known_kind(number: int) -> Kind:
         return _KIND[number]
     except KeyError:
         raise LedgerCorrupt(f"an entry is of the unknown kind {number}") from None
-
-
-def _time(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=min(microseconds, _LAST_US))
 
 
 def _balances(sums: Sequence[Any]) -> Balances:

@@ -80,7 +80,12 @@ def _with_totals() -> Executable:
         select(cast(func.least(func.coalesce(func.sum(amount), _ZERO), _BIGINT_MAX), BigInteger))
         .where(*subtree)
         .scalar_subquery()
-        for amount in (below.c.spent + below.c.forfeited, below.c.disputed)
+        for amount in (
+            below.c.spent + below.c.forfeited,
+            below.c.disputed,
+            below.c.held,
+            below.c.holds_live,
+        )
     ]
     return (
         select(*columns(budgets, rows.BUDGET_COLUMNS), *totals)
@@ -366,6 +371,9 @@ def _chosen() -> list[ColumnElement[bool]]:
     ]
 
 
+_AMONG_ROOTS = bindparam("among", type_=ARRAY(ID))
+
+
 def _window_of_budgets() -> Executable:
     """The last id of a window of a tree's budgets."""
     return (
@@ -426,6 +434,7 @@ def _roots() -> Executable:
         .where(
             name > bindparam("after", type_=Text()),
             name <= bindparam("until", type_=Text()),
+            _any_or(_AMONG_ROOTS, roots.c.root_id == any_(_AMONG_ROOTS)),
             *_chosen(),
         )
         .order_by(name)
@@ -437,8 +446,8 @@ def _to_first_entry(row: Sequence[Any]) -> Entry:
     return rows.to_entry(row, previous_hash=GENESIS)
 
 
-def _to_totals(row: Sequence[Any]) -> tuple[Any, int, int]:
-    return rows.to_budget(row[:-2]), row[-2], row[-1]
+def _to_totals(row: Sequence[Any]) -> tuple[Any, ...]:
+    return rows.to_budget(row[:-4]), *row[-4:]
 
 
 RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {

@@ -80,11 +80,12 @@ class Covered(NamedTuple):
 
 
 def _kept() -> Select[Any]:
-    """Checkpoints with the ledger's incarnation, which their hashes cover, and with their keys."""
+    """Checkpoints with their incarnation, which their hashes cover, and with their keys."""
     return select(
         checkpoints.c.number,
         checkpoints.c.sealed_at,
-        ledger.c.incarnation,
+        # Those of before there could be several are of the first one.
+        func.coalesce(checkpoints.c.incarnation, ledger.c.incarnation),
         checkpoints.c.positions,
         checkpoints.c.merkle_root,
         checkpoints.c.leaves,
@@ -193,12 +194,9 @@ def _leaves_of_tree() -> Executable:
     )
 
 
-def _sealed_roots() -> Executable:
-    return select(checkpoint_leaves.c.root_id).distinct()
-
-
 def _public_keys() -> Executable:
-    return select(checkpoint_keys.c.public_key).order_by(checkpoint_keys.c.key_id)
+    key = checkpoint_keys.c
+    return select(key.key_id, key.public_key).order_by(key.key_id)
 
 
 # -- What is to be sealed ----------------------------------------------------------------------------
@@ -264,6 +262,7 @@ _CHECKPOINT_COLUMNS = (
     "key_id",
     "signature",
     "positions",
+    "incarnation",
 )
 
 
@@ -296,8 +295,7 @@ RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "operation": (_operation(), rows.to_entry),
     "leaves": (_leaves(), _to_leaf),
     "leaves_of_tree": (_leaves_of_tree(), _to_leaf),
-    "sealed_roots": (_sealed_roots(), first),
-    "public_keys": (_public_keys(), first),
+    "public_keys": (_public_keys(), tuple),
     "decided_at": (_decided_at(), first),
     "covered": (_covered(), Covered._make),
     "heads": (_heads(), Leaf._make),

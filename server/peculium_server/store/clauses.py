@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 from sqlalchemy import (
@@ -12,12 +13,15 @@ from sqlalchemy import (
     Select,
     SmallInteger,
     Uuid,
+    and_,
     any_,
     bindparam,
+    func,
     literal_column,
     or_,
     select,
 )
+from sqlalchemy.dialects.postgresql import aggregate_order_by
 
 from peculium_server.core.state import GENESIS, Entry
 from peculium_server.store import rows
@@ -48,10 +52,57 @@ def in_subtree(table: FromClause = budgets) -> ColumnElement[bool]:
     return or_(table.c.budget_id == BUDGET, any_(table.c.ancestors) == BUDGET)
 
 
+class Scope(Enum):
+    """Whose rows are listed, of a table beside the ledger."""
+
+    LEDGER = "ledger"
+    TREE = "tree"
+    SUBTREE = "subtree"
+    BUDGET = "budget"
+
+
+def in_scope(table: FromClause, scope: Scope) -> list[ColumnElement[bool]]:
+    """The row is of the ledger, of the tree, or of the budget that is named or those below it."""
+    if scope is Scope.LEDGER:
+        return []
+    of_tree = table.c.root_id == ROOT
+    if scope is Scope.TREE:
+        return [of_tree]
+    if scope is Scope.BUDGET:
+        return [of_tree, table.c.budget_id == BUDGET]
+    below = select(budgets.c.budget_id).where(*in_tree(budgets), in_subtree())
+    return [of_tree, table.c.budget_id.in_(below)]
+
+
 def of_subtree() -> ColumnElement[bool]:
     """The entry is of the budget that is named, or of one below it."""
     return entries.c.budget_id.in_(
         select(budgets.c.budget_id).where(*in_tree(budgets), in_subtree())
+    )
+
+
+def path_of(table: FromClause) -> ColumnElement[str]:
+    """The names from the root down to the budget that the row names; NULL if there is none."""
+    above, named = budgets.alias("above"), budgets.alias("named")
+    line = func.array_append(named.c.ancestors, named.c.budget_id)
+    depth = func.cardinality(above.c.ancestors)
+    return (
+        select(func.string_agg(above.c.name, aggregate_order_by(literal_column("'/'"), depth)))
+        .select_from(named)
+        .join(
+            above,
+            and_(
+                above.c.lane == named.c.lane,
+                above.c.root_id == named.c.root_id,
+                above.c.budget_id == any_(line),
+            ),
+        )
+        .where(
+            named.c.lane == table.c.lane,
+            named.c.root_id == table.c.root_id,
+            named.c.budget_id == table.c.budget_id,
+        )
+        .scalar_subquery()
     )
 
 

@@ -11,8 +11,9 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.pq import TransactionStatus
 
-from peculium_server.store.errors import LedgerCorrupt, StoreUnavailable
-from peculium_server.store.statements import LEDGER
+from peculium_server.config import DATABASE_WANTED, ConfigInvalid
+from peculium_server.store.errors import StoreUnavailable
+from peculium_server.store.incarnations import Memory, check
 from peculium_server.store.wire import Connection, Statement, Step
 
 _DEFAULTS = {
@@ -64,10 +65,28 @@ def conninfo(dsn: str) -> str:
     """The connection string to use for what an operator configured.
 
     Raises:
-        psycopg.ProgrammingError: It is not a connection string.
+        ConfigInvalid: It is not a connection string.
     """
-    given = {name: str(value) for name, value in conninfo_to_dict(dsn).items() if value is not None}
+    given = _parsed(dsn)
     return make_conninfo("", **{**_DEFAULTS, **given, **_FIXED})
+
+
+def named(dsn: str) -> str:
+    """The database that a connection string names; nothing if it leaves that to others.
+
+    Raises:
+        ConfigInvalid: It is not a connection string.
+    """
+    return _parsed(dsn).get("dbname", "")
+
+
+def _parsed(dsn: str) -> dict[str, str]:
+    try:
+        parsed = conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError:
+        # Not what is wrong with it: libpq repeats a part, which may be one of the password.
+        raise ConfigInvalid([f"the database's address {DATABASE_WANTED}"]) from None
+    return {name: str(value) for name, value in parsed.items() if value is not None}
 
 
 def is_postgres(connection: Connection) -> bool:
@@ -75,24 +94,24 @@ def is_postgres(connection: Connection) -> bool:
     return connection.pgconn.parameter_status(b"crdb_version") is None
 
 
-async def connect_writer(dsn: str, incarnation: bytes) -> Connection:
+async def connect_writer(dsn: str, memory: Memory) -> Connection:
     """A connection for one lane of a ledger.
 
     Raises:
         psycopg.Error: It cannot be had.
-        LedgerCorrupt: There is another ledger now.
+        LedgerRestored: There is another incarnation of the ledger now.
     """
-    return await _connect(dsn, incarnation, _WRITER_SETTINGS, _WRITER_SETTINGS_POSTGRES)
+    return await _connect(dsn, memory, _WRITER_SETTINGS, _WRITER_SETTINGS_POSTGRES)
 
 
-async def connect_reader(dsn: str, incarnation: bytes | None) -> Connection:
+async def connect_reader(dsn: str, memory: Memory | None) -> Connection:
     """A connection for reads, to a ledger, or to whichever is there.
 
     Raises:
         psycopg.Error: It cannot be had.
-        LedgerCorrupt: There is another ledger now.
+        LedgerRestored: There is another incarnation of the ledger now.
     """
-    return await _connect(dsn, incarnation, _READER_SETTINGS, {})
+    return await _connect(dsn, memory, _READER_SETTINGS, {})
 
 
 class Connecting:
@@ -130,8 +149,8 @@ class Connecting:
 class _Reader:
     """Place for one connection."""
 
-    def __init__(self, dsn: str, incarnation: bytes) -> None:
-        self._connecting = Connecting(lambda: connect_reader(dsn, incarnation))
+    def __init__(self, dsn: str, memory: Memory) -> None:
+        self._connecting = Connecting(lambda: connect_reader(dsn, memory))
         self._connection: Connection | None = None
 
     async def connection(self) -> Connection:
@@ -161,8 +180,8 @@ class _Reader:
 class Readers:
     """The connections for reads, each made when it is needed, and made again when it is lost."""
 
-    def __init__(self, dsn: str, incarnation: bytes, size: int) -> None:
-        self._readers = [_Reader(dsn, incarnation) for _ in range(size)]
+    def __init__(self, dsn: str, memory: Memory, size: int) -> None:
+        self._readers = [_Reader(dsn, memory) for _ in range(size)]
         # The last one used is the next: the others may never be needed.
         self._free: asyncio.LifoQueue[_Reader] = asyncio.LifoQueue()
         for reader in self._readers:
@@ -175,7 +194,7 @@ class Readers:
         Raises:
             StoreUnavailable: Others use all of them.
             psycopg.Error: None can be had.
-            LedgerCorrupt: There is another ledger now.
+            LedgerRestored: There is another incarnation of the ledger now.
         """
         try:
             async with asyncio.timeout(READER_WAIT_SECONDS_MAX):
@@ -194,6 +213,11 @@ class Readers:
             reader.keep_if_whole()
             self._free.put_nowait(reader)
 
+    def use(self) -> tuple[int, int]:
+        """How many are used, and how many are not."""
+        idle = self._free.qsize()
+        return len(self._readers) - idle, idle
+
     async def close(self) -> None:
         """Close all of them, in use or not."""
         for reader in self._readers:
@@ -202,25 +226,22 @@ class Readers:
 
 async def _connect(
     dsn: str,
-    incarnation: bytes | None,
+    memory: Memory | None,
     settings: Mapping[str, str],
     settings_postgres: Mapping[str, str],
 ) -> Connection:
     connection = await Connection.connect(conninfo(dsn), autocommit=True)
     try:
-        wanted = {**settings, **(settings_postgres if is_postgres(connection) else {})}
+        postgres = is_postgres(connection)
+        wanted = {**settings, **(settings_postgres if postgres else {})}
         await connection.fetch(Step(Statement(b"settings", _settings_as_sql(wanted))))
-        if incarnation is not None:
-            await _check_same_ledger(connection, incarnation)
+        if memory is not None:
+            # The database may have been restored while there was none.
+            await check(connection, memory, postgres=postgres)
     except BaseException:
         connection.pgconn.finish()
         raise
     return connection
-
-
-async def _check_same_ledger(connection: Connection, incarnation: bytes) -> None:
-    if [ledger.incarnation for ledger in await connection.fetch(Step(LEDGER))] != [incarnation]:
-        raise LedgerCorrupt("the database holds another ledger than the one that was opened")
 
 
 def _settings_as_sql(settings: Mapping[str, str]) -> bytes:

@@ -2,8 +2,10 @@
 
     StoreError
     ├── StoreUnavailable   no answer: nothing was done, or it is unknown whether it was
+    │   └── LedgerRestored the database has forgotten something: the ledger has another incarnation
     ├── StoreContended     other writers of the lane were in the way too often
-    ├── SchemaOutdated     the database is not at the schema that this version was written for
+    ├── SchemaOutdated     the database is at an older schema than this version was written for
+    ├── ServerOutdated     the database is at a newer schema than this version can serve
     ├── SettingsUnsafe     the database could forget what it has committed
     ├── StatementRefused   a right that is missing, a table that is not there, or a bug
     └── LedgerCorrupt      a row that has to be there is not, or is not as it has to be
@@ -35,6 +37,13 @@ class StoreUnavailable(StoreError):
         """True: what was to be saved may have been, or not; replaying it tells. False: it was not."""
 
 
+class LedgerRestored(StoreUnavailable):
+    """The database has another incarnation of the ledger than the one that was opened; open it again."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"the ledger was restored to its past, or copied: {problem}")
+
+
 class StoreContended(StoreError):
     """Transactions on a lane were aborted in favour of others each time; nothing was done."""
 
@@ -44,7 +53,7 @@ class StoreContended(StoreError):
 
 
 class SchemaOutdated(StoreError):
-    """The database's schema is older or newer than this version; `peculium migrate` makes it current."""
+    """The database's schema is older than this version's; `peculium migrate` makes it current."""
 
     def __init__(self, found: str | None, expected: str) -> None:
         state = "has no schema" if found is None else f"is at schema {found}"
@@ -53,6 +62,19 @@ class SchemaOutdated(StoreError):
         )
         self.found = found
         self.expected = expected
+
+
+class ServerOutdated(StoreError):
+    """The database's schema is newer than this version's, and lacks what this version uses."""
+
+    def __init__(self, found: str, serves_from: str, own: str) -> None:
+        super().__init__(
+            f"the database is at schema {found}, which servers of schema {serves_from} or newer may"
+            f" serve, and this version is of {own}: start a newer version"
+        )
+        self.found = found
+        self.serves_from = serves_from
+        self.own = own
 
 
 class SettingsUnsafe(StoreError):
@@ -89,7 +111,9 @@ _ENDS_THE_SESSION = frozenset({"FATAL", "PANIC"})
 
 _UNIQUE_VIOLATION = "23505"
 _OUR_TABLES = re.compile(
-    r"(ledger|lanes|roots|budgets|holds|entries|collections|checkpoints|checkpoint_\w+?)(_\d+)?"
+    r"(ledger|incarnations|lanes|roots|budgets|holds|entries|collections|refusals|checkpoints"
+    r"|checkpoint_\w+?|key_acts"
+    r"|alerts|alert_\w+?|webhooks|webhook_\w+?|security_events)(_\d+)?"
 )
 """The tables and their partitions: a violation is reported of the partition."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from hmac import compare_digest
 from typing import Final
 
 from peculium_server.core.footprint import Footprint
@@ -61,7 +62,8 @@ class Guess:
         for key in footprint.tokens:
             tree.consumed[key] = None
             tree.hold_tokens[key] = holds.get(key)
-            if key not in holds and tree.budget(key[0]).token != key[1]:
+            live = tree.budget(key[0]).token
+            if key not in holds and (live is None or not compare_digest(live, key[1])):
                 self.unseen.add((tree.root_id, *key))
 
 

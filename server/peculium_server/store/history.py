@@ -42,6 +42,19 @@ class Used(NamedTuple):
     """The sum of what is disputed, beside that."""
 
 
+class Totals(NamedTuple):
+    """What a subtree has used and holds just now, closed budgets included."""
+
+    used: int
+    """The sum of spent and forfeited."""
+    disputed: int
+    """The sum of what is disputed, beside that."""
+    held: int
+    """What is held in live holds."""
+    holds_live: int
+    """How many of these there are."""
+
+
 class Held(NamedTuple):
     """How a budget is held."""
 
@@ -91,14 +104,14 @@ class TokenStep(NamedTuple):
 
 async def with_totals(
     store: Store, root_id: bytes, budget_id: bytes
-) -> tuple[tuple[Budget, ...], Used]:
-    """A budget and its ancestors, upwards, and what its subtree has used: at one instant.
+) -> tuple[tuple[Budget, ...], Totals]:
+    """A budget and its ancestors, upwards, and the sums over its subtree: at one instant.
 
     Takes time with the number of budgets in the tree.
     """
     found = await store.fetch(STATEMENTS["with_totals"], **store.key(root_id, budget_id))
-    line = tuple(budget for budget, _, _ in found)
-    return line, Used(*found[0][1:]) if found else Used(0, 0)
+    line = tuple(budget for budget, *_ in found)
+    return line, Totals(*found[0][1:]) if found else Totals(0, 0, 0, 0)
 
 
 async def line_at(store: Store, line: Sequence[Budget], at: int) -> tuple[Budget, ...]:

@@ -11,9 +11,10 @@ without. Serializable isolation is what keeps the ledger right.
 
 A writer that has been alone on a lane for a while does without the lock, and guesses: a batch whose
 rows it remembers is decided without asking, and is a single flight, which the next one may follow
-before it lands. The position, which every transaction raises, says whether the memory was right; the
-unique indexes say whether the new is new; the database's clock says whether the time was right. What
-fails, and whatever would not simply be accepted, is done again in two flights, with everything loaded.
+before it lands. The position, which every transaction raises, says whether the memory was right; the lock
+whether somebody else has a turn; the unique indexes whether the new is new; the database's clock whether the
+time was right. What fails, and whatever would not simply be accepted, is done again in two flights, with
+everything loaded.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import psycopg
+from opentelemetry.trace import Span
 from psycopg.pq import ConnStatus, TransactionStatus
 
 from peculium_server.core.footprint import Footprint
 from peculium_server.core.state import Accepted, Tree
-from peculium_server.store.connect import Connecting, connect_writer, is_postgres
+from peculium_server.store.connect import Connecting, connect_writer, is_postgres, named
 from peculium_server.store.errors import (
     StoreContended,
     StoreUnavailable,
@@ -42,11 +44,14 @@ from peculium_server.store.errors import (
     translate,
 )
 from peculium_server.store.guess import Guess, GuessedClock
+from peculium_server.store.incarnations import Memory
 from peculium_server.store.known import Known
 from peculium_server.store.load import Loading
 from peculium_server.store.save import changes
-from peculium_server.store.statements import of_lane
+from peculium_server.store.statements import LOCK_KEYS, of_lane
 from peculium_server.store.wire import Connection, Flown, Result, Statement, Step, encode_int8
+from peculium_server.telemetry import spans
+from peculium_server.telemetry.meters import Meters
 
 ATTEMPTS_MAX = 12
 """Of one transaction, before it is given up as contended."""
@@ -56,9 +61,6 @@ IN_DOUBT_SECONDS_MAX = 10.0
 
 _BACKOFF_SECONDS_FIRST = 0.002
 _BACKOFF_SECONDS_MAX = 0.25
-
-_LOCK_KEYS = 0x7065636C << 32
-"""Tells the lanes' advisory locks from those of others in the same database."""
 
 _LOCK = Statement(b"lock", b"SELECT pg_advisory_lock($1)", (("key", encode_int8),))
 _UNLOCK = Statement(b"unlock", b"SELECT pg_advisory_unlock($1)", (("key", encode_int8),))
@@ -110,6 +112,8 @@ class _Run:
     """A commit was sent, and its answer is missing."""
     tries: bool = False
     """The lanes' rows are written, whatever was decided: it is about whether they can be."""
+    attempts: int = 0
+    """How often it was tried, those that others have seen counted only."""
 
     @property
     def operations(self) -> int:
@@ -129,13 +133,14 @@ class _Launched(NamedTuple):
     name: str
     positions: Mapping[int, int]
     """Of the lanes, if it lands well."""
+    span: Span | None
 
 
 class LaneWriter:
     """Commits to one lane, batch by batch; a second `run` waits until the first has sent its commit."""
 
-    def __init__(self, dsn: str, incarnation: bytes, lane: int) -> None:
-        self._writer = LanesWriter(dsn, incarnation)
+    def __init__(self, dsn: str, memory: Memory, lane: int, meters: Meters | None = None) -> None:
+        self._writer = LanesWriter(dsn, memory, meters)
         self._lane = lane
 
     async def run(
@@ -188,16 +193,19 @@ class LaneWriter:
 class LanesWriter:
     """Commits to any lanes over a connection of its own; as of `LaneWriter`."""
 
-    def __init__(self, dsn: str, incarnation: bytes) -> None:
+    def __init__(self, dsn: str, memory: Memory, meters: Meters | None = None) -> None:
+        self._meters = meters
+        self._tracer = spans.tracer()
         self._dsn = dsn
-        self._incarnation = incarnation
+        self._memory = memory
         self._known: defaultdict[int, Known] = defaultdict(Known)
         self._turn = asyncio.Lock()
-        self._connecting = Connecting(lambda: connect_writer(self._dsn, self._incarnation))
+        self._connecting = Connecting(lambda: connect_writer(self._dsn, memory))
         self._connection: Connection | None = None
         self.starved_at = float("-inf")
         """When the database last lacked the means to save something, on the event loop's clock."""
         self._postgres = False
+        self._database = spans.Database("postgresql", named(dsn))
         self._locked: list[int] = []
         """The lanes whose advisory lock was had, ascending."""
         self._committed = 0
@@ -227,12 +235,16 @@ class LanesWriter:
             The positions of the lanes afterwards.
 
         Raises:
-            StoreUnavailable: The database could not be reached, or not in time; says whether
-                something may have been saved.
+            StoreUnavailable: The database could not be reached, or not in time, or was restored; says
+                whether something may have been saved.
             StoreContended: Aborted in favour of other writers too often; nothing was saved.
             LedgerCorrupt: Rows contradict each other; nothing was saved.
         """
-        return await self._run(_Run(dict(sorted(footprints.items())), decide, sent), deadline)
+        run = _Run(dict(sorted(footprints.items())), decide, sent)
+        positions = await self._run(run, deadline)
+        for lane, position in positions.items():
+            self._memory.saw(lane, position)
+        return positions
 
     async def probe(self, lane: int) -> None:
         """Commit to a lane without changing anything, to find out whether that is possible.
@@ -277,7 +289,7 @@ class LanesWriter:
         while True:
             fresh = self._connection is None
             try:
-                return await self._transact(run)
+                return await self._attempt(run)
             except psycopg.Error as error:
                 if is_contention(error):
                     contended += 1
@@ -300,6 +312,33 @@ class LanesWriter:
                     raise translate(error, outcome_unknown=True) from error
             if contended or run.in_doubt:
                 await asyncio.sleep(_backoff(contended + lost))
+
+    async def _attempt(self, run: _Run) -> Mapping[int, int]:
+        """The transaction, once, before the eyes of those who want to know. Raises as `_transact`."""
+        span = self._begun(run, guessed=False)
+        try:
+            return await self._transact(run)
+        except psycopg.Error as error:
+            self._failed(span, error)
+            raise
+        finally:
+            if span is not None:
+                span.end()
+
+    def _begun(self, run: _Run, *, guessed: bool) -> Span | None:
+        """The span of an attempt, if somebody will see it."""
+        if self._tracer is None or spans.recording() is None:
+            return None
+        run.attempts += 1
+        return spans.transaction(
+            self._tracer, self._database, attempt=run.attempts, guessed=guessed
+        )
+
+    def _failed(self, span: Span | None, error: psycopg.Error) -> None:
+        if self._meters is not None:
+            self._meters.retried(error.sqlstate)
+        if span is not None:
+            spans.fail_transaction(span, error.sqlstate)
 
     async def _transact(self, run: _Run) -> Mapping[int, int]:
         """The transaction, once.
@@ -351,6 +390,9 @@ class LanesWriter:
         guessable = self._postgres and len(run.footprints) == 1
         if self._connection is None or now is None or not guessable or self._plans_are_old:
             return None
+        # What is remembered does not say what is refused for a while.
+        if self._memory.frozen:
+            return None
         ((lane, footprints),) = run.footprints.items()
         known = self._known[lane]
         before = known.position
@@ -379,7 +421,8 @@ class LanesWriter:
         # As if it had landed: if it does not, nothing that follows it does.
         known.learn(after, (), (), accepted)
         self._committed, self._last_flight = after, own
-        return _Launched(self._connection, landing, own, {lane: after})
+        span = self._begun(run, guessed=True)
+        return _Launched(self._connection, landing, own, {lane: after}, span)
 
     async def _landed(self, run: _Run, launched: _Launched) -> bool:
         """Wait for what was sent; say whether it is committed. If not, it has to be done with care."""
@@ -390,6 +433,7 @@ class LanesWriter:
             _check_replicated(connection)
         except psycopg.Error as error:
             run.in_doubt = is_lost(error)
+            self._failed(launched.span, error)
             self._forget()
             return False
         except BaseException:
@@ -398,6 +442,8 @@ class LanesWriter:
         finally:
             if self._last_flight == launched.name:
                 self._last_flight = ""
+            if launched.span is not None:
+                launched.span.end()
         run.in_doubt = False
         self._clock.read(now)
         return True
@@ -417,7 +463,7 @@ class LanesWriter:
         """Take the lanes if they can be had, begin, and load everything."""
         await self._plan_again(connection)
         loadings = {
-            lane: Loading(footprints, of_lane(lane), self._known[lane])
+            lane: Loading(footprints, of_lane(lane), self._known[lane], frozen=self._memory.frozen)
             for lane, footprints in run.footprints.items()
         }
         shared = [lane for lane in loadings if not self._known[lane].alone]
@@ -472,7 +518,7 @@ class LanesWriter:
             self._connection = None
 
     def _unlocking(self) -> list[list[Step]]:
-        return [[Step(_UNLOCK, {"key": _LOCK_KEYS | lane})] for lane in self._locked]
+        return [[Step(_UNLOCK, {"key": LOCK_KEYS + lane})] for lane in self._locked]
 
     async def _connected(self) -> Connection:
         """A connection with nothing in the air."""
@@ -483,6 +529,8 @@ class LanesWriter:
         if self._connection is None:
             self._connection = await self._connecting.connection()
             self._postgres = is_postgres(self._connection)
+            system = "postgresql" if self._postgres else "cockroachdb"
+            self._database = spans.Database(system, self._connection.info.dbname)
             self._replan_at = None
         return self._connection
 
@@ -506,7 +554,7 @@ def _check_replicated(connection: Connection) -> None:
 
 
 def _lock(lane: int) -> Step:
-    return Step(_LOCK, {"key": _LOCK_KEYS | lane})
+    return Step(_LOCK, {"key": LOCK_KEYS + lane})
 
 
 def _together(loadings: Mapping[int, Loading]) -> LoadedLanes:

@@ -8,6 +8,7 @@ filter that selects nothing gives empty pages, each after a moment, and not one 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from enum import IntEnum
 from itertools import groupby
 from typing import Any, Final, NamedTuple
@@ -68,12 +69,21 @@ class _Range(NamedTuple):
 
 
 async def list_roots(
-    store: Store, selection: BudgetSelection, *, limit: int, after: str | None = None
+    store: Store,
+    selection: BudgetSelection,
+    *,
+    limit: int,
+    after: str | None = None,
+    among: Collection[bytes] | None = None,
 ) -> Page[Budget, str]:
-    """Roots by name, as far as they are selected; a page may be short, or empty, and not the last."""
+    """Roots by name, as far as they are selected; a page may be short, or empty, and not the last.
+
+    `among`: only these are there, for all that the list tells: then it ends a page early behind none of the
+    others, whose name would be the key to go on with.
+    """
     found: list[Budget] = []
     start, looked, width = after or "", 0, limit + 1
-    values = _values_of_budgets(selection, depth=0)
+    values = _values_of_budgets(selection, depth=0) | {"among": sorted(among or ())}
     while True:
         ends = await store.fetch(STATEMENTS["window_of_roots"], after=start, skipped=width - 1)
         until = ends[0] if ends else _LAST_NAME
@@ -83,7 +93,7 @@ async def list_roots(
         if len(found) > limit:
             return Page(tuple(found[:limit]), found[limit - 1].name)
         looked += width
-        if not ends or looked >= KEYS_MAX:
+        if not ends or (looked >= KEYS_MAX and among is None):
             return Page(tuple(found), until if ends else None)
         start, width = until, min(4 * width, _WINDOW_MAX)
 

@@ -22,6 +22,8 @@ class Loading:
         footprints: Mapping[bytes, Footprint],
         statements: LaneStatements,
         known: Known,
+        *,
+        frozen: bool,
     ) -> None:
         """Prepare to load.
 
@@ -29,8 +31,11 @@ class Loading:
             footprints: By root id.
             statements: Of the lane.
             known: What the writer remembers of the lane; it learns from what is loaded.
+            frozen: The whole ledger is, until an operator has said that it may go on.
         """
         self.trees = {root_id: Tree(root_id) for root_id in footprints}
+        for tree in self.trees.values():
+            tree.restored = frozen
         self.holds: set[Key] = set()
         """Those that exist."""
         self.position = 0

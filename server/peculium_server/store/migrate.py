@@ -11,13 +11,14 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, create_engine, select, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 from peculium_server.store import roles
 from peculium_server.store.connect import conninfo
-from peculium_server.store.errors import translate
+from peculium_server.store.errors import SchemaOutdated, ServerOutdated, translate
+from peculium_server.store.schema import SERVES_FROM, ledger
 
 
 def upgrade(dsn: str) -> tuple[str, ...]:
@@ -33,7 +34,33 @@ def upgrade(dsn: str) -> tuple[str, ...]:
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        with connection.begin():
+            connection.execute(update(ledger).values(serves_from=SERVES_FROM))
         return roles.provide(connection)
+
+
+def check(dsn: str) -> str:
+    """Make sure that a server of this version may serve a database, and return its revision.
+
+    It may be newer than this version's, if nothing was taken away that this version uses: so a database
+    is migrated first, and its servers are replaced one after another.
+
+    Raises:
+        SchemaOutdated: It has no schema, or an older one.
+        ServerOutdated: It has a schema that this version is too old for.
+        StoreError: The database cannot be used.
+    """
+    with _connected(dsn) as connection:
+        found = MigrationContext.configure(connection).get_current_revision()
+        expected = head()
+        # Revisions are numbers of four digits.
+        if found is None or found < expected:
+            raise SchemaOutdated(found, expected)
+        if found > expected:
+            serves_from = connection.execute(select(ledger.c.serves_from)).scalar_one()
+            if expected < serves_from:
+                raise ServerOutdated(found, serves_from, expected)
+        return found
 
 
 def current(dsn: str) -> str | None:

@@ -1,4 +1,4 @@
-"""How everything is read that is outside of the lanes' transactions."""
+"""How everything is read that is outside of the lanes' transactions, and the little that is written there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from psycopg import AsyncRawCursor
 from peculium_server.store.connect import Readers
 from peculium_server.store.errors import translate
 from peculium_server.store.wire import Connection, Result, Statement, Step
+
+BEGIN: Final = Step(Statement(b"begin", b"BEGIN ISOLATION LEVEL SERIALIZABLE"))
+COMMIT: Final = Step(Statement(b"commit", b"COMMIT"))
+ROLLBACK: Final = Step(Statement(b"rollback", b"ROLLBACK"))
 
 _STREAM_ROWS: Final = 1_000
 """Rows that are fetched at once: memory stays bounded, and other calls get their turn in between."""

@@ -17,7 +17,6 @@ from sqlalchemy import (
     func,
     literal_column,
     select,
-    union,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, TIMESTAMP
 
@@ -38,7 +37,6 @@ from peculium_server.store.statements import CLOCK, compiled
 from peculium_server.store.wire import Statement
 
 _AFTER_ID = bindparam("after", type_=ID)
-_AFTER_NAME = bindparam("after", type_=Text())
 _IDS = bindparam("ids", type_=ARRAY(ID))
 
 
@@ -77,15 +75,6 @@ def _budgets() -> Executable:
     )
 
 
-def _list_children() -> Executable:
-    return (
-        select(*columns(budgets, rows.BUDGET_COLUMNS))
-        .where(*in_tree(budgets), budgets.c.parent_id == BUDGET, budgets.c.name > _AFTER_NAME)
-        .order_by(budgets.c.name)
-        .limit(LIMIT)
-    )
-
-
 def _list_holds(*conditions: ColumnElement[bool] | TextClause) -> Executable:
     return (
         select(*columns(holds, rows.HOLD_COLUMNS))
@@ -109,10 +98,6 @@ def _last_use() -> Executable:
         .order_by(seq_group(seq).desc(), seq.desc())
         .limit(literal_column("1"))
     )
-
-
-def _all_roots() -> Executable:
-    return union(*(select(table.c.root_id) for table in (entries, budgets, holds)))
 
 
 def _all_entries() -> Executable:
@@ -206,6 +191,25 @@ def _to_collect() -> Executable:
     return select(below.c.budget_id).where(below.c.available > literal_column("0")).limit(LIMIT)
 
 
+OPEN_HOLDS_MAX = 100_000
+"""Of a lane and state, that are counted: more of them are told to be so many."""
+
+
+def _open_holds() -> Executable:
+    """How many holds of a lane are live, and how many are live or lapsed."""
+    counts = []
+    for state in (LIVE_HOLD, OPEN_HOLD):
+        some = (
+            select(literal_column("1"))
+            .select_from(holds)
+            .where(holds.c.lane == LANE, state)
+            .limit(literal_column(str(OPEN_HOLDS_MAX)))
+            .subquery()
+        )
+        counts.append(select(func.count()).select_from(some).scalar_subquery())
+    return select(*counts)
+
+
 def _end_collection() -> Executable:
     return delete(collections).where(*in_tree(collections), collections.c.budget_id == BUDGET)
 
@@ -216,7 +220,6 @@ RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "child_named": (_child_named(), first),
     "ancestry": (_ancestry(), rows.to_budget),
     "budgets": (_budgets(), rows.to_budget),
-    "list_children": (_list_children(), rows.to_budget),
     "list_open_holds": (_list_holds(OPEN_HOLD), rows.to_hold),
     "list_all_holds": (_list_holds(), rows.to_hold),
     "last_use": (_last_use(), first),
@@ -226,10 +229,10 @@ RECIPES: dict[str, tuple[Executable, Callable[[Sequence[Any]], Any]]] = {
     "collections": (_collections(), tuple),
     "to_collect": (_to_collect(), first),
     "end_collection": (_end_collection(), tuple),
-    "all_roots": (_all_roots(), first),
+    "open_holds": (_open_holds(), tuple),
     "all_entries": (_all_entries(), rows.to_entry_as_found),
-    "all_budgets": (_all_budgets(), rows.to_budget),
-    "all_holds": (_all_holds(), rows.to_hold),
+    "all_budgets": (_all_budgets(), rows.to_budget_as_found),
+    "all_holds": (_all_holds(), rows.to_hold_as_found),
 }
 
 STATEMENTS: dict[str, Statement] = {

@@ -15,7 +15,11 @@ from sqlalchemy import Connection, Table, text
 from sqlalchemy.exc import DBAPIError
 
 from peculium_server.store import rows
+from peculium_server.store.alerts import RULE_CHANGES, Progress
 from peculium_server.store.schema import (
+    alert_progress,
+    alert_rules,
+    alerts,
     budgets,
     checkpoint_keys,
     checkpoint_leaves,
@@ -23,9 +27,15 @@ from peculium_server.store.schema import (
     collections,
     entries,
     holds,
+    incarnations,
+    key_acts,
     lanes,
     ledger,
+    refusals,
     roots,
+    security_events,
+    webhook_deliveries,
+    webhooks,
 )
 
 SERVER = "peculium_server"
@@ -41,8 +51,12 @@ def _update(columns: Sequence[str]) -> str:
     return f"UPDATE ({', '.join(columns)})"
 
 
+_DELETED = ("deleted_at", "deleted_by")
+_TRIED = ("state", "attempts", "next_at", "last_at", "last_status", "last_problem")
+
 SERVER_MAY: dict[Table, tuple[str, ...]] = {
     ledger: ("SELECT",),
+    incarnations: ("SELECT", "INSERT"),
     lanes: ("SELECT", _update(("position",))),
     roots: ("SELECT", "INSERT"),
     budgets: ("SELECT", "INSERT", _update(rows.BUDGET_CHANGES)),
@@ -52,6 +66,14 @@ SERVER_MAY: dict[Table, tuple[str, ...]] = {
     checkpoints: ("SELECT", "INSERT"),
     checkpoint_leaves: ("SELECT", "INSERT"),
     checkpoint_keys: ("SELECT", "INSERT"),
+    key_acts: ("SELECT", "INSERT"),
+    refusals: ("SELECT", "INSERT", _update(("number",)), "DELETE"),
+    security_events: ("SELECT", "INSERT"),
+    alert_progress: ("SELECT", _update(Progress._fields)),
+    alert_rules: ("SELECT", "INSERT", "DELETE", _update((*RULE_CHANGES, *_DELETED))),
+    alerts: ("SELECT", "INSERT", "DELETE"),
+    webhooks: ("SELECT", "INSERT", "DELETE", _update(_DELETED)),
+    webhook_deliveries: ("SELECT", "INSERT", "DELETE", _update(_TRIED)),
 }
 """What the statements of the store do, table by table. Of a partitioned table this covers its partitions,
 as long as they are reached through it."""

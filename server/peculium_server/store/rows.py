@@ -6,7 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from peculium_server.core.encoding import Part, decode_effect, decode_request, operation_digest
+from peculium_server.core.encoding import (
+    BY_TOKEN,
+    Part,
+    decode_effect,
+    decode_request,
+    operation_digest,
+    request_fields,
+)
 from peculium_server.core.operations import Kind, Operation
 from peculium_server.core.state import (
     Balances,
@@ -77,10 +84,17 @@ _KIND = {int(kind): kind for kind in Kind}
 
 def to_budget(row: Sequence[Any]) -> Budget:
     """A row of `BUDGET_COLUMNS`."""
+    return _budget(row, _CUSTODY[row[5]])
+
+
+def to_budget_as_found(row: Sequence[Any]) -> Budget:
+    """A row of `BUDGET_COLUMNS` for somebody who verifies it, whatever custody it may say."""
+    return _budget(row, _CUSTODY.get(row[5], row[5]))
+
+
+def _budget(row: Sequence[Any], custody: Custody) -> Budget:
     money = Balances._make(row[11:19])
-    return Budget._make(
-        (*row[:2], tuple(row[2]), *row[3:5], _CUSTODY[row[5]], *row[6:11], money, *row[19:])
-    )
+    return Budget._make((*row[:2], tuple(row[2]), *row[3:5], custody, *row[6:11], money, *row[19:]))
 
 
 def from_budget(budget: Budget) -> tuple[Any, ...]:
@@ -137,6 +151,11 @@ HOLD_CHANGES = ("token", "state", "remaining", "booked", "disputed", "expires_at
 def to_hold(row: Sequence[Any]) -> Hold:
     """A row of `HOLD_COLUMNS`."""
     return Hold(row[1], row[2], row[3], _HOLD_STATE[row[4]], *row[5:])
+
+
+def to_hold_as_found(row: Sequence[Any]) -> Hold:
+    """A row of `HOLD_COLUMNS` for somebody who verifies it, whatever state it may say."""
+    return Hold(row[1], row[2], row[3], _HOLD_STATE.get(row[4], row[4]), *row[5:])
 
 
 def to_hold_of_root(row: Sequence[Any]) -> tuple[bytes, Hold]:
@@ -314,6 +333,20 @@ def _requested(first: Entry) -> Operation:
     )
 
 
-def to_consumption(operation_id: bytes, kind: int, at: int, principal: str) -> Consumption:
-    """Who consumed a token."""
-    return Consumption(operation_id, _KIND[kind], at, principal)
+def to_consumption(
+    operation_id: bytes, kind: int, at: int, principal: str, part: int, request: bytes | None
+) -> Consumption:
+    """Who consumed a token.
+
+    Raises:
+        LedgerCorrupt: What was asked is unreadable.
+    """
+    consumed_by = _KIND[kind]
+    try:
+        # Only part 0 says what was asked.
+        shown = (
+            request is not None and request_fields(consumed_by, request)["authority"] == BY_TOKEN
+        )
+    except ValueError as error:
+        raise LedgerCorrupt(f"the request of {operation_id.hex()} is unreadable") from error
+    return Consumption(operation_id, consumed_by, at, principal, part, shown)

@@ -54,6 +54,7 @@ def changes(
             statements.add_entries,
             rows.ENTRY_COLUMNS,
             [rows.from_entry(entry) for entry in sorted(entries, key=_entry_key)],
+            one=statements.add_entry,
         ),
         *_add(
             statements.add_collections,
@@ -92,7 +93,7 @@ def _save_budgets(
             (*rows.BUDGET_COLUMNS, "parent_id"),
             [rows.from_budget(budget) for budget in new],
         ),
-        *_change(statements.save_budgets, _CHANGED_BUDGET, changed),
+        *_change(statements.save_budget, statements.save_budgets, _CHANGED_BUDGET, changed),
     ]
 
 
@@ -106,23 +107,37 @@ def _save_holds(
         else:
             new.append(rows.from_hold(root_id, hold))
     return [
-        *_add(statements.add_holds, rows.HOLD_COLUMNS, new),
-        *_change(statements.save_holds, _CHANGED_HOLD, changed),
+        *_add(statements.add_holds, rows.HOLD_COLUMNS, new, one=statements.add_hold),
+        *_change(statements.save_hold, statements.save_holds, _CHANGED_HOLD, changed),
     ]
 
 
 def _add(
-    statement: Statement, columns: Sequence[str], new: Sequence[tuple[Any, ...]]
+    many: Statement,
+    columns: Sequence[str],
+    new: Sequence[tuple[Any, ...]],
+    *,
+    one: Statement | None = None,
 ) -> list[Step]:
+    """Insert rows: as arrays, or a single one as values, where there is a statement for it."""
     if not new:
         return []
-    return [Step(statement, dict(zip(columns, zip(*new, strict=True), strict=True)))]
+    if one is not None and len(new) == 1:
+        return [Step(one, dict(zip(columns, new[0], strict=True)))]
+    return [Step(many, _arrays(columns, new))]
 
 
 def _change(
-    statement: Statement, columns: Sequence[str], changed: Sequence[tuple[Any, ...]]
+    one: Statement, many: Statement, columns: Sequence[str], changed: Sequence[tuple[Any, ...]]
 ) -> list[Step]:
+    """Update rows, as `_add` inserts them; all of them, or the transaction fails."""
     if not changed:
         return []
-    values = dict(zip(columns, zip(*changed, strict=True), strict=True))
-    return [Step(statement, {"rows": len(changed), **values})]
+    if len(changed) == 1:
+        return [Step(one, {"rows": 1, **dict(zip(columns, changed[0], strict=True))})]
+    return [Step(many, {"rows": len(changed), **_arrays(columns, changed)})]
+
+
+def _arrays(columns: Sequence[str], table: Sequence[tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+    """The values of each column."""
+    return dict(zip(columns, zip(*table, strict=True), strict=True))

@@ -24,17 +24,13 @@ from peculium_server.store.checkpoints import (
 )
 from peculium_server.store.connect import Readers
 from peculium_server.store.errors import LedgerCorrupt, is_contention, translate
-from peculium_server.store.reading import fetch_together, reading, stream
-from peculium_server.store.wire import Connection, Statement, Step
+from peculium_server.store.reading import BEGIN, COMMIT, ROLLBACK, fetch_together, reading, stream
+from peculium_server.store.wire import Connection, Step
 
 _PORTION_ROWS: Final = 500
 """Rows that are written at once: other calls get their turn in between."""
 
 NUMBER_MAX: Final = 2**63 - 1
-
-_BEGIN: Final = Step(Statement(b"begin", b"BEGIN ISOLATION LEVEL SERIALIZABLE"))
-_COMMIT: Final = Step(Statement(b"commit", b"COMMIT"))
-_ROLLBACK: Final = Step(Statement(b"rollback", b"ROLLBACK"))
 
 
 class Unsealed(NamedTuple):
@@ -62,6 +58,34 @@ class Unsealed(NamedTuple):
         )
 
 
+async def unsealed(connection: Connection, lanes: int) -> Unsealed:
+    """What there is to seal.
+
+    Raises:
+        psycopg.Error: The database does not say.
+        LedgerCorrupt: What it says cannot be.
+    """
+    clock, last, positions = await fetch_together(
+        connection,
+        Step(STATEMENTS["sealing_clock"]),
+        # First what was sealed: where the lanes stand afterwards is not before that.
+        Step(STATEMENTS["last_checkpoint"]),
+        Step(tail.STATEMENTS["positions"]),
+    )
+    found = Unsealed(
+        clock[0], last[0].sealed if last else None, tail.to_positions(positions, lanes), None
+    )
+    if len(found.sealed) != lanes:
+        raise LedgerCorrupt("the last checkpoint is of other lanes")
+    behind = [
+        Step(STATEMENTS["decided_at"], {"lane": lane, "after": at, "until": at + 1})
+        for lane, (at, waiting) in enumerate(zip(found.sealed, found.waiting, strict=True))
+        if waiting
+    ]
+    earliest = await fetch_together(connection, *behind) if behind else []
+    return found._replace(since=min((at for each in earliest for at in each), default=None))
+
+
 class Seals:
     """The checkpoints of an open ledger."""
 
@@ -76,28 +100,7 @@ class Seals:
             StoreError: The database does not say.
         """
         async with reading(self._readers) as connection:
-            clock, last, positions = await fetch_together(
-                connection,
-                Step(STATEMENTS["sealing_clock"]),
-                # First what was sealed: where the lanes stand afterwards is not before that.
-                Step(STATEMENTS["last_checkpoint"]),
-                Step(tail.STATEMENTS["positions"]),
-            )
-            found = Unsealed(
-                clock[0],
-                last[0].sealed if last else None,
-                tail.to_positions(positions, self._lanes),
-                None,
-            )
-            if len(found.sealed) != self._lanes:
-                raise LedgerCorrupt("the last checkpoint is of other lanes")
-            behind = [
-                Step(STATEMENTS["decided_at"], {"lane": lane, "after": at, "until": at + 1})
-                for lane, (at, waiting) in enumerate(zip(found.sealed, found.waiting, strict=True))
-                if waiting
-            ]
-            earliest = await fetch_together(connection, *behind) if behind else []
-        return found._replace(since=min((at for each in earliest for at in each), default=None))
+            return await unsealed(connection, self._lanes)
 
     async def covered(self, lane: int, *, after: int, until: int, limit: int) -> Covered:
         """How far the entries of a lane between two positions reach, if so many are looked at."""
@@ -136,17 +139,17 @@ class Seals:
             async with self._readers.connection() as connection:
                 _, clock, last = await fetch_together(
                     connection,
-                    _BEGIN,
+                    BEGIN,
                     Step(STATEMENTS["sealing_clock"]),
                     Step(STATEMENTS["last_checkpoint"]),
                 )
                 if (last[0].sealed if last else None) != after:
-                    await fetch_together(connection, _ROLLBACK)
+                    await fetch_together(connection, ROLLBACK)
                     return None
                 sealed = seal(clock[0])
                 for steps in _changes(sealed, public_key, leaves):
                     await fetch_together(connection, *steps)
-                await fetch_together(connection, _COMMIT)
+                await fetch_together(connection, COMMIT)
                 return sealed
         except psycopg.Error as error:
             if is_contention(error):
@@ -221,13 +224,9 @@ class SnapshotSeals:
         """Checkpoints by number, from the one after another on."""
         return self._rows("list_checkpoints", after, limit)
 
-    def public_keys(self) -> AsyncIterator[bytes]:
-        """All public keys that were ever signed with."""
+    def public_keys(self) -> AsyncIterator[tuple[bytes, bytes]]:
+        """All public keys that were ever signed with, each behind the id that it is found by."""
         return self._rows("public_keys")
-
-    def roots(self) -> AsyncIterator[bytes]:
-        """The ids of all roots of which anything was sealed."""
-        return self._rows("sealed_roots")
 
     def leaves(self, *, after: int, until: int) -> AsyncIterator[tuple[int, Leaf]]:
         """The leaves of some checkpoints, each with its checkpoint's number, in order."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Generic, NamedTuple, Self, TypeVar
 
@@ -16,32 +17,41 @@ import psycopg
 from peculium_server.core.lanes import lane_of
 from peculium_server.core.limits import DEPTH_MAX
 from peculium_server.core.state import Budget, Hold
-from peculium_server.store import tail
+from peculium_server.store import incarnations, migrate, tail
 from peculium_server.store.accounts import Accounts
+from peculium_server.store.alerting import Alerting
+from peculium_server.store.alerts import STATEMENTS as ALERTS
 from peculium_server.store.audit_reads import BY_INDEX
 from peculium_server.store.connect import Readers, connect_reader, is_postgres
 from peculium_server.store.errors import (
     LedgerCorrupt,
-    SchemaOutdated,
     SettingsUnsafe,
     StoreUnavailable,
     translate,
 )
+from peculium_server.store.incarnations import Memory
+from peculium_server.store.keys import Keys
 from peculium_server.store.lane import LanesWriter, LaneWriter
-from peculium_server.store.migrate import current, head
 from peculium_server.store.reading import fetch_together, reading
 from peculium_server.store.reads import STATEMENTS
+from peculium_server.store.refusals import Refusals
 from peculium_server.store.seals import Seals
+from peculium_server.store.security import Security
 from peculium_server.store.snapshot import Snapshot
-from peculium_server.store.statements import LEDGER
+from peculium_server.store.statements import LEDGER, Ledger
 from peculium_server.store.tail import Tail, Within
 from peculium_server.store.wire import Connection, Statement, Step
+from peculium_server.telemetry.meters import Meters
 
 Row = TypeVar("Row")
 Key = TypeVar("Key")
 
 _NIL = bytes(16)
 """Less than every id."""
+
+KEY_READERS = 2
+"""Connections of their own for keys, one while nobody makes or ends any: who may call is learnt however many
+read the ledger."""
 
 _STARVED_SECONDS = 10.0
 """For so long after the database lacked the means to save something it is not one to rely upon."""
@@ -96,43 +106,95 @@ class Page(NamedTuple, Generic[Row, Key]):
 class Store:
     """An open ledger."""
 
-    def __init__(self, dsn: str, readers: Readers, incarnation: bytes, lanes: int) -> None:
-        self.incarnation = incarnation
-        """16 bytes, made with the ledger: a restored copy keeps them, another ledger has others."""
-        self.lanes = lanes
+    def __init__(
+        self,
+        dsn: str,
+        readers: Readers,
+        key_readers: Readers,
+        memory: Memory,
+        ledger: Ledger,
+        meters: Meters | None = None,
+    ) -> None:
+        self.incarnation = memory.incarnation
+        """16 bytes: another ledger has others, and so has this one once it was restored."""
+        self.origin = ledger.incarnation
+        """The incarnation that the ledger was made with: it stays, whatever becomes of the ledger."""
+        self.lanes = lanes = ledger.lanes
         self.seals = Seals(readers, lanes)
         """Its checkpoints."""
+        self.keys = Keys(key_readers)
+        """Its API keys."""
+        self.refusals = Refusals(readers, self.lane_of)
+        """How often budgets were refused what."""
+        self.security = Security(readers, self.lane_of)
+        """Secrets that were shown by another than whose they were."""
+        self.alerting = Alerting(readers, lanes)
+        """Its alerts, their rules, and whom they are sent to."""
         self._readers = readers
-        self._writers = [LaneWriter(dsn, incarnation, lane) for lane in range(lanes)]
-        self._lanes_writer = LanesWriter(dsn, incarnation)
+        self._key_readers = key_readers
+        self._memory = memory
+        self._writers = [LaneWriter(dsn, memory, lane, meters) for lane in range(lanes)]
+        self._lanes_writer = LanesWriter(dsn, memory, meters)
+        self._probed = 0
+        """The lane that was probed last."""
+        self._probed_at: Sequence[int] = ()
+        """The positions of all lanes then; empty before the first time."""
+        if meters is not None:
+            meters.watch_readers(readers.use)
 
     @classmethod
     async def open(
-        cls, dsn: str, *, readers: int = 4, unsafe_settings_allowed: bool = False
+        cls,
+        dsn: str,
+        *,
+        readers: int = 4,
+        unsafe_settings_allowed: bool = False,
+        meters: Meters | None = None,
     ) -> Self:
         """Connect to a ledger, and make sure that it can be relied upon.
 
+        Args:
+            dsn: Where it is.
+            readers: How many connections reads share.
+            unsafe_settings_allowed: A database that may forget what it has recorded is accepted.
+            meters: Counts what happens, if anybody wants to know.
+
         Raises:
             StoreUnavailable: No connection to a primary.
-            SchemaOutdated: It is not at this version's schema.
+            SchemaOutdated: It is at an older schema than this version's.
+            ServerOutdated: It is at a schema that this version is too old for.
             SettingsUnsafe: It could lose what it has committed.
         """
-        found = await asyncio.to_thread(current, dsn)
-        if found != head():
-            raise SchemaOutdated(found, head())
+        await asyncio.to_thread(migrate.check, dsn)
         try:
             async with await connect_reader(dsn, None) as connection:
                 if not unsafe_settings_allowed:
                     await _check_settings(connection)
                 (ledger,) = await connection.fetch(Step(LEDGER))
+                state = await incarnations.enter(connection, postgres=is_postgres(connection))
         except psycopg.Error as error:
             raise translate(error) from error
+        memory = Memory(state.incarnation, ledger.lanes, frozen=state.frozen)
+        for lane, position in enumerate(state.positions):
+            memory.saw(lane, position)
         return cls(
             dsn,
-            Readers(dsn, ledger.incarnation, readers),
-            ledger.incarnation,
-            ledger.lanes,
+            Readers(dsn, memory, readers),
+            Readers(dsn, memory, KEY_READERS),
+            memory,
+            ledger,
+            meters,
         )
+
+    @property
+    def frozen(self) -> bool:
+        """Say whether the ledger was restored, and an operator has to say first that it may go on."""
+        return self._memory.frozen
+
+    @property
+    def restored(self) -> str | None:
+        """Why this is of no use any more, and has to be opened again: there is another incarnation."""
+        return self._memory.restored
 
     async def close(self) -> None:
         """Close all connections, those of the writers too."""
@@ -140,6 +202,7 @@ class Store:
             await writer.close()
         await self._lanes_writer.close()
         await self._readers.close()
+        await self._key_readers.close()
 
     def lane_of(self, root_id: bytes) -> int:
         """The lane that a root's operations are committed in."""
@@ -159,13 +222,25 @@ class Store:
         Raises:
             StoreError: Callers would not be served either.
         """
-        await self.standing(0)
-        await self._writers[0].probe()
+        async with reading(self._readers) as connection:
+            state = await incarnations.check(
+                connection, self._memory, postgres=is_postgres(connection)
+            )
+        await self._writers[self._resting(state.positions)].probe()
         # A commit that changes a row in its place finds room where one that adds rows may not.
         since = asyncio.get_running_loop().time() - _STARVED_SECONDS
         starved_at = [writer.starved_at for writer in self._writers]
         if max(*starved_at, self._lanes_writer.starved_at) > since:
             raise StoreUnavailable("the database lacks the means to save what is accepted")
+
+    def _resting(self, positions: Sequence[int]) -> int:
+        """A lane to probe: one that nobody commits to, whose operations a probe would be in the way of."""
+        still = [lane for lane, seen in enumerate(self._probed_at) if seen == positions[lane]]
+        if self._probed not in still:
+            # By chance: servers that probe the same lane meet there.
+            self._probed = secrets.choice(still or range(self.lanes))
+        self._probed_at = positions
+        return self._probed
 
     async def standing(self, lane: int) -> Standing:
         """The clock, and the position that the lane has by now."""
@@ -205,14 +280,6 @@ class Store:
         """Some budgets of a tree, in no order."""
         return await self._fetch("budgets", lane=self.lane_of(root_id), root_id=root_id, ids=ids)
 
-    async def list_children(
-        self, root_id: bytes, budget_id: bytes, *, limit: int, after: str | None = None
-    ) -> Page[Budget, str]:
-        """A budget's direct children by name, closed ones included."""
-        key = self.key(root_id, budget_id)
-        found = await self._fetch("list_children", **key, after=after or "", limit=limit + 1)
-        return _page(found, limit, lambda budget: budget.name)
-
     async def list_holds(
         self,
         root_id: bytes,
@@ -241,6 +308,16 @@ class Store:
             found = await connection.fetch(Step(tail.STATEMENTS["positions"]))
         return tail.to_positions(found, self.lanes)
 
+    async def watched(self) -> tuple[int, ...]:
+        """Where all lanes stand, and behind these how many alerts there are, of a moment before."""
+        async with reading(self._readers) as connection:
+            progress, found = await fetch_together(
+                connection, Step(ALERTS["progress"]), Step(tail.STATEMENTS["positions"])
+            )
+        if not progress:
+            raise LedgerCorrupt("the row that says how far alerts have come is missing")
+        return (*tail.to_positions(found, self.lanes), progress[0].alerts)
+
     async def tail(self, lane: int, within: Within | None, *, after: int, until: int) -> Tail:
         """The operations of a lane between two positions, the first ones if those are too many.
 
@@ -255,6 +332,15 @@ class Store:
         async with reading(self._readers) as connection:
             found = await connection.fetch(Step(statement, values))
         return await tail.to_tail(found, until)
+
+    async def open_holds(self) -> tuple[int, int]:
+        """How many holds are live, and how many have lapsed; of each lane a bounded number is counted."""
+        statement = STATEMENTS["open_holds"]
+        async with reading(self._readers) as connection:
+            steps = [Step(statement, {"lane": lane}) for lane in range(self.lanes)]
+            found = await fetch_together(connection, *steps)
+        live = sum(row[0] for (row,) in found)
+        return live, max(0, sum(row[1] for (row,) in found) - live)
 
     # -- What the ledger itself has to do ---------------------------------------------------------
 
@@ -310,8 +396,10 @@ class Store:
         async with reading(self._readers) as connection:
             await connection.execute("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
             await connection.execute(f"SET LOCAL statement_timeout = {timeout_ms:d}")
-            [found] = await connection.fetch(Step(STATEMENTS["standing"], {"lane": lane}))
-            yield connection, Standing(*found)
+            found = await connection.fetch(Step(STATEMENTS["standing"], {"lane": lane}))
+            if not found:
+                raise LedgerCorrupt(f"lane {lane} has no position")
+            yield connection, Standing(*found[0])
             await connection.execute("COMMIT")
 
     def key(self, root_id: bytes, budget_id: bytes) -> dict[str, Any]:

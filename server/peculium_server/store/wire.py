@@ -67,6 +67,11 @@ def encode_bytea(value: bytes) -> bytes:
     return value
 
 
+def encode_bool(value: bool) -> bytes:
+    """A boolean."""
+    return b"\x01" if value else b"\x00"
+
+
 def encode_text(value: str) -> bytes:
     """A text in UTF-8."""
     return value.encode()
@@ -110,11 +115,7 @@ def _sized(oid: int, pack: Callable[[Any], bytes]) -> Encoder:
     return encode
 
 
-def _pack_bool(value: bool) -> bytes:
-    return b"\x01" if value else b"\x00"
-
-
-encode_bools = _fixed(_BOOL_OID, 1, _pack_bool)
+encode_bools = _fixed(_BOOL_OID, 1, encode_bool)
 encode_int2s = _fixed(_INT2_OID, 2, _pack_int2)
 encode_int8s = _fixed(_INT8_OID, 8, _pack_int8)
 encode_times = _fixed(_TIMESTAMPTZ_OID, 8, encode_time)
@@ -236,6 +237,9 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
                 self.pgconn.pipeline_sync()
             # What the system does not take at once is sent when the flight is about to land.
             self.pgconn.flush()
+            if self._answers is not None:
+                # While libpq could not send, it has read: what a flight before waits for may be here.
+                self._answers.wake()
         except BaseException:
             self._break_off()
             raise
@@ -338,7 +342,10 @@ class Connection(psycopg.AsyncConnection[TupleRow]):
         values = step.values
         self.pgconn.send_query_prepared(
             name,
-            [encode(values[parameter]) for parameter, encode in parameters],
+            [
+                None if (value := values[parameter]) is None else encode(value)
+                for parameter, encode in parameters
+            ],
             [Format.BINARY] * len(parameters),
             Format.BINARY,
         )
@@ -361,7 +368,7 @@ class _Answers:
         self._watching = True
 
     def __enter__(self) -> Self:
-        self._loop.add_reader(self._socket, self._wake)
+        self._loop.add_reader(self._socket, self.wake)
         self._timer = self._loop.call_later(ANSWER_SECONDS_MAX, self._give_up)
         return self
 
@@ -376,14 +383,14 @@ class _Answers:
         self._timer.cancel()
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
-        self._wake()
+        self.wake()
 
     async def to_be_asked_for(self) -> None:
         """Hand everything that is asked over to the system."""
         pgconn = self._pgconn
         while pgconn.flush():
             # The other side may not take more before its answers are taken.
-            self._loop.add_writer(self._socket, self._wake)
+            self._loop.add_writer(self._socket, self.wake)
             try:
                 await self._wait()
             finally:
@@ -425,14 +432,15 @@ class _Answers:
         if self._late:
             raise psycopg.OperationalError("no answer")
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let whoever waits look what is there."""
         # Called again and again until what came is taken.
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
     def _give_up(self) -> None:
         self._late = True
-        self._wake()
+        self.wake()
 
 
 def _error(result: PGresult) -> errors.Error:
