@@ -9,7 +9,13 @@ from peculium_server.core.outcome import Outcome
 from peculium_server.core.refusals import Refusal, Refused
 from peculium_server.lanes import lane as lane_module
 from peculium_server.lanes.answers import Unanswered, Unavailability
-from peculium_server.lanes.lane import Answered, DeadlinePassed, Lane
+from peculium_server.lanes.lane import (
+    GATHERED_ROWS,
+    QUIET_TURNS,
+    Answered,
+    DeadlinePassed,
+    Lane,
+)
 from peculium_server.store.errors import (
     LedgerCorrupt,
     StatementRefused,
@@ -110,8 +116,77 @@ async def test_a_transaction_begins_early_only_with_half_of_what_is_under_way(
 
 async def settled() -> None:
     """Let everything happen that waits for nothing."""
-    for _ in range(9):
+    await turns(2 * QUIET_TURNS)
+
+
+async def turns(number: int) -> None:
+    """Let the event loop turn so often."""
+    for _ in range(number):
         await asyncio.sleep(0)
+
+
+async def test_whoever_is_alone_waits_for_nobody(lane: Lane, writer: MemoryWriter) -> None:
+    root = await granted(lane)
+    writer.begun.clear()
+    answered = lane.submit([request(spend(root))], {}, None)
+    await turns(1)
+    assert writer.begun.is_set()
+    await answered
+
+
+async def test_those_who_follow_each_other_closely_share_a_transaction(
+    lane: Lane, writer: MemoryWriter
+) -> None:
+    root = await granted(lane)
+    await asyncio.gather(*(lane.submit([request(spend(root))], {}, None) for _ in range(2)))
+    following = []
+    for _ in range(10):
+        following.append(lane.submit([request(spend(root))], {}, None))
+        await turns(QUIET_TURNS - 1)
+    await asyncio.gather(*following)
+    assert writer.transactions == [1, 2, 10]
+
+
+async def test_behind_a_transaction_that_is_under_way_company_is_waited_for(
+    lane: Lane, writer: MemoryWriter
+) -> None:
+    root = await granted(lane)
+    writer.landing.clear()
+    saved = [lane.submit([request(spend(root))], {}, None)]
+    await settled()
+    for _ in range(3):
+        saved.append(lane.submit([request(spend(root))], {}, None))
+        await turns(QUIET_TURNS - 1)
+    writer.landing.set()
+    await asyncio.gather(*saved)
+    assert writer.transactions == [1, 1, 3]
+
+
+async def test_nobody_waits_for_company_without_end(
+    lane: Lane, writer: MemoryWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = await granted(lane)
+    await asyncio.gather(*(lane.submit([request(spend(root))], {}, None) for _ in range(2)))
+    monkeypatch.setattr(lane_module, "GATHER_SECONDS_MAX", 0.0)
+    writer.begun.clear()
+    answered = lane.submit([request(spend(root))], {}, None)
+    await turns(1)
+    assert writer.begun.is_set()
+    await answered
+
+
+@pytest.mark.parametrize(("size", "begun"), [(GATHERED_ROWS - 1, False), (GATHERED_ROWS, True)])
+async def test_a_transaction_that_is_worth_its_cost_waits_for_nobody(
+    lane: Lane, writer: MemoryWriter, size: int, begun: bool
+) -> None:
+    root = await granted(lane)
+    await asyncio.gather(*(lane.submit([request(spend(root))], {}, None) for _ in range(2)))
+    writer.begun.clear()
+    several = [request(spend(root), index) for index in range(size)]
+    answered = lane.submit(several, {}, None)
+    await turns(1)
+    assert writer.begun.is_set() is begun
+    await answered
 
 
 async def test_requests_are_decided_in_the_order_of_their_coming(

@@ -22,6 +22,10 @@ class Unavailability(IntEnum):
     DATABASE_UNAVAILABLE = 3
     CONTENDED = 4
     TOO_MANY_WATCHES = 5
+    KEYS_OUTDATED = 6
+    RATE_LIMITED = 7
+    TOO_MANY_AT_ONCE = 8
+    TOO_MANY_STREAMS = 9
 
 
 SENTENCES: dict[Unavailability, str] = {
@@ -30,8 +34,20 @@ SENTENCES: dict[Unavailability, str] = {
     Unavailability.DATABASE_UNAVAILABLE: (
         "The database did not answer; send the same operation again to learn what became of it."
     ),
-    Unavailability.CONTENDED: "Conflicts with other servers did not end; nothing was done.",
+    Unavailability.CONTENDED: "Conflicts with other sessions of the database did not end; nothing was done.",
     Unavailability.TOO_MANY_WATCHES: "As many follow the ledger at this server as it allows.",
+    Unavailability.KEYS_OUTDATED: (
+        "The server has not been able to read for too long who may call; nothing was done."
+    ),
+    Unavailability.RATE_LIMITED: (
+        "The caller asks for more in a second than this server lets one ask for; nothing was done."
+    ),
+    Unavailability.TOO_MANY_AT_ONCE: (
+        "The caller waits for as much already as this server lets one wait for; nothing was done."
+    ),
+    Unavailability.TOO_MANY_STREAMS: (
+        "The caller has as many streams open as this server lets one have."
+    ),
 }
 """What happened and what to do, for people."""
 

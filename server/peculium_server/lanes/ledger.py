@@ -14,6 +14,7 @@ from peculium_server.core.refusals import Refusal, Refused
 from peculium_server.lanes.answers import Answer, Position, Unanswered, Unavailability
 from peculium_server.lanes.lane import Answered, AtomicLane, Lane, LanesWriter, Writer
 from peculium_server.lanes.weight import GROUP_ROWS_MAX, rows, rows_of
+from peculium_server.telemetry.meters import Meters
 
 DRAINING_RETRY_MS: Final = 1_000
 """By then a load balancer or a restart has brought another server."""
@@ -44,17 +45,27 @@ class Lanes(Protocol):
 class Ledger:
     """All lanes of one open ledger."""
 
-    def __init__(self, store: Lanes, *, queue_rows_max: int) -> None:
+    def __init__(self, store: Lanes, *, queue_rows_max: int, meters: Meters | None = None) -> None:
+        """Begin with nothing waiting.
+
+        Args:
+            store: Where it is.
+            queue_rows_max: How much may wait in one lane, in rows to be written.
+            meters: Counts what happens, if anybody wants to know.
+        """
         self._incarnation = store.incarnation
         self._lane_of = store.lane_of
         self._lanes = [
-            Lane(number, store.writer(number), queue_rows_max=queue_rows_max)
+            Lane(number, store.writer(number), queue_rows_max=queue_rows_max, meters=meters)
             for number in range(store.lanes)
         ]
         self._atomic = AtomicLane(
-            store.lanes_writer(), store.lane_of, queue_rows_max=queue_rows_max
+            store.lanes_writer(), store.lane_of, queue_rows_max=queue_rows_max, meters=meters
         )
         self._draining = False
+        self._meters = meters
+        if meters is not None:
+            meters.watch_lanes(self._depths)
 
     async def execute(self, requests: Sequence[Request], deadline: float | None) -> list[Answer]:
         """Decide and save the operations of one client request, each on its own.
@@ -72,6 +83,11 @@ class Ledger:
         Raises:
             DeadlinePassed: The deadline passed before some were decided.
         """
+        answers = await self._answers(requests, deadline)
+        self._count(requests, answers)
+        return answers
+
+    async def _answers(self, requests: Sequence[Request], deadline: float | None) -> list[Answer]:
         if self._draining:
             return [Answer(DRAINING, None)] * len(requests)
         admitted, refused = _admit(requests)
@@ -102,6 +118,13 @@ class Ledger:
         Raises:
             DeadlinePassed: The deadline passed before the batch was decided.
         """
+        answers = await self._atomic_answers(batch, deadline)
+        self._count(batch, answers)
+        return answers
+
+    async def _atomic_answers(
+        self, batch: Sequence[Request], deadline: float | None
+    ) -> list[Answer]:
         if self._draining:
             return [Answer(DRAINING, None)] * len(batch)
         refused = check_atomic(batch) or _check_weight(batch)
@@ -142,6 +165,16 @@ class Ledger:
         for lane in (*self._lanes, self._atomic):
             lane.abandon()
 
+    def _count(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
+        meters = self._meters
+        if meters is not None:
+            for request, answer in zip(requests, answers, strict=True):
+                meters.answered(request.operation.kind, _told(answer))
+
+    def _depths(self) -> Iterator[tuple[str, int]]:
+        for lane in (*self._lanes, self._atomic):
+            yield lane.name, lane.depth
+
     def _split(self, requests: Sequence[Request]) -> dict[int, list[Request]]:
         by_lane: dict[int, list[Request]] = {}
         for request in requests:
@@ -158,6 +191,21 @@ class Ledger:
 
     def _position(self, number: int, answered: Answered) -> Position:
         return Position(self._incarnation, number, answered.positions[number])
+
+
+def _told(answer: Answer) -> str:
+    """The answer as metrics tell it: one of `instruments.OUTCOMES`."""
+    match answer.result:
+        case Outcome(replayed=True):
+            return "replayed"
+        case Outcome(dry_run=True):
+            return "dry_run"
+        case Outcome():
+            return "accepted"
+        case Refused():
+            return "refused"
+        case Unanswered():
+            return "unanswered"
 
 
 def _check_weight(batch: Sequence[Request]) -> list[Outcome | Refused] | None:
@@ -193,7 +241,7 @@ def _past_refused(request: Request, untouched: dict[int, ByToken | After]) -> Re
     if not isinstance(authority, After) or authority.index not in untouched:
         return request
     operation = replace(request.operation, authority=untouched[authority.index])
-    return Request(operation, request.actor, request.index)
+    return Request(operation, request.actor, request.index, request.traceparent)
 
 
 def _parts(requests: Sequence[Request]) -> Iterator[Sequence[Request]]:
