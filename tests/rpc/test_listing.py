@@ -230,13 +230,17 @@ async def test_a_time_that_is_not_over_or_is_none_is_malformed(
 
 
 async def test_a_subtree_is_summed_up_only_if_that_is_asked_for(stored: Stored) -> None:
+    # A tree of its own: what others do to theirs is not summed up here.
+    root = granted("unused")
+    await make(stored, root)
     stub = AuditServiceStub(stored.channel)
-    request = audit.GetBudgetRequest(budget=by_path("acme"))
+    request = audit.GetBudgetRequest(budget=by_path("unused"))
     assert not (await stub.GetBudget(request)).HasField("used")
     request.sum_subtree = True
     told = await stub.GetBudget(request)
     assert told.HasField("used")
     assert (told.used, told.disputed) == (0, 0)
+    assert (told.held, told.holds_live) == (0, 0)
 
 
 @pytest.mark.parametrize("descending", [False, True])

@@ -32,7 +32,7 @@ from peculium_server.core.operations import (
     Reserve,
     TopUp,
 )
-from peculium_server.identity import Identities
+from peculium_server.keyfile import KeyFile
 from tests.rpc.messages import message_of
 from tests.rpc.wire import Stored, info_of, storing
 
@@ -214,7 +214,7 @@ async def test_who_has_no_authority_learns_nothing(database: str, tmp_path: Path
     secret = secrets.token_bytes(32)
     held = granted("held", holder="alice")
     bound = granted("bound", holder="alice", token_id=token_id(secret))
-    async with storing(database, Identities.load(file)) as stored:
+    async with storing(database, KeyFile.load(file)) as stored:
         admin = (("authorization", "Bearer admin"),)
         for root in (held, bound):
             await AdminServiceStub(stored.channel).Grant(message_of(root, None), metadata=admin)

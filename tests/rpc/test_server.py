@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from peculium.v1 import admin_service_pb2 as admin, ledger_service_pb2 as ledger, types_pb2
 from peculium.v1.admin_service_pb2_grpc import AdminServiceStub
 from peculium.v1.ledger_service_pb2_grpc import LedgerServiceStub
+from peculium_server.config import CannotListen
 from peculium_server.core.batch import Request
 from peculium_server.core.operations import ByHolder, Grant, Role
 from peculium_server.identity import Identities
@@ -24,7 +25,8 @@ from peculium_server.lanes.lane import DeadlinePassed
 from peculium_server.rpc.calls import CALL, Call
 from peculium_server.rpc.interceptors import DeadlineInterceptor, DecodingInterceptor
 from peculium_server.rpc.permissions import PERMISSIONS, SERVICES
-from peculium_server.rpc.server import CannotListen
+from peculium_server.store.errors import StoreUnavailable
+from peculium_server.store.keys import KeysSince
 from tests.lanes.memory import grant, reserve, spend
 from tests.rpc.messages import message_of
 from tests.rpc.wire import MESSAGE_BYTES_MAX, Wire, info_of, serving
@@ -222,6 +224,25 @@ async def test_nobody_gets_in_without_a_known_key(
         assert info_of(error).reason == "UNAUTHENTICATED"
 
 
+class Gone:
+    """Keys that cannot be read."""
+
+    async def since(self, _number: int, /) -> KeysSince:
+        raise StoreUnavailable("it is gone")
+
+
+@pytest.mark.parametrize("method", PERMISSIONS)
+async def test_a_server_that_cannot_read_the_keys_lets_nobody_in_whom_they_may_name(
+    method: str,
+) -> None:
+    for identities in (Identities(None, Gone()), Identities(None, Gone(), development=True)):
+        async with serving(identities) as wire:
+            error = await refused(wire.send(method, b"", metadata=bearer("pek_some")))
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        info = info_of(error)
+        assert (info.reason, dict(info.metadata)) == ("KEYS_OUTDATED", {"limit_seconds": "10"})
+
+
 async def test_an_operation_is_recorded_under_its_callers_principal(keys: Identities) -> None:
     async with serving(keys) as wire:
         root = await granted(wire, holder="agent-1", metadata=bearer("admin-key"))
@@ -299,10 +320,10 @@ async def test_an_end_that_comes_with_its_callers_going_is_told_to_nobody() -> N
             return 0
 
     CALL.set(Call("a method", "ab12"))
-    make: Any = grpc.unary_unary_rpc_method_handler
+    make: Any = grpc.stream_unary_rpc_method_handler
     handler = DeadlineInterceptor(30).wrap("a method", make(leave))
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.create_task(handler.unary_unary(b"", Late()))
+        await asyncio.create_task(handler.stream_unary(None, Late()))
 
 
 async def test_a_caller_who_goes_takes_the_call_along() -> None:
@@ -368,6 +389,9 @@ async def test_anybody_may_ask_for_health_and_for_the_services(keys: Identities)
 class Deaf:
     """A caller who takes no answer."""
 
+    async def read(self) -> bytes:
+        return b""
+
     async def write(self, _answer: object) -> None:
         await asyncio.Event().wait()
 
@@ -381,9 +405,10 @@ async def test_a_stream_ends_when_its_caller_takes_no_answer() -> None:
         finally:
             ended.append("here")
 
+    CALL.set(Call("a method", "ab12"))
     make: Any = grpc.unary_stream_rpc_method_handler
     handler = make(answers, request_deserializer=bytes)
     deaf: Any = Deaf()
     with pytest.raises(DeadlinePassed):
-        await DecodingInterceptor(0.05).wrap("a method", handler).unary_stream(b"", deaf)
+        await DecodingInterceptor(0.05).wrap("a method", handler).stream_stream(None, deaf)
     assert ended == ["here"]

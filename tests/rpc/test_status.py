@@ -91,10 +91,22 @@ def test_a_refusal_tells_its_reason_and_facts(reason: Refusal) -> None:
 def test_an_unavailability_says_when_to_try_again(reason: Unavailability) -> None:
     sent = status.of_unanswered(Unanswered(reason, {"lane": "3"}, 1_500))
     _, [info, retry] = details(sent)
-    assert sent.code is grpc.StatusCode.UNAVAILABLE
+    assert sent.code in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED}
     assert info == ErrorInfo(reason=reason.name, domain="peculium", metadata={"lane": "3"})
     assert isinstance(retry, RetryInfo)
     assert retry.retry_delay.ToMilliseconds() == 1_500
+
+
+def test_who_has_reached_a_limit_of_ones_own_does_not_hear_that_the_server_is_unavailable() -> None:
+    told = {
+        reason: status.of_unanswered(Unanswered(reason, {}, 1)).code for reason in Unavailability
+    }
+    of_one = {each for each in told if told[each] is grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert of_one == {
+        Unavailability.RATE_LIMITED,
+        Unavailability.TOO_MANY_AT_ONCE,
+        Unavailability.TOO_MANY_STREAMS,
+    }
 
 
 def subclasses(kind: type[Any]) -> Iterable[type[Any]]:
@@ -105,8 +117,10 @@ def subclasses(kind: type[Any]) -> Iterable[type[Any]]:
 
 MADE: dict[type[errors.StoreError], errors.StoreError] = {
     errors.StoreUnavailable: errors.StoreUnavailable("gone"),
+    errors.LedgerRestored: errors.LedgerRestored("it is on timeline 2, and was on 1"),
     errors.StoreContended: errors.StoreContended(10),
     errors.SchemaOutdated: errors.SchemaOutdated(None, "0001"),
+    errors.ServerOutdated: errors.ServerOutdated("0003", "0002", "0001"),
     errors.SettingsUnsafe: errors.SettingsUnsafe({"fsync": "off"}),
     errors.StatementRefused: errors.StatementRefused("42501"),
     errors.LedgerCorrupt: errors.LedgerCorrupt("rows"),

@@ -19,7 +19,7 @@ from peculium.v1.audit_service_pb2_grpc import AuditServiceStub
 from peculium.v1.ledger_service_pb2_grpc import LedgerServiceStub
 from peculium_server.core.operations import ByHolder, Grant, Reserve, Spend
 from peculium_server.rpc import cursors, watching
-from peculium_server.rpc.calls import CallUnanswered
+from peculium_server.rpc.calls import CALL, Call, CallUnanswered
 from peculium_server.rpc.reading import Reader
 from peculium_server.rpc.watching import Watching
 from peculium_server.store.store import Store
@@ -238,7 +238,7 @@ async def test_a_cursor_that_is_none_or_of_another_ledger_is_refused(stored: Sto
     async with following(stored) as watch:
         cursor = watch.cursor
     incarnation, lanes = stored.store.incarnation, stored.store.lanes
-    positions = cursors.read_cursor(cursor, incarnation, lanes)
+    positions = cursors.read_cursor(cursor, incarnation, lanes + 1)
     ahead = [position + 1 for position in positions]
     damaged = bytearray(cursor)
     damaged[30] ^= 1
@@ -328,13 +328,13 @@ async def test_heartbeats_move_the_cursor_past_what_is_not_selected(
         seen = 0
         while not seen:
             assert not (await watch.next()).entries
-            seen = cursors.read_cursor(watch.cursor, stored.store.incarnation, stored.store.lanes)[
-                lane
-            ]
+            positions = stored.store.lanes + 1
+            seen = cursors.read_cursor(watch.cursor, stored.store.incarnation, positions)[lane]
         assert seen == 1
 
 
 async def test_draining_does_not_wait_for_those_who_follow(stored: Stored) -> None:
+    CALL.set(Call("a method", "ab12"))
     service = Watching(Reader(stored.store), stored.store)
     messages = service.watch(audit.WatchEntriesRequest())
     await anext(messages)
@@ -363,6 +363,7 @@ async def test_nothing_is_read_before_what_was_told_is_taken(
         return await tail(self, *arguments, **named)
 
     monkeypatch.setattr(Store, "tail", counted)
+    CALL.set(Call("a method", "ab12"))
     service = Watching(Reader(stored.store), stored.store)
     messages = service.watch(audit.WatchEntriesRequest(from_beginning=True))
     await anext(messages)

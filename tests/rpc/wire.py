@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -11,9 +12,12 @@ import grpc
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
+from peculium_server.core.throttle import Limits
 from peculium_server.identity import Identities
+from peculium_server.keyfile import KeyFile
 from peculium_server.lanes.ledger import Ledger
-from peculium_server.rpc.server import Server
+from peculium_server.refusals import RefusalCounts
+from peculium_server.rpc.server import CONNECTIONS_MAX, Server
 from peculium_server.store.store import Store
 from tests.lanes.memory import MemoryStore
 
@@ -27,6 +31,7 @@ class Wire:
     store: MemoryStore
     server: Server
     channel: grpc.aio.Channel
+    port: int
 
     async def send(
         self,
@@ -56,6 +61,9 @@ async def serving(
     ledger: Any = None,
     call_seconds_max: float = 30,
     address: str = "127.0.0.1:0",
+    trace_one_in: int = 1,
+    limits: Limits | None = None,
+    connections_max: int = CONNECTIONS_MAX,
 ) -> AsyncIterator[Wire]:
     """Serve a ledger in memory, or the one given, on a port of this machine."""
     store = MemoryStore()
@@ -65,11 +73,14 @@ async def serving(
         identities or Identities.dev(),
         message_bytes_max=MESSAGE_BYTES_MAX,
         call_seconds_max=call_seconds_max,
+        trace_one_in=trace_one_in,
+        limits=limits,
+        connections_max=connections_max,
     )
     port = await server.start(address)
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
-            yield Wire(store, server, channel)
+            yield Wire(store, server, channel, port)
         finally:
             await server.stop(0)
 
@@ -80,25 +91,47 @@ class Stored:
 
     store: Store
     channel: grpc.aio.Channel
+    refusals: RefusalCounts | None
+    """Counts what is refused, if it was asked to; adds up when it is told to."""
+
+
+class _Everybody(Identities):
+    """Whoever calls is `dev`, also when somebody has made a key."""
+
+    @property
+    def dev_mode(self) -> bool:
+        return True
 
 
 @contextlib.asynccontextmanager
-async def storing(database: str, identities: Identities | None = None) -> AsyncIterator[Stored]:
-    """Serve the ledger of a database on a port of this machine."""
+async def storing(
+    database: str, file: KeyFile | None = None, *, counting: bool = False
+) -> AsyncIterator[Stored]:
+    """Serve the ledger of a database on a port of this machine: to whom a key file names, or to everybody."""
     store = await Store.open(database)
     ledger = Ledger(store, queue_rows_max=10_000)
+    make = _Everybody if file is None else Identities
+    identities = make(file, store.keys, development=file is None)
+    await identities.refresh()
+    refusals = None
+    if counting:
+        refusals = RefusalCounts(store, 7)
+        await refusals.learn_time()
     server = Server(
         ledger,
         store,
-        identities or Identities.dev(),
+        identities,
         message_bytes_max=MESSAGE_BYTES_MAX,
         call_seconds_max=30,
+        refusals=refusals,
     )
+    keeping_up = asyncio.create_task(identities.run())
     try:
         port = await server.start("127.0.0.1:0")
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            yield Stored(store, channel)
+            yield Stored(store, channel, refusals)
     finally:
+        keeping_up.cancel()
         await server.stop(0)
         await ledger.drain()
         await store.close()

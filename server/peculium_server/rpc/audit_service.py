@@ -19,12 +19,18 @@ from peculium.v1.audit_service_pb2 import (
     GetStatementResponse,
     GetUsageRequest,
     GetUsageResponse,
+    ListAlertsRequest,
+    ListAlertsResponse,
     ListBudgetsRequest,
     ListBudgetsResponse,
     ListCheckpointsRequest,
     ListCheckpointsResponse,
     ListEntriesRequest,
     ListEntriesResponse,
+    ListRefusalsRequest,
+    ListRefusalsResponse,
+    ListSecurityEventsRequest,
+    ListSecurityEventsResponse,
     ProveEntryRequest,
     ProveEntryResponse,
     VerifyRequest,
@@ -33,12 +39,15 @@ from peculium.v1.audit_service_pb2 import (
     WatchEntriesResponse,
 )
 from peculium_server.rpc.accounting import Accounting
+from peculium_server.rpc.alerting import Alerts
 from peculium_server.rpc.exporting import Exporting
 from peculium_server.rpc.listing import Listing
 from peculium_server.rpc.past import Past
 from peculium_server.rpc.reading import Reader
+from peculium_server.rpc.refusing import Refusing
 from peculium_server.rpc.responses import write_finding
 from peculium_server.rpc.sealing import Sealing
+from peculium_server.rpc.security import SecurityReading
 from peculium_server.rpc.verifying import Verification
 from peculium_server.rpc.watching import Watching
 from peculium_server.store.store import Store
@@ -50,15 +59,18 @@ VERIFICATIONS_MAX: Final = 2
 class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
     """What an auditor may ask."""
 
-    def __init__(self, reader: Reader, store: Store) -> None:
+    def __init__(self, reader: Reader, store: Store, alerts: Alerts) -> None:
         self._reader = reader
         self._store = store
+        self._alerts = alerts
         self._accounting = Accounting(reader, store)
         self._exporting = Exporting(reader, store)
         self._sealing = Sealing(reader, store)
         self._watching = Watching(reader, store)
         self._listing = Listing(reader, store)
         self._past = Past(reader, store)
+        self._refusing = Refusing(reader, store)
+        self._security = SecurityReading(reader, store)
         self._verifying = asyncio.Semaphore(VERIFICATIONS_MAX)
 
     def close(self) -> None:
@@ -83,12 +95,12 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
 
     async def Verify(self, request: VerifyRequest, context: Any) -> AsyncIterator[VerifyResponse]:
         """Re-run every decision of a tree, or of all trees, and compare."""
-        tree: bytes | None = None
-        if request.HasField("tree"):
-            line, _ = await self._reader.for_auditor(request.tree)
-            tree = line.budget.root_id
+        read = await self._reader.for_auditor_or_all(
+            request.tree if request.HasField("tree") else None
+        )
+        tree = None if read is None else read[0].budget.root_id
         async with self._verifying, self._store.snapshot() as snapshot:
-            verification = Verification(snapshot, self._store.incarnation, self._store.lanes)
+            verification = Verification(snapshot, self._store.lanes)
             async for entries in verification.run(tree):
                 yield VerifyResponse(entries=entries, trees=verification.trees)
         verdict = VerifyResponse(entries=verification.entries, trees=verification.trees)
@@ -117,6 +129,18 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         """Prove that an entry is under a sealed checkpoint."""
         return await self._sealing.proof(request)
 
+    async def ListRefusals(
+        self, request: ListRefusalsRequest, context: Any
+    ) -> ListRefusalsResponse:
+        """List how often budgets were refused what, by minute."""
+        return await self._refusing.refusals(request)
+
+    async def ListSecurityEvents(
+        self, request: ListSecurityEventsRequest, context: Any
+    ) -> ListSecurityEventsResponse:
+        """List secrets that were shown by another principal than whose they were."""
+        return await self._security.events(request)
+
     def WatchEntries(
         self, request: WatchEntriesRequest, context: Any
     ) -> AsyncIterator[WatchEntriesResponse]:
@@ -128,3 +152,7 @@ class AuditService(audit_service_pb2_grpc.AuditServiceServicer):
         async with aclosing(self._exporting.export(request)) as pieces:
             async for piece in pieces:
                 yield piece
+
+    async def ListAlerts(self, request: ListAlertsRequest, context: Any) -> ListAlertsResponse:
+        """List what alert rules have found."""
+        return await self._alerts.list_alerts(request)

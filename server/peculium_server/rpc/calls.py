@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from peculium_server.core.operations import Actor
+from peculium_server.core.operations import Actor, Operation
 from peculium_server.core.refusals import Refusal, Refused
 from peculium_server.lanes.answers import Unanswered
+from peculium_server.lanes.weight import rows
 
 
 @dataclass(slots=True)
@@ -19,8 +21,26 @@ class Call:
     request_id: str
     """Names the call in the log."""
     actor: Actor | None = None
+    key_id: bytes | None = None
+    """The key of the database that the caller has presented, if it is one."""
+    roots: frozenset[bytes] | None = None
+    """The trees that the caller is limited to; None: all. Asked for by `scope` alone."""
+    check: Callable[[], None] | None = None
+    """Raises when the caller may not call any more: a call may last longer than a key."""
+    weigh: Callable[[int], None] | None = None
+    """Is told how much more than one operation the call asks for, where callers are limited."""
     deadline: float | None = None
     """On the event loop's clock."""
+    traceparent: str = ""
+    """The W3C trace context that it came with, as it came."""
+    operations: int = 0
+    """How many it asks for."""
+    refused: dict[Refusal, int] = field(default_factory=dict)
+    """What it was told no for, how often."""
+
+    def refuse(self, reason: Refusal) -> None:
+        """The caller is told no, for the whole call or for one of its operations."""
+        self.refused[reason] = self.refused.get(reason, 0) + 1
 
 
 CALL: Final[ContextVar[Call]] = ContextVar("call")
@@ -38,6 +58,18 @@ def actor() -> Actor:
 def deadline() -> float | None:
     """When the call that is being served is over, on the event loop's clock."""
     return CALL.get().deadline
+
+
+def weigh(operations: Iterable[Operation], malformed: int = 0) -> None:
+    """Count the call that is being served as what it asks for, where callers are limited.
+
+    Args:
+        operations: As its lanes weigh them.
+        malformed: How many beside them are none.
+    """
+    told = CALL.get().weigh
+    if told is not None and (more := rows(operations) + malformed - 1) > 0:
+        told(more)
 
 
 class CallRefused(Exception):

@@ -23,6 +23,7 @@ from peculium_server.core.encoding import ENCODING_VERSION
 from peculium_server.core.lanes import lane_of
 from peculium_server.core.offline.records import digest_of
 from peculium_server.core.state import Budget, Hold
+from peculium_server.rpc import scope
 from peculium_server.rpc.calls import CallRefused
 from peculium_server.rpc.reading import Reader
 from peculium_server.rpc.responses import (
@@ -62,10 +63,10 @@ class Exporting:
         Raises:
             CallRefused: BUDGET_UNKNOWN, or MALFORMED.
         """
-        root_id: bytes | None = None
-        if request.HasField("tree"):
-            line, _ = await self._reader.for_auditor(request.tree)
-            root_id = line.budget.root_id
+        read = await self._reader.for_auditor_or_all(
+            request.tree if request.HasField("tree") else None
+        )
+        root_id = None if read is None else read[0].budget.root_id
         after = self._after(request)
         async with self._running, self._store.snapshot() as snapshot:
             positions = await snapshot.positions()
@@ -74,9 +75,11 @@ class Exporting:
                     raise CallRefused.malformed(
                         f"after[{lane}]", f"must be 0 to {end}, where the lane stands"
                     )
+            *earlier, incarnation = await snapshot.incarnations()
             header = ExportHeader(
                 encoding_version=ENCODING_VERSION,
-                incarnation=self._store.incarnation,
+                incarnation=incarnation,
+                earlier_incarnations=earlier,
                 positions=positions,
                 root_id=root_id or b"",
             )
@@ -88,10 +91,12 @@ class Exporting:
                 trailer.budgets += len(piece.budgets.budgets)
                 trailer.holds += len(piece.holds.holds)
                 yield piece
-            async for checkpoints in _checkpoints(snapshot, request.after_checkpoint):
-                begun = [each for each in checkpoints.checkpoints if not each.continued]
-                trailer.checkpoints += len(begun)
-                yield ExportResponse(checkpoints=checkpoints)
+            # Their leaves tell of all trees: how many entries each budget has, and when it got some.
+            if scope.roots() is None:
+                async for checkpoints in _checkpoints(snapshot, request.after_checkpoint):
+                    begun = [each for each in checkpoints.checkpoints if not each.continued]
+                    trailer.checkpoints += len(begun)
+                    yield ExportResponse(checkpoints=checkpoints)
             yield ExportResponse(trailer=trailer)
 
     def _after(self, request: ExportRequest) -> Sequence[int]:
@@ -147,10 +152,14 @@ async def _checkpoints(snapshot: Snapshot, after: int) -> AsyncIterator[Exported
             return
         until = page[-1].sealed.checkpoint.number
         waiting = deque(page)
-        piece, rows = ExportedCheckpoints(), 0
+        piece, rows, current = ExportedCheckpoints(), 0, 0
         async for number, leaf in snapshot.seals.leaves(after=after, until=until):
             while waiting and waiting[0].sealed.checkpoint.number <= number:
+                current = waiting[0].sealed.checkpoint.number
                 write_checkpoint(waiting.popleft(), piece.checkpoints.add().checkpoint)
+            # That of a checkpoint which is missing is left to whoever misses that.
+            if number != current:
+                continue
             if not piece.checkpoints:
                 more = piece.checkpoints.add(continued=True)
                 more.checkpoint.number = number

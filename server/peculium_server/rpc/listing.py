@@ -15,6 +15,7 @@ from peculium.v1.audit_service_pb2 import (
     ListEntriesResponse,
 )
 from peculium_server.core.state import Budget, BudgetState, Entry
+from peculium_server.rpc import scope
 from peculium_server.rpc.pages import PAGE_BYTES_MAX, Asked, fitting, page_token, read_page
 from peculium_server.rpc.reading import Reader
 from peculium_server.rpc.responses import entry_bytes, write_budget, write_entry
@@ -98,7 +99,9 @@ class Listing:
                 self._store, top, selection, limit=asked.size, after=asked.after
             )
         after = None if asked.after is None else asked.after.decode()
-        page = await list_roots(self._store, selection, limit=asked.size, after=after)
+        page = await list_roots(
+            self._store, selection, limit=asked.size, after=after, among=scope.roots()
+        )
         return Page(page.rows, None if page.next is None else page.next.encode())
 
     async def entries(self, request: ListEntriesRequest) -> ListEntriesResponse:

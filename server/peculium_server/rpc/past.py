@@ -24,6 +24,7 @@ from peculium_server.rpc.times import read_past
 from peculium_server.store.history import (
     Making,
     TokenStep,
+    Totals,
     Used,
     line_at,
     makings,
@@ -53,22 +54,22 @@ class Past:
             CallRefused: BUDGET_UNKNOWN, also if it was not made yet; MALFORMED.
         """
         line, position = await self._reader.for_auditor(request.budget)
-        used: Used | None = None
+        sums: Used | Totals | None = None
         if request.HasField("as_of"):
             at = read_past("as_of", request.as_of, line.at)
             line = await self._line_at(line, at)
             if request.sum_subtree:
                 async with self._summing:
-                    used = await used_at(
+                    sums = await used_at(
                         self._store, line.budget.root_id, line.budget.budget_id, at
                     )
         elif request.sum_subtree:
             async with self._summing:
-                ancestry, used = await with_totals(
+                ancestry, sums = await with_totals(
                     self._store, line.budget.root_id, line.budget.budget_id
                 )
             line = line_of(ancestry, line.at)
-        return self._told(line, position, used)
+        return self._told(line, position, sums)
 
     async def _line_at(self, line: Line, at: int) -> Line:
         ancestry = await self._reader.ancestry(line.budget)
@@ -82,12 +83,16 @@ class Past:
             raise CallRefused(Refused(Refusal.BUDGET_UNKNOWN, facts))
         return line_of(then, at)
 
-    def _told(self, line: Line, position: Position, used: Used | None) -> GetBudgetResponse:
+    def _told(
+        self, line: Line, position: Position, sums: Used | Totals | None
+    ) -> GetBudgetResponse:
         response = GetBudgetResponse()
         write_budget(line.budget, line.path, line.state, response.budget)
         write_position(position, response.ledger)
-        if used is not None:
-            response.used, response.disputed = used
+        if sums is not None:
+            response.used, response.disputed = sums.used, sums.disputed
+        if isinstance(sums, Totals):
+            response.held, response.holds_live = sums.held, sums.holds_live
         return response
 
     async def lineage(self, request: GetLineageRequest) -> GetLineageResponse:

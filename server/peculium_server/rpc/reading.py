@@ -10,8 +10,10 @@ from peculium.v1 import types_pb2
 from peculium_server.core.limits import DEPTH_MAX, ID_BYTES, NAME_BYTES_MAX
 from peculium_server.core.operations import ByHolder, ByToken
 from peculium_server.core.refusals import Refusal, Refused, id_text
+from peculium_server.core.shape import NOT_TOLD, has_secret
 from peculium_server.core.state import Budget, BudgetState, Custody
 from peculium_server.lanes.answers import Position
+from peculium_server.rpc import scope
 from peculium_server.rpc.calls import CallRefused, actor
 from peculium_server.rpc.requests import decode_authority
 from peculium_server.store.store import Found, Store
@@ -67,6 +69,20 @@ class Reader:
             raise CallRefused(Refused(Refusal.BUDGET_UNKNOWN, {"budget": _said(reference)}))
         return read
 
+    async def for_auditor_or_all(
+        self, reference: types_pb2.BudgetRef | None
+    ) -> tuple[Line, Position] | None:
+        """The budget; where none is named, None for a caller who may see all trees.
+
+        Raises:
+            CallRefused: PERMISSION_DENIED: the caller is limited to some trees, and named none of them;
+                BUDGET_UNKNOWN or MALFORMED.
+        """
+        if reference is None:
+            scope.check_all_roots()
+            return None
+        return await self.for_auditor(reference)
+
     async def last_use(self, budget: Budget) -> int | None:
         """When a token of a token-held budget was last consumed, as of now or later than it was read.
 
@@ -117,15 +133,24 @@ class Reader:
                     raise CallRefused.malformed(
                         f"budget.{field}", f"must be {ID_BYTES} bytes, or give a path"
                     )
+            scope.check_root(reference.root_id, id_text(reference.root_id))
             return Found(reference.root_id, reference.budget_id)
         if reference.root_id or reference.budget_id:
             raise CallRefused.malformed(
                 "budget", "must be named by its ids or by its path, not by both"
             )
+        if has_secret(path):
+            # Whoever is told that there is no such budget is told which, and may log it.
+            raise CallRefused.malformed("budget.path", NOT_TOLD)
         # No name has such characters, and the database would not take them for text.
-        if len(path.encode()) > _PATH_BYTES_MAX or min(path) < " ":
-            return None
-        return await self._store.find(path)
+        findable = len(path.encode()) <= _PATH_BYTES_MAX and min(path) >= " "
+        if scope.roots() is not None:
+            name = path.partition("/")[0]
+            root = await self._store.find(name) if findable else None
+            scope.check_root(
+                None if root is None else root.root_id, _said(reference).partition("/")[0]
+            )
+        return await self._store.find(path) if findable else None
 
 
 def _authorised(proof: ByToken | ByHolder, budget: Budget, principal: str) -> bool:

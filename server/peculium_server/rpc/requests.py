@@ -54,6 +54,7 @@ from peculium_server.core.operations import (
     Withdraw,
 )
 from peculium_server.core.refusals import Refusal, Refused
+from peculium_server.rpc.calls import CallRefused
 
 _NANOS_MAX: Final = 999_999_999
 _DURATION_SECONDS_MAX: Final = 315_576_000_000
@@ -107,6 +108,18 @@ def decode_authority(authority: types_pb2.Authority) -> Authority | Refused:
         return error.refused
 
 
+def read_duration(message: Any, field: str) -> int | None:
+    """A duration of a request, in microseconds; None if it is absent.
+
+    Raises:
+        CallRefused: MALFORMED: it is none.
+    """
+    try:
+        return _optional_microseconds(message, field)
+    except _UndecodableError as error:
+        raise CallRefused(error.refused) from None
+
+
 def _authority(authority: types_pb2.Authority) -> Authority:
     secret = authority.secret
     if len(secret) == SECRET_BYTES:
@@ -157,6 +170,14 @@ def trace_id(traceparent: str) -> bytes | None:
         return None
     trace = bytes.fromhex(found[1])
     return None if trace == _NO_TRACE else trace
+
+
+def traceparent_of(message: Message) -> str:
+    """The W3C trace context of an operation that could be decoded, alone or in a batch, as it came."""
+    if isinstance(message, ledger_service_pb2.Operation):
+        message = getattr(message, message.WhichOneof("operation") or "")
+    header: types_pb2.OperationHeader = getattr(message, "header")  # noqa: B009 - no type has it
+    return header.traceparent
 
 
 def _labels(labels: Mapping[str, str]) -> Labels:

@@ -11,7 +11,8 @@ from typing import Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from peculium.v1 import audit_service_pb2, ledger_service_pb2, types_pb2
+from peculium.v1 import alerts_pb2, audit_service_pb2, ledger_service_pb2, types_pb2
+from peculium_server.core.alerts import DeliveryState, Numbered, Rule, Webhook
 from peculium_server.core.limits import SECOND_US
 from peculium_server.core.operations import Kind
 from peculium_server.core.outcome import Outcome
@@ -19,11 +20,14 @@ from peculium_server.core.refusals import Refused
 from peculium_server.core.state import Balances, Budget, BudgetState, Entry, Hold
 from peculium_server.core.verify import Finding
 from peculium_server.lanes.answers import Answer, Position, Unanswered
+from peculium_server.store.alerts import Delivery
 from peculium_server.store.checkpoints import Kept
 
 _NANOS_PER_US: Final = 1000
 _ENTRY_BYTES: Final = 512
 """What an entry takes beside its request and effect."""
+_ALERT_BYTES: Final = 320
+"""What an alert takes beside its texts."""
 _PLAIN_KINDS: Final = frozenset({Kind.RESERVE, Kind.SETTLE, Kind.RELEASE, Kind.EXTEND, Kind.SPEND})
 """These have an effect on one budget and one hold; most operations are of these kinds."""
 
@@ -242,6 +246,84 @@ def write_finding(finding: Finding, message: audit_service_pb2.Finding) -> None:
     message.seq = finding.seq
     message.rule = finding.rule
     message.detail = finding.detail
+
+
+def write_rule(rule: Rule, message: alerts_pb2.AlertRule) -> None:
+    """Write what is watched for."""
+    message.rule_id = rule.rule_id
+    message.root_id = rule.root_id
+    message.budget_id = rule.budget_id
+    message.path = rule.path
+    message.unit = rule.unit
+    message.kind = rule.kind  # type: ignore[assignment]
+    message.basis_points = rule.basis_points
+    message.amount = rule.amount
+    message.armed = rule.armed
+    message.crossings = rule.crossings
+    write_time(rule.created_at, message.created_at)
+    message.created_by = rule.created_by
+    if rule.deleted_at is not None:
+        write_time(rule.deleted_at, message.deleted_at)
+        message.deleted_by = rule.deleted_by or ""
+
+
+def write_alert(numbered: Numbered, message: alerts_pb2.Alert) -> None:
+    """Write what a rule has found."""
+    number, recorded_at, alert = numbered
+    message.number = number
+    message.alert_id = alert.alert_id
+    message.rule_id = alert.rule_id
+    message.root_id = alert.root_id
+    message.budget_id = alert.budget_id
+    message.path = alert.path
+    message.unit = alert.unit
+    message.kind = alert.kind  # type: ignore[assignment]
+    write_time(alert.at, message.at)
+    write_time(recorded_at, message.recorded_at)
+    message.amount = alert.amount
+    message.threshold = alert.threshold
+    message.granted = alert.granted
+    message.source_id = alert.source_id
+    message.source_path = alert.source_path
+    message.operation_id = alert.operation_id or b""
+    message.hold_id = alert.hold_id or b""
+    message.principal = alert.principal or ""
+
+
+def alert_bytes(numbered: Numbered) -> int:
+    """About how much an alert takes in a message."""
+    alert = numbered.alert
+    texts = (alert.path, alert.source_path, alert.unit, alert.principal or "")
+    return _ALERT_BYTES + sum(len(text.encode()) for text in texts)
+
+
+def write_webhook(webhook: Webhook, message: alerts_pb2.Webhook) -> None:
+    """Write where alerts are sent to."""
+    message.webhook_id = webhook.webhook_id
+    message.url = webhook.url
+    message.root_id = webhook.root_id or b""
+    message.budget_id = webhook.budget_id or b""
+    message.path = webhook.path
+    write_time(webhook.created_at, message.created_at)
+    message.created_by = webhook.created_by
+    if webhook.deleted_at is not None:
+        write_time(webhook.deleted_at, message.deleted_at)
+        message.deleted_by = webhook.deleted_by or ""
+
+
+def write_delivery(delivery: Delivery, alert_id: bytes, message: alerts_pb2.Delivery) -> None:
+    """Write what became of an alert at a webhook."""
+    message.webhook_id = delivery.webhook_id
+    message.alert_id = alert_id
+    message.number = delivery.number
+    message.state = delivery.state  # type: ignore[assignment]
+    message.attempts = delivery.attempts
+    if delivery.state is DeliveryState.PENDING:
+        write_time(delivery.next_at, message.next_at)
+    if delivery.last_at is not None:
+        write_time(delivery.last_at, message.last_at)
+    message.last_status = delivery.last_status
+    message.last_problem = delivery.last_problem
 
 
 def write_time(microseconds: int, message: Timestamp) -> None:

@@ -15,7 +15,7 @@ from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status as StatusMessage
 
 from peculium_server.core.refusals import Refusal, Refused
-from peculium_server.lanes.answers import Unanswered
+from peculium_server.lanes.answers import Unanswered, Unavailability
 
 DOMAIN: Final = "peculium"
 _DETAILS_KEY: Final = "grpc-status-details-bin"
@@ -55,7 +55,22 @@ CODES: Final[dict[Refusal, grpc.StatusCode]] = {
     Refusal.BATCH_REFUSED: grpc.StatusCode.FAILED_PRECONDITION,
     Refusal.BUDGET_CHANGED: grpc.StatusCode.FAILED_PRECONDITION,
     Refusal.NOT_SEALED: grpc.StatusCode.FAILED_PRECONDITION,
+    Refusal.KEY_UNKNOWN: grpc.StatusCode.NOT_FOUND,
+    Refusal.KEY_ENDED: grpc.StatusCode.FAILED_PRECONDITION,
+    Refusal.ALERT_UNKNOWN: grpc.StatusCode.NOT_FOUND,
+    Refusal.WEBHOOK_UNKNOWN: grpc.StatusCode.NOT_FOUND,
+    Refusal.TOO_MANY: grpc.StatusCode.FAILED_PRECONDITION,
+    Refusal.WEBHOOKS_OFF: grpc.StatusCode.FAILED_PRECONDITION,
 }
+
+OF_ONE_CALLER: Final = frozenset(
+    {
+        Unavailability.RATE_LIMITED,
+        Unavailability.TOO_MANY_AT_ONCE,
+        Unavailability.TOO_MANY_STREAMS,
+    }
+)
+"""What is said to one caller and to nobody else: proxies take UNAVAILABLE for a server that is not well."""
 
 
 class Status(grpc.Status):
@@ -83,7 +98,12 @@ def of_unanswered(unanswered: Unanswered) -> Status:
     info = ErrorInfo(reason=unanswered.reason.name, domain=DOMAIN, metadata=unanswered.facts)
     retry = RetryInfo()
     retry.retry_delay.FromMilliseconds(unanswered.retry_delay_ms)
-    return Status(grpc.StatusCode.UNAVAILABLE, unanswered.message, info, retry)
+    code = (
+        grpc.StatusCode.RESOURCE_EXHAUSTED
+        if unanswered.reason in OF_ONE_CALLER
+        else grpc.StatusCode.UNAVAILABLE
+    )
+    return Status(code, unanswered.message, info, retry)
 
 
 def of_unknown(request_id: str) -> Status:

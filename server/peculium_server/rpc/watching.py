@@ -1,7 +1,8 @@
 """Following the entries as they are recorded: from any point on, without a gap, and each once.
 
-All who follow share one poll of where the lanes stand. Each then reads what is new for itself, a
-portion at a time, and no more until that is taken: whoever is slow costs no memory.
+All who follow share one poll of where the lanes stand, and how many alerts there are. Each then reads
+what is new for itself, a portion at a time, and no more until that is taken: whoever is slow costs no
+memory. An alert is recorded after the entries that it is of, and so it is told after them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Final
 
 from peculium.v1.audit_service_pb2 import WatchEntriesRequest, WatchEntriesResponse
+from peculium_server.core.alerts import Alert
 from peculium_server.core.selection import Selection
 from peculium_server.core.state import Entry
 from peculium_server.lanes.answers import Unanswered, Unavailability
@@ -20,7 +22,7 @@ from peculium_server.rpc.calls import CallRefused, CallUnanswered
 from peculium_server.rpc.cursors import read_cursor, write_cursor
 from peculium_server.rpc.pages import PAGE_BYTES_MAX
 from peculium_server.rpc.reading import Reader
-from peculium_server.rpc.responses import entry_bytes, write_entry
+from peculium_server.rpc.responses import alert_bytes, entry_bytes, write_alert, write_entry
 from peculium_server.rpc.selecting import read_reach, read_selection
 from peculium_server.store.errors import LedgerCorrupt
 from peculium_server.store.lists import Reach
@@ -38,6 +40,7 @@ HEARTBEAT_SECONDS: Final = 5.0
 _WIDTH_FIRST: Final = 512
 _WIDTH_MAX: Final = 65_536
 """Positions that are looked at in one read: more where little is wanted."""
+_ALERTS_AT_ONCE: Final = 500
 _SPARSE_ENTRIES: Final = 64
 """A read that finds fewer makes the next one wider."""
 
@@ -65,10 +68,10 @@ class Watching:
         with self._counted(), self._poll.wanted():
             positions = await self._poll.now()
             if request.cursor:
-                seen = read_cursor(request.cursor, self._store.incarnation, self._store.lanes)
+                seen = read_cursor(request.cursor, self._store.incarnation, len(positions))
             else:
                 seen = [0] * len(positions) if request.from_beginning else list(positions)
-            watch = _Watch(self._store, within, selection, seen)
+            watch = _Watch(self._store, within, selection, seen, alerts=request.alerts)
             watch.check(positions)
             # Whoever is cut off before anything happens has to know where that was.
             yield watch.heartbeat()
@@ -101,11 +104,14 @@ class Watching:
     async def _within(self, request: WatchEntriesRequest) -> Within | None:
         """Whose entries are followed; None: everybody's."""
         reach = read_reach(request.reach)
-        if not request.HasField("budget"):
-            if request.reach:
-                raise CallRefused.malformed("reach", "needs a budget")
+        if not request.HasField("budget") and request.reach:
+            raise CallRefused.malformed("reach", "needs a budget")
+        read = await self._reader.for_auditor_or_all(
+            request.budget if request.HasField("budget") else None
+        )
+        if read is None:
             return None
-        line, _ = await self._reader.for_auditor(request.budget)
+        line, _ = read
         root_id, budget_id = line.budget.root_id, line.budget.budget_id
         if reach is Reach.TREE:
             return Within(root_id)
@@ -126,7 +132,7 @@ class Watching:
 
 
 class _Poll:
-    """Knows where the lanes stand, as long as anybody wants to."""
+    """Knows where the lanes stand, and behind these the alerts, as long as anybody wants to."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -162,7 +168,7 @@ class _Poll:
             StoreError: They cannot be looked at.
         """
         async with self._looking:
-            positions = await self._store.positions()
+            positions = await self._store.watched()
             if positions != self._positions or self._error is not None:
                 self._positions, self._error = positions, None
                 self._turn()
@@ -217,13 +223,22 @@ class _Watch:
     """How far one of them has come."""
 
     def __init__(
-        self, store: Store, within: Within | None, selection: Selection, seen: list[int]
+        self,
+        store: Store,
+        within: Within | None,
+        selection: Selection,
+        seen: list[int],
+        *,
+        alerts: bool,
     ) -> None:
+        self._alerts = alerts
+        """They are wanted."""
         self._store = store
         self._within = within
         self._selection = selection
         self._seen = seen
-        """By lane: up to this position everything was told, or is not wanted."""
+        """By lane, and behind these of the alerts: up to this position everything was told, or is not
+        wanted."""
         self._lanes = range(store.lanes) if within is None else [store.lane_of(within.root_id)]
         self._widths = dict.fromkeys(self._lanes, _WIDTH_FIRST)
 
@@ -246,11 +261,57 @@ class _Watch:
         self, positions: Sequence[int]
     ) -> AsyncGenerator[list[WatchEntriesResponse]]:
         """What was recorded up to these positions, a portion of each lane in turn, as messages."""
-        for lane in set(range(len(positions))).difference(self._lanes):
+        wanted = {*self._lanes, self._of_alerts} if self._alerts else {*self._lanes}
+        for lane in set(range(len(positions))).difference(wanted):
             self._seen[lane] = positions[lane]
         while behind := [lane for lane in self._lanes if self._seen[lane] < positions[lane]]:
             for lane in behind:
                 yield await self._portion(lane, positions[lane])
+        while self._seen[self._of_alerts] < positions[self._of_alerts]:
+            yield await self._portion_of_alerts(positions[self._of_alerts])
+
+    @property
+    def _of_alerts(self) -> int:
+        """Where alerts are among the positions."""
+        return self._store.lanes
+
+    async def _portion_of_alerts(self, last: int) -> list[WatchEntriesResponse]:
+        seen = self._seen[self._of_alerts]
+        found = await self._store.alerting.list_alerts(None, after=seen, limit=_ALERTS_AT_ONCE)
+        until = found[-1].number if len(found) == _ALERTS_AT_ONCE else last
+        found = [numbered for numbered in found if numbered.number <= last]
+        # There are no gaps but at the beginning, where they are kept no longer.
+        forgotten = (found[0].number - 1 if found else last) - seen
+        messages: list[WatchEntriesResponse] = []
+        if forgotten:
+            self._seen[self._of_alerts] = seen + forgotten
+            messages.append(WatchEntriesResponse(cursor=self._cursor(), alerts_forgotten=forgotten))
+        size = PAGE_BYTES_MAX
+        for numbered in found:
+            if not self._concerns(numbered.alert):
+                continue
+            size += alert_bytes(numbered)
+            if size > PAGE_BYTES_MAX:
+                messages.append(WatchEntriesResponse())
+                size = alert_bytes(numbered)
+            write_alert(numbered, messages[-1].alerts.add())
+            self._seen[self._of_alerts] = numbered.number
+            messages[-1].cursor = self._cursor()
+        self._seen[self._of_alerts] = min(until, last)
+        if messages:
+            messages[-1].cursor = self._cursor()
+        return messages
+
+    def _concerns(self, alert: Alert) -> bool:
+        """Say whether an alert is of a rule on the budget that is followed, or within its reach."""
+        if self._within is None:
+            return True
+        root_id, budget_id, subtree = self._within
+        if alert.root_id != root_id:
+            return False
+        if budget_id is None:
+            return True
+        return budget_id in alert.line if subtree else budget_id == alert.budget_id
 
     async def _portion(self, lane: int, position: int) -> list[WatchEntriesResponse]:
         seen, width = self._seen[lane], self._widths[lane]
