@@ -2,6 +2,7 @@
 
 The verbs, their arguments and their words are written once, for asyncio. What differs between the
 two is in the senders, which have the same interface; here names are exchanged and `await` falls out.
+The transports for httpx2 are those for httpx, under its name.
 """
 
 from __future__ import annotations
@@ -17,13 +18,29 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "client" / "peculium"
 
 
+BLOCKING = (
+    (r"\b_aio_(alerts|audit|keys|sender)\b", r"_sync_\1"),
+    (r"\bimport Pending, Sender$", "import Sender"),
+    (r"\bPending\[(\w+)\]", r"\1"),
+    (r"\bPending\((.*)\)$", r"\1"),
+    (r"\bfrom grpc\.aio import", "from grpc import"),
+    (r"\basync (def|with|for)\b", r"\1"),
+    (r"\bawait ", ""),
+    (r"\bAsyncIterator\b", "Iterator"),
+    (r"\basynccontextmanager\b", "contextmanager"),
+    (r"\b__a(enter|exit)__\b", r"__\1__"),
+)
+SUCCESSOR = ((r"\bhttpx\b", "httpx2"),)
+
+
 class Module(NamedTuple):
-    """A module for asyncio, and the blocking one that is generated from it."""
+    """A module, and the one that is generated from it."""
 
     source: Path
     target: Path
     header: str
-    """What the blocking one is, for the first line of its docstring."""
+    """What the generated one is, for the first line of its docstring."""
+    exchanges: tuple[tuple[str, str], ...] = BLOCKING
 
 
 MODULES = (
@@ -37,19 +54,22 @@ MODULES = (
         PACKAGE / "_sync_audit.py",
         "What auditors may ask, blocking.",
     ),
-)
-
-EXCHANGES = (
-    (r"\b_aio_(audit|sender)\b", r"_sync_\1"),
-    (r"\bimport Pending, Sender$", "import Sender"),
-    (r"\bPending\[(\w+)\]", r"\1"),
-    (r"\bPending\((.*)\)$", r"\1"),
-    (r"\bfrom grpc\.aio import", "from grpc import"),
-    (r"\basync (def|with|for)\b", r"\1"),
-    (r"\bawait ", ""),
-    (r"\bAsyncIterator\b", "Iterator"),
-    (r"\basynccontextmanager\b", "contextmanager"),
-    (r"\b__a(enter|exit)__\b", r"__\1__"),
+    Module(
+        PACKAGE / "_aio_keys.py",
+        PACKAGE / "_sync_keys.py",
+        "What operators may do with API keys, blocking.",
+    ),
+    Module(
+        PACKAGE / "_aio_alerts.py",
+        PACKAGE / "_sync_alerts.py",
+        "Alerts and webhooks, blocking.",
+    ),
+    Module(
+        PACKAGE / "httpx.py",
+        PACKAGE / "httpx2.py",
+        "Transports for httpx2 (`peculium[httpx2]`).",
+        SUCCESSOR,
+    ),
 )
 
 
@@ -70,11 +90,11 @@ def main() -> int:
 
 
 def generated(module: Module) -> str:
-    """The source of a blocking module, formatted."""
+    """The source of a generated module, formatted."""
     first, _, rest = module.source.read_text().partition("\n")
     end = '"""' if first.endswith('"""') else ""
     header = f'"""{module.header} Generated from `{module.source.name}`; do not edit.{end}'
-    for pattern, replacement in EXCHANGES:
+    for pattern, replacement in module.exchanges:
         rest = re.sub(pattern, replacement, rest, flags=re.MULTILINE)
     source = f"{header}\n{rest}"
     for arguments in (["check", "--fix-only", "--select", "I", "--quiet"], ["format", "--quiet"]):

@@ -14,13 +14,19 @@ from __future__ import annotations
 from peculium import aio, errors
 from peculium._config import Tls
 from peculium._context import current, use
+from peculium._sync_alerts import Alerts, Webhooks
 from peculium._sync_audit import Audit
+from peculium._sync_keys import Keys
+from peculium.alerts import Alert, AlertKind, AlertRule, Delivery, DeliveryState, Webhook
+from peculium.apikeys import ApiKey, KeyAct, KeyInfo, KeyState, NewKey, Role
 from peculium.audit import (
     BudgetFilter,
     Delegation,
     EntryFilter,
     Movement,
     Reach,
+    RefusalCount,
+    SecurityEvent,
     Statement,
     TokenStep,
     UsageGroup,
@@ -78,6 +84,11 @@ __all__ = [
     "SKIP",
     "USD_NANOS",
     "Admin",
+    "Alert",
+    "AlertKind",
+    "AlertRule",
+    "Alerts",
+    "ApiKey",
     "Audit",
     "Balances",
     "Budget",
@@ -99,6 +110,8 @@ __all__ = [
     "Custody",
     "Delegated",
     "Delegation",
+    "Delivery",
+    "DeliveryState",
     "EntryFilter",
     "EntryInfo",
     "Finding",
@@ -110,10 +123,15 @@ __all__ = [
     "Journal",
     "JournalLocked",
     "JournalUnreadable",
+    "KeyAct",
+    "KeyInfo",
+    "KeyState",
+    "Keys",
     "LedgerPosition",
     "LedgerUnavailable",
     "LedgerWentBack",
     "Movement",
+    "NewKey",
     "NotCopyable",
     "OutcomeUnknown",
     "PeculiumError",
@@ -124,8 +142,11 @@ __all__ = [
     "Reach",
     "Receipt",
     "Receiver",
+    "RefusalCount",
     "Refused",
     "Resumed",
+    "Role",
+    "SecurityEvent",
     "Statement",
     "Tls",
     "TokenConsumed",
@@ -137,6 +158,8 @@ __all__ = [
     "UsageReport",
     "Verification",
     "Watched",
+    "Webhook",
+    "Webhooks",
     "aio",
     "connect",
     "current",

@@ -20,6 +20,8 @@ from peculium.audit import (
     Delegation,
     EntryFilter,
     Reach,
+    RefusalCount,
+    SecurityEvent,
     Statement,
     TokenStep,
     UsageReport,
@@ -264,6 +266,7 @@ class Audit:
         selected: EntryFilter | None = None,
         cursor: bytes | None = None,
         from_beginning: bool = False,
+        alerts: bool = False,
         timeout: float | None = None,
     ) -> AsyncIterator[Watched]:
         """Follow what is recorded, for ever, each entry once; go on by itself when a server is lost.
@@ -276,6 +279,7 @@ class Audit:
             selected: Only those that are selected, but not by time; absent: all.
             cursor: Go on behind what came with it; absent: from now on.
             from_beginning: Without a cursor: everything that was recorded.
+            alerts: Alerts too, of rules on what is followed, whatever is selected.
             timeout: How many seconds the ledger may be away at a time; absent: it is waited for.
 
         Raises:
@@ -283,7 +287,9 @@ class Audit:
             Malformed: A filter cannot be, or a cursor is another ledger's, or from its future.
             LedgerUnavailable: It was away for longer than `timeout`.
         """
-        request = asking.watch(budget, reach, selected, cursor, from_beginning=from_beginning)
+        request = asking.watch(
+            budget, reach, selected, cursor, from_beginning=from_beginning, alerts=alerts
+        )
         async for message in self._sender.follow(self._sender.audit.WatchEntries, request, timeout):
             yield told.watched(message)
 
@@ -316,6 +322,78 @@ class Audit:
         async for message in self._sender.stream(self._sender.audit.Export, request, timeout):
             for piece in pieces(message):
                 yield piece
+
+    async def refusals(
+        self,
+        budget: str | BudgetRef | None = None,
+        *,
+        reach: Reach = Reach.SUBTREE,
+        reasons: Sequence[str] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+        descending: bool = False,
+        page_size: int = PAGE_SIZE_MAX,
+        timeout: float | None = None,
+    ) -> AsyncIterator[RefusalCount]:
+        """List how often budgets were refused what, by minute.
+
+        Servers add up what they have counted every few seconds, and forget it after some days.
+
+        Args:
+            budget: Its path, or its reference; absent: any of the ledger.
+            reach: With all below it unless said otherwise.
+            reasons: For any of these, for example "BUDGET_EXHAUSTED"; absent: for whatever reason.
+            since: In this minute or later.
+            until: In minutes that began before this time.
+            descending: The latest first.
+            page_size: How many are fetched at once, 1 to 1000.
+            timeout: For each page, in seconds.
+
+        Raises:
+            BudgetUnknown: There is none.
+            Malformed: A reason is none, or a time has no time zone.
+        """
+        request = asking.refusals(
+            budget, reach, reasons, since, until, page_size, descending=descending
+        )
+        async for page in self._pages(self._sender.audit.ListRefusals, request, timeout):
+            for counted in page.refusals:
+                yield told.refusal_count(counted)
+
+    async def security_events(
+        self,
+        budget: str | BudgetRef | None = None,
+        *,
+        reach: Reach = Reach.SUBTREE,
+        kinds: Sequence[str] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+        descending: bool = False,
+        page_size: int = PAGE_SIZE_MAX,
+        timeout: float | None = None,
+    ) -> AsyncIterator[SecurityEvent]:
+        """List secrets that were shown by another principal than whose they were, in order of time.
+
+        Args:
+            budget: Its path, or its reference; absent: any of the ledger.
+            reach: With all below it unless said otherwise.
+            kinds: Of any of these, for example "CONSUMED_TOKEN"; absent: of any.
+            since: Noticed at this time or later.
+            until: Noticed before this time.
+            descending: The latest first.
+            page_size: How many are fetched at once, 1 to 1000.
+            timeout: For each page, in seconds.
+
+        Raises:
+            BudgetUnknown: There is none.
+            Malformed: A kind is none, or a time has no time zone.
+        """
+        request = asking.security_events(
+            budget, reach, kinds, since, until, page_size, descending=descending
+        )
+        async for page in self._pages(self._sender.audit.ListSecurityEvents, request, timeout):
+            for event in page.events:
+                yield told.security_event(event)
 
     async def checkpoints(
         self,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import grpc
 
+from peculium import _trace
 from peculium._coalescer import Batch, Coalescer, Line, Ticket
 from peculium._config import CLOSE_SECONDS_DEFAULT, Config
 from peculium._deadlines import Deadlines
@@ -158,6 +159,7 @@ class Sender:
         until = loop.time() + (wait or 0.0)
         deadline = until + self._seconds(timeout)
         ticket = Ticket(line, operation, loop.create_future(), deadline, until if wait else 0.0)
+        ticket.span = _trace.begin(operation, line.name, line.handed)
         self._brain.submit(ticket)
         self._soon(loop)
         return ticket
@@ -174,11 +176,18 @@ class Sender:
         Raises:
             PeculiumError: It was refused, or there was no answer in time.
         """
+        span = ticket.span
+        if span is None or not span.is_recording():
+            return await self._answered(ticket)
+        with _trace.ending(span):
+            return await self._answered(ticket)
+
+    async def _answered(self, ticket: Ticket) -> Ticket:
         future: Any = ticket.future
         loop: asyncio.AbstractEventLoop = future.get_loop()
         self._look_at(loop, self._deadlines.add(ticket))
         try:
-            done: Ticket = await future
+            await future
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():
                 # Looked at, so that the event loop does not complain of an error nobody saw.
@@ -187,7 +196,7 @@ class Sender:
             self._soon(loop)
             raise
         else:
-            return done
+            return ticket
         finally:
             self._deadlines.leave()
 
@@ -272,11 +281,18 @@ class Sender:
         while True:
             seconds = attempts.timeout(loop.time())
             known = self._history.known()
+            call = _trace.call(method, self._config.target)
+            metadata = self._config.metadata + call.metadata
             try:
-                response = await method(request, timeout=seconds, metadata=self._config.metadata)
+                response = await method(request, timeout=seconds, metadata=metadata)
             except grpc.aio.AioRpcError as error:
+                call.ended(error)
                 failed = _failure(error)
+            except BaseException as error:
+                call.ended(error)
+                raise
             else:
+                call.ended()
                 self._history.observe(known, response)
                 return response
             await asyncio.sleep(attempts.delay(failed, loop.time()))
@@ -291,7 +307,8 @@ class Sender:
         """
         self._begin()
         try:
-            async for answer in method(request, timeout=timeout, metadata=self._config.metadata):
+            metadata = self._config.metadata + _trace.around()
+            async for answer in method(request, timeout=timeout, metadata=metadata):
                 yield answer
         except grpc.aio.AioRpcError as error:
             failed = _failure(error)
@@ -310,7 +327,7 @@ class Sender:
         loop = self._begin()
         failures, deadline = 0, math.inf
         while True:
-            call = method(request, metadata=self._config.metadata)
+            call = method(request, metadata=self._config.metadata + _trace.around())
             try:
                 async for answer in call:
                     request.cursor, request.from_beginning = answer.cursor, False
@@ -449,22 +466,33 @@ class Sender:
         else:
             await self._land(batch, self._call(batch), loop)
 
-    def _call(self, batch: Batch) -> Awaitable[ledger_service_pb2.BatchResponse]:
-        return self._ledger.Batch(
-            batch.request, timeout=batch.timeout, metadata=self._config.metadata
+    def _call(
+        self, batch: Batch
+    ) -> tuple[_trace.Call, Awaitable[ledger_service_pb2.BatchResponse]]:
+        told = _trace.call_for(
+            self._ledger.Batch, self._config.target, (ticket.span for ticket in batch.tickets)
         )
+        call = self._ledger.Batch(
+            batch.request,
+            timeout=batch.timeout,
+            metadata=self._config.metadata + told.metadata,
+        )
+        return told, call
 
     async def _land(
         self,
         batch: Batch,
-        call: Awaitable[ledger_service_pb2.BatchResponse],
+        calling: tuple[_trace.Call, Awaitable[ledger_service_pb2.BatchResponse]],
         loop: asyncio.AbstractEventLoop,
     ) -> None:
+        told, call = calling
         try:
             response = await call
         except grpc.aio.AioRpcError as error:
+            told.ended(error)
             self._brain.failed(batch, _failure(error), loop.time())
         else:
+            told.ended()
             self._brain.completed(batch, response, loop.time())
         self._soon(loop)
 

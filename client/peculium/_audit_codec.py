@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peculium import _codec as codec
+from peculium._alerts_codec import alert
 from peculium._ids import id_text
 from peculium.audit import (
     Delegation,
     Movement,
+    RefusalCount,
+    SecurityEvent,
     Statement,
     TokenStep,
     UsageGroup,
     UsageReport,
     Watched,
 )
+from peculium.capability import BudgetRef
 from peculium.proofs import Checkpoint, Link, MerkleStep, Proof
 from peculium.v1 import audit_service_pb2 as audit
 from peculium.values import BudgetInfo
@@ -27,6 +31,8 @@ def budget(message: audit.GetBudgetResponse) -> BudgetInfo:
         info,
         subtree_used=message.used if message.HasField("used") else None,
         subtree_disputed=message.disputed if message.HasField("disputed") else None,
+        subtree_held=message.held if message.HasField("held") else None,
+        subtree_holds_live=message.holds_live if message.HasField("holds_live") else None,
     )
 
 
@@ -53,6 +59,42 @@ def token_step(message: audit.TokenStep) -> TokenStep:
         consumed=message.consumed or None,
         produced=message.produced or None,
         holder=message.holder or None,
+    )
+
+
+def refusal_count(message: audit.RefusalCount) -> RefusalCount:
+    """How often a budget was refused something."""
+    ref = None
+    if message.root_id:
+        ref = BudgetRef(message.path, message.root_id, message.budget_id)
+    return RefusalCount(
+        minute=codec.at(message.minute),
+        ref=ref,
+        reason=codec.reason(message.reason),
+        count=message.count,
+    )
+
+
+def security_event(message: audit.SecurityEvent) -> SecurityEvent:
+    """That a secret was shown by another than whose it was."""
+    ref = None
+    if message.root_id:
+        ref = BudgetRef(message.path, message.root_id, message.budget_id)
+    consumed = bool(message.consumed_operation_id)
+    return SecurityEvent(
+        event_id=id_text(message.event_id),
+        at=codec.at(message.at),
+        kind=_security_event_kind(message.kind),
+        ref=ref,
+        principal=message.principal,
+        operation_id=id_text(message.operation_id),
+        consumed_by=message.consumed_by or None,
+        consumed_operation_id=id_text(message.consumed_operation_id) if consumed else None,
+        consumed_kind=codec.kind(message.consumed_kind) if consumed else None,
+        consumed_at=codec.at(message.consumed_at) if consumed else None,
+        holder=message.holder or None,
+        count=message.count,
+        freeze_id=id_text(message.freeze_id) if message.freeze_id else None,
     )
 
 
@@ -93,7 +135,20 @@ def usage(message: audit.GetUsageResponse) -> UsageReport:
 
 def watched(message: audit.WatchEntriesResponse) -> Watched:
     """What was recorded."""
-    return Watched(tuple(map(codec.entry_info, message.entries)), message.cursor)
+    return Watched(
+        tuple(map(codec.entry_info, message.entries)),
+        message.cursor,
+        tuple(map(alert, message.alerts)),
+        message.alerts_forgotten,
+    )
+
+
+def _security_event_kind(number: audit.SecurityEventKind.ValueType) -> str:
+    try:
+        return audit.SecurityEventKind.Name(number).removeprefix("SECURITY_EVENT_KIND_")
+    except ValueError:
+        # A newer server's.
+        return str(int(number))
 
 
 def _group(message: audit.UsageGroup) -> UsageGroup:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from uuid import UUID
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from peculium._requests import budget_ref, malformed
+from peculium._times import microseconds
 from peculium.audit import BudgetFilter, EntryFilter, Reach
 from peculium.capability import BudgetRef
 from peculium.v1 import audit_service_pb2 as audit, types_pb2
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _REACHES = {
     Reach.BUDGET: audit.REACH_BUDGET,
     Reach.SUBTREE: audit.REACH_SUBTREE,
     Reach.TREE: audit.REACH_TREE,
 }
 _KIND_PREFIX = "OPERATION_KIND_"
+_REASON_PREFIX = "REFUSAL_REASON_"
+_SECURITY_EVENT_PREFIX = "SECURITY_EVENT_KIND_"
 _LABEL_PREFIX = "label:"
 _BY = {
     "day": audit.UsageGrouping.BY_DAY,
@@ -111,6 +113,7 @@ def watch(
     cursor: bytes | None,
     *,
     from_beginning: bool,
+    alerts: bool = False,
 ) -> audit.WatchEntriesRequest:
     """Ask for what is recorded."""
     return audit.WatchEntriesRequest(
@@ -119,7 +122,54 @@ def watch(
         filter=None if selected is None else entry_filter(selected),
         cursor=cursor or b"",
         from_beginning=from_beginning,
+        alerts=alerts,
     )
+
+
+def refusals(
+    budget: str | BudgetRef | None,
+    reach: Reach,
+    reasons: Sequence[str],
+    since: datetime | None,
+    until: datetime | None,
+    page_size: int,
+    *,
+    descending: bool,
+) -> audit.ListRefusalsRequest:
+    """Ask for what was refused."""
+    request = audit.ListRefusalsRequest(
+        budget=None if budget is None else budget_ref(budget),
+        reach=audit.REACH_UNSPECIFIED if budget is None else _REACHES[reach],
+        reasons=[_reason(reason) for reason in reasons],
+        until=_time("until", until),
+        page_size=page_size,
+        descending=descending,
+    )
+    _since(request, since)
+    return request
+
+
+def security_events(
+    budget: str | BudgetRef | None,
+    reach: Reach,
+    kinds: Sequence[str],
+    since: datetime | None,
+    until: datetime | None,
+    page_size: int,
+    *,
+    descending: bool,
+) -> audit.ListSecurityEventsRequest:
+    """Ask for secrets that were shown by others."""
+    request = audit.ListSecurityEventsRequest(
+        budget=None if budget is None else budget_ref(budget),
+        reach=audit.REACH_UNSPECIFIED if budget is None else _REACHES[reach],
+        kinds=[_security_event_kind(kind) for kind in kinds],
+        until=_time("until", until),
+        page_size=page_size,
+        descending=descending,
+    )
+    _since(request, since)
+    return request
 
 
 def entry_filter(selected: EntryFilter) -> audit.EntryFilter:
@@ -169,6 +219,20 @@ def _kind(name: str) -> types_pb2.OperationKind.ValueType:
         raise malformed("kinds", f"{name!r} is no kind of operation") from None
 
 
+def _reason(name: str) -> types_pb2.RefusalReason.ValueType:
+    try:
+        return types_pb2.RefusalReason.Value(_REASON_PREFIX + name)
+    except ValueError:
+        raise malformed("reasons", f"{name!r} is no reason of a refusal") from None
+
+
+def _security_event_kind(name: str) -> audit.SecurityEventKind.ValueType:
+    try:
+        return audit.SecurityEventKind.Value(_SECURITY_EVENT_PREFIX + name)
+    except ValueError:
+        raise malformed("kinds", f"{name!r} is no kind of security event") from None
+
+
 def _operation_id(text: str | None) -> bytes:
     try:
         return b"" if text is None else UUID(text).bytes
@@ -184,7 +248,11 @@ def _hexadecimal(field: str, text: str | None) -> bytes:
 
 
 def _since(
-    message: audit.GetStatementRequest | audit.GetUsageRequest | audit.EntryFilter,
+    message: audit.GetStatementRequest
+    | audit.GetUsageRequest
+    | audit.EntryFilter
+    | audit.ListRefusalsRequest
+    | audit.ListSecurityEventsRequest,
     since: datetime | None,
 ) -> None:
     """Set what is a word of Python's own."""
@@ -198,5 +266,5 @@ def _time(field: str, moment: datetime | None) -> Timestamp | None:
         return None
     if moment.tzinfo is None:
         raise malformed(field, "must say its time zone")
-    seconds, rest = divmod(moment - _EPOCH, timedelta(seconds=1))
-    return Timestamp(seconds=seconds, nanos=rest.microseconds * 1000)
+    seconds, rest = divmod(microseconds(moment), 1_000_000)
+    return Timestamp(seconds=seconds, nanos=rest * 1000)

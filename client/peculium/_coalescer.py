@@ -27,6 +27,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
+from opentelemetry.trace import Span
+
 from peculium import _requests as requests
 from peculium._history import History, Known
 from peculium._ids import id_bytes, id_text
@@ -74,13 +76,17 @@ _log = logging.getLogger("peculium")
 
 
 class Future(Protocol):
-    """What a caller waits on: both asyncio's and concurrent.futures' have this."""
+    """What a caller waits on: both asyncio's and concurrent.futures' have this.
+
+    Its result is nothing: the ticket has the outcome. A ticket whose future led back to it would be left, with
+    all its messages, to the collector of cycles, which stops the process for as long as it takes.
+    """
 
     def done(self) -> bool:
         """Whether it has a result, an error, or was cancelled."""
         ...
 
-    def set_result(self, result: Ticket, /) -> None:
+    def set_result(self, result: None, /) -> None:
         """Wake the caller."""
         ...
 
@@ -114,6 +120,8 @@ class Line:
     refused: dict[bytes, Operation] = field(default_factory=dict, repr=False)
     """By id: refused after an attempt whose answer was lost: a delayed duplicate may still win, until the
     token that they presented is consumed."""
+    handed: str = ""
+    """The W3C trace context that came with the budget, for operations that have none of their own."""
     flying: int = 0
     """How many of its tickets are on their way; a section counts as one."""
     listed: bool = False
@@ -149,6 +157,8 @@ class Ticket:
     """It was refused here, and turned out to have won later."""
     woken: bool = False
     """It was told that money came free, and has no answer since."""
+    span: Span | None = field(default=None, repr=False)
+    """Of the operation, if anybody collects them."""
     failure: Failure | None = None
     outcome: types_pb2.Outcome | None = None
     error: PeculiumError | None = None
@@ -743,7 +753,7 @@ class Coalescer:
         if ticket.error is not None:
             future.set_exception(ticket.error)
         else:
-            future.set_result(ticket)
+            future.set_result(None)
 
     def _undo(self, ticket: Ticket, now: float) -> None:
         """Give back what an operation took for a caller that is gone."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from functools import partial
 from types import MappingProxyType
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from peculium._ids import id_text
+from peculium._times import moment
 from peculium._unread import unread
 from peculium.capability import BudgetRef
 from peculium.v1 import audit_service_pb2, types_pb2
@@ -25,8 +26,6 @@ from peculium.values import (
     Receipt,
     Verification,
 )
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def balances(message: types_pb2.Balances) -> Balances:
@@ -165,12 +164,20 @@ def verification(message: audit_service_pb2.VerifyResponse) -> Verification:
 
 def at(stamp: Timestamp) -> datetime:
     """A time of the ledger, to the microsecond."""
-    return _EPOCH + timedelta(seconds=stamp.seconds, microseconds=stamp.nanos // 1000)
+    return moment(stamp.seconds * 1_000_000 + stamp.nanos // 1000)
 
 
 def kind(number: types_pb2.OperationKind.ValueType) -> str:
     """A kind of operation by its name, or by its number if this client does not know it."""
     try:
         return types_pb2.OperationKind.Name(number).removeprefix("OPERATION_KIND_")
+    except ValueError:
+        return str(int(number))
+
+
+def reason(number: types_pb2.RefusalReason.ValueType) -> str:
+    """A reason of a refusal by its name, or by its number if this client does not know it."""
+    try:
+        return types_pb2.RefusalReason.Name(number).removeprefix("REFUSAL_REASON_")
     except ValueError:
         return str(int(number))

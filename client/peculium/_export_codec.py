@@ -49,6 +49,7 @@ def _header(message: audit_service_pb2.ExportHeader) -> ExportHeader:
         at=at(message.at),
         positions=tuple(message.positions),
         root_id=message.root_id or None,
+        earlier_incarnations=tuple(message.earlier_incarnations),
     )
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from functools import wraps
+from functools import partial, wraps
 from types import MappingProxyType
 from typing import NamedTuple, ParamSpec
 
@@ -26,8 +26,12 @@ from peculium.values import Child, HoldInfo, Seconds
 
 # The authority is set when an operation is sent: at most a field's frame and a secret.
 _AUTHORITY_BYTES = 64
+_TRACEPARENT_BYTES = 8
+"""The frames of a trace context that it is given later, and of what is around it."""
 _NAME = re.compile(r"[^/\x00-\x1f\x7f-\x9f]+")
 _UNIT = re.compile(r"[a-z0-9_]+")
+SECRET_TEXT = re.compile("pe[ck]_[A-Za-z0-9_-]{72}|whsec_[A-Za-z0-9+/]{43}")
+"""What nobody but its owner may read, which no name, label or reason may show for ever."""
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
 _P = ParamSpec("_P")
 
@@ -71,6 +75,9 @@ class Rotated(NamedTuple):
     info: HoldInfo
     secret: bytes
 
+    def __repr__(self) -> str:
+        return f"Rotated({self.info})"
+
 
 @dataclass(slots=True, eq=False)
 class Operation:
@@ -113,6 +120,11 @@ class Operation:
     def must_finish(self) -> bool:
         """It ends a hold: it is not given up when the caller goes away."""
         return self.closes and self.kind in {"settle", "release"}
+
+    def carry(self, traceparent: str) -> None:
+        """Carry a W3C trace context from now on; before it is sent for the first time."""
+        self.size += len(traceparent) - len(self.header.traceparent)
+        self.header.traceparent = traceparent
 
     def probe(self) -> Operation:
         """The same as a dry run: it finds out whether the operation is recorded, and never does it."""
@@ -174,7 +186,7 @@ def _repeatable(build: Callable[_P, Operation]) -> Callable[_P, Operation]:
     @wraps(build)
     def built(*args: _P.args, **kwargs: _P.kwargs) -> Operation:
         operation = build(*args, **kwargs)
-        operation.again = lambda: built(*args, **kwargs)
+        operation.again = partial(built, *args, **kwargs)
         return operation
 
     return built
@@ -187,7 +199,7 @@ def _repeatable(build: Callable[_P, Operation]) -> Callable[_P, Operation]:
 @_repeatable
 def reserve(target: Target, asked: Asked, *, amount: int, ttl: Seconds | None) -> Operation:
     """Set money aside for one call."""
-    length = _duration("ttl", ttl, limits.HOLD_TTL_US_MIN, limits.HOLD_TTL_US_MAX)
+    length = duration("ttl", ttl, limits.HOLD_TTL_US_MIN, limits.HOLD_TTL_US_MAX)
     produced, hold_id, hold_secret = _next(target), new_id(), new_secret()
     message = ledger.Operation()
     request = message.reserve
@@ -230,7 +242,7 @@ def settle(
         request.actual = _amount("actual", actual, least=0)
     request.keep_open = keep_open
     request.next_hold_token_id = _id_of(produced)
-    request.reference = _text("reference", reference, limits.REFERENCE_BYTES_MAX)
+    request.reference = text("reference", reference, limits.REFERENCE_BYTES_MAX)
     if usage is not None:
         request.usage.CopyFrom(_usage(usage))
     request.estimated = estimated
@@ -261,7 +273,7 @@ def extend(target: HoldTarget, asked: Asked, *, ttl: Seconds) -> Operation:
     request = ledger.ExtendRequest(
         header=header(target, asked),
         hold_id=target.hold_id,
-        ttl=_duration("ttl", ttl, limits.HOLD_TTL_US_MIN, limits.HOLD_TTL_US_MAX),
+        ttl=duration("ttl", ttl, limits.HOLD_TTL_US_MIN, limits.HOLD_TTL_US_MAX),
         next_hold_token_id=token_id(produced),
     )
     message = ledger.Operation(extend=request)
@@ -280,7 +292,7 @@ def spend(
     request = message.spend
     request.amount = _amount("amount", amount, least=1)
     request.next_token_id = _id_of(produced)
-    request.reference = _text("reference", reference, limits.REFERENCE_BYTES_MAX)
+    request.reference = text("reference", reference, limits.REFERENCE_BYTES_MAX)
     if usage is not None:
         request.usage.CopyFrom(_usage(usage))
     own_header = _fill(request.header, target, asked)
@@ -410,7 +422,7 @@ def resolve(target: Target, asked: Asked, *, hold_id: bytes, actual: int, reason
         next_token_id=_id_of(produced),
         hold_id=_id("hold_id", hold_id),
         actual=_amount("actual", actual, least=0),
-        reason=_text("reason", reason, limits.REASON_BYTES_MAX, least=1),
+        reason=text("reason", reason, limits.REASON_BYTES_MAX, least=1),
     )
     message = ledger.Operation(resolve=request)
     return _operation(
@@ -471,7 +483,7 @@ def freeze(target: Target, asked: Asked, *, reason: str) -> admin_service_pb2.Fr
     """Block new spending in a subtree."""
     return admin_service_pb2.FreezeRequest(
         header=header(target, asked, by_role=True),
-        reason=_text("reason", reason, limits.REASON_BYTES_MAX),
+        reason=text("reason", reason, limits.REASON_BYTES_MAX),
     )
 
 
@@ -479,7 +491,7 @@ def unfreeze(target: Target, asked: Asked, *, reason: str) -> admin_service_pb2.
     """Clear the flag that Freeze set."""
     return admin_service_pb2.UnfreezeRequest(
         header=header(target, asked, by_role=True),
-        reason=_text("reason", reason, limits.REASON_BYTES_MAX),
+        reason=text("reason", reason, limits.REASON_BYTES_MAX),
     )
 
 
@@ -517,7 +529,7 @@ def admin_resolve(
         header=header(target, asked, by_role=True),
         hold_id=_id("hold_id", hold_id),
         actual=_amount("actual", actual, least=0),
-        reason=_text("reason", reason, limits.REASON_BYTES_MAX, least=1),
+        reason=text("reason", reason, limits.REASON_BYTES_MAX, least=1),
     )
 
 
@@ -528,6 +540,9 @@ def budget_ref(budget: str | BudgetRef) -> types_pb2.BudgetRef:
     """A budget as it is named: by its ids, or by its path."""
     if isinstance(budget, BudgetRef):
         return types_pb2.BudgetRef(root_id=budget.root_id, budget_id=budget.budget_id)
+    if SECRET_TEXT.search(budget):
+        # The message does not repeat it.
+        raise malformed("budget", "is named by its path; a capability is accepted")
     return types_pb2.BudgetRef(path=budget)
 
 
@@ -576,7 +591,7 @@ def _operation(
     children: tuple[MadeChild, ...] = (),
     rotated: tuple[Rotated, ...] = (),
 ) -> Operation:
-    size = message.ByteSize() + _AUTHORITY_BYTES
+    size = message.ByteSize() + _AUTHORITY_BYTES + _TRACEPARENT_BYTES
     if size > limits.MESSAGE_BYTES_MAX:
         raise _too_large("request", size, limits.MESSAGE_BYTES_MAX)
     return Operation(
@@ -661,7 +676,8 @@ def _amount(field_name: str, value: int, *, least: int) -> int:
     return value
 
 
-def _duration(field_name: str, value: Seconds | None, least: int, most: int) -> Duration | None:
+def duration(field_name: str, value: Seconds | None, least: int, most: int) -> Duration | None:
+    """A duration, if it has so many microseconds."""
     if value is None:
         return None
     microseconds = _microseconds(field_name, value)
@@ -685,14 +701,14 @@ def _microseconds(field_name: str, value: Seconds) -> int:
 
 
 def _lease(field_name: str, value: Seconds | None) -> Duration | None:
-    return _duration(field_name, value, limits.LEASE_US_MIN, limits.LEASE_US_MAX)
+    return duration(field_name, value, limits.LEASE_US_MIN, limits.LEASE_US_MAX)
 
 
 def _labels(labels: Mapping[str, str]) -> dict[str, str]:
     if len(labels) > limits.LABELS_MAX:
         raise _too_large("labels", len(labels), limits.LABELS_MAX)
     return {
-        _text("labels", key, limits.LABEL_KEY_BYTES_MAX, least=1): _text(
+        text("labels", key, limits.LABEL_KEY_BYTES_MAX, least=1): text(
             "labels", value, limits.LABEL_VALUE_BYTES_MAX
         )
         for key, value in labels.items()
@@ -701,8 +717,8 @@ def _labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 def _usage(usage: Usage) -> types_pb2.Usage:
     return types_pb2.Usage(
-        provider=_text("usage.provider", usage.provider, limits.PROVIDER_BYTES_MAX),
-        model=_text("usage.model", usage.model, limits.PROVIDER_BYTES_MAX),
+        provider=text("usage.provider", usage.provider, limits.PROVIDER_BYTES_MAX),
+        model=text("usage.model", usage.model, limits.PROVIDER_BYTES_MAX),
         input_tokens=usage.input_tokens,
         output_tokens=usage.output_tokens,
         cached_tokens=usage.cached_tokens,
@@ -710,26 +726,27 @@ def _usage(usage: Usage) -> types_pb2.Usage:
 
 
 def _name(field_name: str, value: str) -> str:
-    text = _text(field_name, value, limits.NAME_BYTES_MAX, least=1)
-    if not _NAME.fullmatch(text):
+    name = text(field_name, value, limits.NAME_BYTES_MAX, least=1)
+    if not _NAME.fullmatch(name):
         raise malformed(field_name, 'must be without "/" and control characters')
-    return text
+    return name
 
 
 def _unit(value: str) -> str:
-    text = _text("unit", value, limits.UNIT_BYTES_MAX, least=1)
-    if not _UNIT.fullmatch(text):
+    unit = text("unit", value, limits.UNIT_BYTES_MAX, least=1)
+    if not _UNIT.fullmatch(unit):
         raise malformed("unit", 'consists of a-z, 0-9 and "_"')
-    return text
+    return unit
 
 
 def _holder(value: str | None) -> str:
     if value is None:
         return ""
-    return _text("holder", value, limits.PRINCIPAL_BYTES_MAX, least=1)
+    return text("holder", value, limits.PRINCIPAL_BYTES_MAX, least=1)
 
 
-def _text(field_name: str, value: str, most: int, *, least: int = 0) -> str:
+def text(field_name: str, value: str, most: int, *, least: int = 0) -> str:
+    """A text as it was given, if it has so many bytes of UTF-8."""
     if not isinstance(value, str):
         raise malformed(field_name, f"is text, not {type(value).__name__}")
     try:
@@ -738,6 +755,8 @@ def _text(field_name: str, value: str, most: int, *, least: int = 0) -> str:
         raise malformed(field_name, "is no valid Unicode") from None
     if not least <= size <= most:
         raise malformed(field_name, f"must have {least} to {most} bytes, not {size}")
+    if SECRET_TEXT.search(value):
+        raise malformed(field_name, "must not contain a capability, a key or a webhook's secret")
     return value
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
+from peculium import _trace
 from peculium._coalescer import Batch, Coalescer, Line, Ticket
 from peculium._config import CLOSE_SECONDS_DEFAULT, Config
 from peculium._handles import Process
@@ -104,6 +105,7 @@ class Sender:
         until = time.monotonic() + (wait or 0.0)
         deadline = until + self._seconds(timeout)
         ticket = Ticket(line, operation, Future(), deadline, until if wait else 0.0)
+        ticket.span = _trace.begin(operation, line.name, line.handed)
         self._inbox.put(lambda _: self._brain.submit(ticket))
         return ticket
 
@@ -128,18 +130,25 @@ class Sender:
             PeculiumError: It was refused, or there was no answer in time.
         """
         self._begin()
-        future: Future[Ticket] = Future()
+        future: Future[None] = Future()
         deadline = time.monotonic() + self._seconds(timeout)
         self._inbox.put(lambda _: self._brain.wait_again(ticket, future, deadline=deadline))
         return self._take(ticket, future, deadline)
 
     def _take(self, ticket: Ticket, future: Any, deadline: float) -> Ticket:
+        span = ticket.span
+        if span is None or not span.is_recording():
+            return self._answered(ticket, future, deadline)
+        with _trace.ending(span):
+            return self._answered(ticket, future, deadline)
+
+    def _answered(self, ticket: Ticket, future: Any, deadline: float) -> Ticket:
         try:
             try:
                 future.exception(max(0.0, deadline - time.monotonic()))
             except TimeoutError:
                 self._inbox.put(lambda now: self._brain.expire(ticket, now))
-            done: Ticket = future.result(_TOLD_SECONDS)
+            future.result(_TOLD_SECONDS)
         except TimeoutError:
             # The client was closed meanwhile, by another thread.
             raise OutcomeUnknown(
@@ -149,7 +158,7 @@ class Sender:
             future.cancel()
             self._inbox.put(lambda now: self._brain.abandon(ticket, now))
             raise
-        return done
+        return ticket
 
     def beware(self, line: Line, operation: Operation) -> None:
         """An operation that another process has sent did not happen; it may still."""
@@ -216,11 +225,18 @@ class Sender:
         while True:
             seconds = attempts.timeout(time.monotonic())
             known = self._history.known()
+            call = _trace.call(method, self._config.target)
+            metadata = self._config.metadata + call.metadata
             try:
-                response = method(request, timeout=seconds, metadata=self._config.metadata)
+                response = method(request, timeout=seconds, metadata=metadata)
             except grpc.RpcError as error:
+                call.ended(error)
                 failed = _failure(error)
+            except BaseException as error:
+                call.ended(error)
+                raise
             else:
+                call.ended()
                 self._history.observe(known, response)
                 return response
             time.sleep(attempts.delay(failed, time.monotonic()))
@@ -235,7 +251,8 @@ class Sender:
         """
         self._begin()
         try:
-            yield from method(request, timeout=timeout, metadata=self._config.metadata)
+            metadata = self._config.metadata + _trace.around()
+            yield from method(request, timeout=timeout, metadata=metadata)
         except grpc.RpcError as error:
             failed = _failure(error)
             raise failed.refused or LedgerUnavailable(failed.message) from None
@@ -253,7 +270,7 @@ class Sender:
         self._begin()
         failures, deadline = 0, math.inf
         while True:
-            call = method(request, metadata=self._config.metadata)
+            call = method(request, metadata=self._config.metadata + _trace.around())
             try:
                 for answer in call:
                     request.cursor, request.from_beginning = answer.cursor, False
@@ -356,17 +373,26 @@ class Sender:
         except OSError as error:
             self._brain.failed(batch, _unwritten(error), time.monotonic())
             return
-        call: Any = self._ledger.Batch.future(
-            batch.request, timeout=batch.timeout, metadata=self._config.metadata
+        told = _trace.call_for(
+            self._ledger.Batch, self._config.target, (ticket.span for ticket in batch.tickets)
         )
-        call.add_done_callback(lambda _: self._inbox.put(lambda now: self._land(batch, call, now)))
+        call: Any = self._ledger.Batch.future(
+            batch.request,
+            timeout=batch.timeout,
+            metadata=self._config.metadata + told.metadata,
+        )
+        call.add_done_callback(
+            lambda _: self._inbox.put(lambda now: self._land(batch, told, call, now))
+        )
 
-    def _land(self, batch: Batch, call: Any, now: float) -> None:
+    def _land(self, batch: Batch, told: _trace.Call, call: Any, now: float) -> None:
         try:
             response = call.result()
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            told.ended(error)
             self._brain.failed(batch, _failure(error), now)
         else:
+            told.ended()
             self._brain.completed(batch, response, now)
 
 

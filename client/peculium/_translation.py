@@ -25,7 +25,12 @@ _DOMAIN = "peculium"
 _DETAILS_KEY = "grpc-status-details-bin"
 _REASON_PREFIX = "REFUSAL_REASON_"
 
-_NOT_DONE = frozenset({"QUEUE_FULL", "DRAINING", "CONTENDED", "TOO_MANY_WATCHES"})
+_NOT_DONE = frozenset(
+    {
+        *("QUEUE_FULL", "DRAINING", "CONTENDED", "TOO_MANY_WATCHES", "KEYS_OUTDATED"),
+        *("RATE_LIMITED", "TOO_MANY_AT_ONCE", "TOO_MANY_STREAMS"),
+    }
+)
 """Reasons of having no answer that say that nothing was done."""
 
 _NEVER_SENT = ("failed to connect to all addresses", "DNS resolution failed")
@@ -38,7 +43,8 @@ _BY_STATUS: dict[grpc.StatusCode, type[Refused | Invalid]] = {
     grpc.StatusCode.PERMISSION_DENIED: PermissionDenied,
     grpc.StatusCode.UNIMPLEMENTED: NotSupported,
 }
-# Anything else, for example a message that is too large for somebody, would end the same again.
+# Anything else, for example a message that is too large for somebody, would end the same again, unless
+# whoever says so asks to be tried again.
 _TRANSIENT = frozenset(
     {
         grpc.StatusCode.ABORTED,
@@ -90,7 +96,7 @@ def failure(
         f"{code.name}: {text}",
         not_done=text.startswith(_NEVER_SENT) or (info is not None and info.reason in _NOT_DONE),
         retry_seconds=retry_seconds,
-        permanent=code not in _TRANSIENT,
+        permanent=code not in _TRANSIENT and retry_seconds is None,
     )
 
 

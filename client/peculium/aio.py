@@ -16,7 +16,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TypeVar
 
 from peculium import _codec as codec, _requests as requests
+from peculium._aio_alerts import Alerts, Webhooks
 from peculium._aio_audit import Audit
+from peculium._aio_keys import Keys
 from peculium._aio_sender import Pending, Sender
 from peculium._coalescer import Line, Ticket
 from peculium._config import TIMEOUT_SECONDS_DEFAULT, Tls, configure
@@ -25,7 +27,7 @@ from peculium._ids import id_text, new_id, new_secret, token_id
 from peculium._limits import PAGE_SIZE_MAX, ROTATIONS_MAX
 from peculium._recorder import Recorder, Subject, subject_of
 from peculium._requests import Asked, HoldTarget, Operation, Rotated, Target
-from peculium._trace import traceparent
+from peculium._trace import carrier_of, read_carrier, traceparent
 from peculium.capability import BudgetRef, Capability, Receiver
 from peculium.errors import (
     BudgetChanged,
@@ -95,7 +97,7 @@ def connect(
     *,
     api_key: str | None = None,
     timeout: float = TIMEOUT_SECONDS_DEFAULT,
-    tls: Tls | bool = False,
+    tls: Tls | bool | None = None,
     allow_insecure: bool = False,
     journal: Journal | None = None,
 ) -> Client:
@@ -106,7 +108,9 @@ def connect(
             environment's `PECULIUM_TARGET`, or 127.0.0.1:7415.
         api_key: The caller's credential. Absent: the environment's `PECULIUM_API_KEY`, or none.
         timeout: How many seconds a verb may take unless it says otherwise.
-        tls: Encrypt the connection; a `Tls` says with which certificates.
+        tls: Encrypt the connection, or do not; a `Tls` says with which certificates. Absent: as the
+            environment says with `PECULIUM_TLS`, `PECULIUM_TLS_CA_FILE`, `PECULIUM_TLS_CLIENT_CERT_FILE`,
+            `PECULIUM_TLS_CLIENT_KEY_FILE` and `PECULIUM_TLS_SERVER_NAME`, or not.
         allow_insecure: Send the key in clear text to other machines: only where something else
             encrypts the connection.
         journal: Where to keep what this process must not forget, for its successor to `resume`.
@@ -128,6 +132,8 @@ class Client:
     Attributes:
         admin: What operators may do.
         audit: What auditors may ask.
+        alerts: What is watched for, and what was found.
+        webhooks: Whom alerts are sent to.
     """
 
     def __init__(self, sender: Sender, journal: Journal | None = None) -> None:
@@ -137,6 +143,8 @@ class Client:
         """Accepts and recoveries of unknown outcome, so that the next attempt finds out first."""
         self.audit = Audit(sender)
         self.admin = Admin(sender, self.audit)
+        self.alerts = Alerts(sender)
+        self.webhooks = Webhooks(sender)
 
     async def __aenter__(self) -> Self:
         """Connect."""
@@ -156,11 +164,19 @@ class Client:
         """Finish what is on its way, within bounds, and disconnect. Handles are of no use then."""
         await self._sender.close()
 
-    async def open(self, path: str, *, timeout: float | None = None) -> Budget:
+    async def open(
+        self,
+        path: str,
+        *,
+        carrier: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Budget:
         """Use a budget that is held by this client's principal.
 
         Args:
             path: Names from the root downwards, joined by "/".
+            carrier: The W3C trace context that came along: what is asked of this handle outside of any
+                span belongs to that trace.
             timeout: In seconds.
 
         Raises:
@@ -173,13 +189,22 @@ class Client:
                 "the budget is held by token: accept its capability, or recover it", budget=path
             )
         target = Target(info.ref.root_id, info.ref.budget_id, by_token=False)
-        return Budget(self._sender, info.ref, target, Line(path, linear=False))
+        line = Line(path, linear=False, handed=read_carrier(carrier))
+        return Budget(self._sender, info.ref, target, line)
 
-    async def accept(self, capability: Capability | str, *, timeout: float | None = None) -> Budget:
+    async def accept(
+        self,
+        capability: Capability | str,
+        *,
+        carrier: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Budget:
         """Become the owner of a budget that was handed over: its token is renewed and bound.
 
         Args:
             capability: As it was received, or its text.
+            carrier: The W3C trace context that came with it: what is asked of this handle outside of any
+                span belongs to that trace. Absent: that of the capability itself.
             timeout: In seconds.
 
         Raises:
@@ -192,10 +217,11 @@ class Client:
             capability = Capability.parse(capability)
         secret = capability.take(caller())
         ref = capability.ref
+        handed = read_carrier(capability.carrier if carrier is None else carrier)
         try:
             ticket = await self._resolved(
                 ("accept", token_id(secret)),
-                Line(str(ref), linear=True, secret=secret),
+                Line(str(ref), linear=True, secret=secret, handed=handed),
                 requests.accept(Target(ref.root_id, ref.budget_id, by_token=True), _asked()),
                 timeout,
             )
@@ -210,7 +236,13 @@ class Client:
         """Make the secret of a budget that somebody else is to delegate to this client."""
         return Receiver()
 
-    async def recover(self, budget: str | BudgetRef, *, timeout: float | None = None) -> Budget:
+    async def recover(
+        self,
+        budget: str | BudgetRef,
+        *,
+        carrier: Mapping[str, str] | None = None,
+        timeout: float | None = None,
+    ) -> Budget:
         """Take a token-held budget back on its holder's word, whoever has its token now.
 
         The older token is fenced: its next use is `TokenConsumed`, with `fenced_by`. Holds that can
@@ -218,6 +250,7 @@ class Client:
 
         Args:
             budget: Its path, or its reference.
+            carrier: As in `open`.
             timeout: In seconds.
 
         Raises:
@@ -225,7 +258,7 @@ class Client:
             NotTokenHeld: It is held by its principal: open it.
         """
         ref = budget if isinstance(budget, BudgetRef) else (await self._find(budget, timeout)).ref
-        return await self._recover(ref, None, timeout)
+        return await self._recover(ref, None, read_carrier(carrier), timeout)
 
     async def claim(
         self,
@@ -233,6 +266,7 @@ class Client:
         *,
         if_held: IfHeld,
         idle: Seconds | None = None,
+        carrier: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> Budget:
         """Become the one who holds a token-held budget, for a job that a queue may deliver twice.
@@ -245,6 +279,7 @@ class Client:
             if_held: `FENCE`: take it over, as `recover`; `SKIP`: leave it to whoever holds it.
             idle: With `SKIP`: it does not count as held any more when it has no live holds and nobody
                 has used it for so many seconds, by the ledger's clock; absent: it does for ever.
+            carrier: As in `open`.
             timeout: In seconds, for each call that it takes.
 
         Raises:
@@ -263,7 +298,8 @@ class Client:
             if not fence and _is_held(found, idle):
                 raise _held(found, info)
             try:
-                return await self._recover(info.ref, None if fence else info.seq, timeout)
+                if_seq = None if fence else info.seq
+                return await self._recover(info.ref, if_seq, read_carrier(carrier), timeout)
             except BudgetChanged:
                 if looks == _LOOKS_MAX:
                     raise
@@ -357,7 +393,7 @@ class Client:
             line = lines.get(subject) or Line(token.name, linear=True)
             line.secret = token.secret
             if token.capability:
-                capabilities.append(_watched(sender.recorder, ref, token.secret))
+                capabilities.append(_watched(sender.recorder, ref, token.secret, ""))
             elif not hold_id:
                 budget = Budget(sender, ref, Target(root_id, budget_id, by_token=True), line)
                 try:
@@ -373,13 +409,15 @@ class Client:
                 holds.append(Hold(sender, target, line, receipt, (), info=token.info))
         return Resumed(tuple(budgets), tuple(holds), tuple(capabilities))
 
-    async def _recover(self, ref: BudgetRef, if_seq: int | None, timeout: float | None) -> Budget:
+    async def _recover(
+        self, ref: BudgetRef, if_seq: int | None, handed: str, timeout: float | None
+    ) -> Budget:
         target = Target(ref.root_id, ref.budget_id, by_token=False)
         asked = requests.recover(target, _asked(), if_seq=if_seq)
-        line = Line(str(ref), linear=False)
+        line = Line(str(ref), linear=False, handed=handed)
         ticket = await self._resolved(("recover", ref.budget_id), line, asked, timeout)
         by_token = Target(ref.root_id, ref.budget_id, by_token=True)
-        return Budget(self._sender, ref, by_token, _own_line(ref, ticket))
+        return Budget(self._sender, ref, by_token, _own_line(ref, ticket, handed))
 
     async def _find(self, path: str, timeout: float | None) -> BudgetInfo:
         found = await self._look(path, timeout)
@@ -508,7 +546,7 @@ class Budget(Handle):
         ticket = await self._sender.wait(self._sender.submit(self._line, operation, timeout, wait))
         # Not as it was asked first: a reserve that waited was made anew, with other secrets.
         made, outcome = _operation(ticket), _outcome(ticket)
-        line = Line(self._line.name, linear=True, secret=made.hold_secret)
+        line = Line(self._line.name, linear=True, secret=made.hold_secret, handed=self._line.handed)
         target = HoldTarget(made.root_id, made.budget_id, made.hold_id)
         receipt = codec.receipt(outcome)
         return Hold(
@@ -608,7 +646,7 @@ class Budget(Handle):
         [made] = await self.delegate([child], timeout=timeout)
         target = Target(made.ref.root_id, made.ref.budget_id, by_token=True)
         secret = made.capability.take(caller())
-        line = Line(str(made.ref), linear=True, secret=secret)
+        line = Line(str(made.ref), linear=True, secret=secret, handed=read_carrier(made.carrier))
         subject = made.ref.root_id, made.ref.budget_id, b""
         self._sender.recorder.keep(subject, secret, line.name, capability=False)
         budget = Budget(self._sender, made.ref, target, line)
@@ -747,12 +785,12 @@ class Budget(Handle):
         target = Target(self._ref.root_id, self._ref.budget_id, by_token=False)
         ticket = await self._sender.wait(
             self._sender.submit(
-                Line(self._about, linear=False),
+                Line(self._about, linear=False, handed=self._line.handed),
                 requests.recover(target, _asked()),
                 timeout,
             )
         )
-        self._line = _own_line(self._ref, ticket)
+        self._line = _own_line(self._ref, ticket, self._line.handed)
         return _receipt(ticket)
 
     async def resolve(
@@ -877,7 +915,7 @@ class Budget(Handle):
         receipt = await self._do(requests.recover(target, _asked(), holds=rotated), timeout)
         made = []
         for hold, secret in rotated:
-            line = Line(self._about, linear=True, secret=secret)
+            line = Line(self._about, linear=True, secret=secret, handed=self._line.handed)
             held = HoldTarget(self._ref.root_id, hold.budget_id, hold.hold_id)
             made.append(Hold(self._sender, held, line, receipt, unbilled, info=hold))
         return made
@@ -889,7 +927,7 @@ class Budget(Handle):
             self._line.secret = None
         recorder, ref = self._sender.recorder, self._ref
         recorder.keep((ref.root_id, ref.budget_id, b""), secret, str(ref), capability=True)
-        return _watched(recorder, ref, secret)
+        return _watched(recorder, ref, secret, traceparent() or self._line.handed)
 
     async def _do(self, operation: Operation, timeout: float | None) -> Receipt:
         self._check()
@@ -1126,9 +1164,14 @@ class Hold(Handle):
 
 
 class Admin:
-    """What operators may do. Budgets are named by path or reference."""
+    """What operators may do. Budgets are named by path or reference.
+
+    Attributes:
+        keys: API keys: who may call.
+    """
 
     def __init__(self, sender: Sender, audit: Audit) -> None:
+        self.keys = Keys(sender)
         self._sender = sender
         self._audit = audit
 
@@ -1176,7 +1219,9 @@ class Admin:
         header = asked.request.header
         ref = BudgetRef(name, header.root_id, header.budget_id)
         receipt = await self._do(self._sender.admin.Grant, asked.request, ref, timeout)
-        return Delegated(ref, name, amount, None, receipt, _capability(ref, asked.secret))
+        context = header.traceparent
+        capability = _capability(ref, asked.secret, context)
+        return Delegated(ref, name, amount, None, receipt, capability, carrier=carrier_of(context))
 
     async def top_up(
         self, budget: str | BudgetRef, amount: int, *, timeout: float | None = None
@@ -1266,8 +1311,12 @@ class Admin:
         receipt = await self._do(self._sender.admin.Recover, asked.request, ref, timeout)
         name = ref.path.rpartition("/")[2]
         granted = receipt.balances.granted
-        capability = _capability(ref, asked.secret)
-        return Delegated(ref, name, granted, receipt.lease_expires_at, receipt, capability)
+        context = asked.request.header.traceparent
+        capability = _capability(ref, asked.secret, context)
+        return Delegated(
+            *(ref, name, granted, receipt.lease_expires_at, receipt, capability),
+            carrier=carrier_of(context),
+        )
 
     async def resolve(
         self,
@@ -1338,17 +1387,23 @@ def _receipt(ticket: Ticket) -> Receipt:
     return codec.receipt(_outcome(ticket))
 
 
-def _own_line(ref: BudgetRef, ticket: Ticket) -> Line:
-    return Line(str(ref), linear=True, secret=_operation(ticket).produced)
+def _own_line(ref: BudgetRef, ticket: Ticket, handed: str) -> Line:
+    return Line(str(ref), linear=True, secret=_operation(ticket).produced, handed=handed)
 
 
-def _capability(ref: BudgetRef, secret: bytes | None) -> Capability | None:
+def _capability(ref: BudgetRef, secret: bytes | None, context: str) -> Capability | None:
     if secret is None:
         return None
-    return Capability(root_id=ref.root_id, budget_id=ref.budget_id, secret=secret, path=ref.path)
+    return Capability(
+        root_id=ref.root_id,
+        budget_id=ref.budget_id,
+        secret=secret,
+        path=ref.path,
+        carrier=carrier_of(context),
+    )
 
 
-def _watched(recorder: Recorder, ref: BudgetRef, secret: bytes) -> Capability:
+def _watched(recorder: Recorder, ref: BudgetRef, secret: bytes, context: str) -> Capability:
     """A capability whose leaving is told to the recorder."""
     subject = ref.root_id, ref.budget_id, b""
     return Capability(
@@ -1357,6 +1412,7 @@ def _watched(recorder: Recorder, ref: BudgetRef, secret: bytes) -> Capability:
         secret=secret,
         path=ref.path,
         left=lambda: recorder.leave(subject, secret),
+        carrier=carrier_of(context),
     )
 
 
@@ -1379,6 +1435,7 @@ def _delegated(ticket: Ticket, parent: BudgetRef, recorder: Recorder) -> list[De
         else {child.budget_id: child for child in ticket.outcome.children}
     )
     made = []
+    context = _operation(ticket).header.traceparent
     for child in _operation(ticket).children:
         path = f"{parent.path}/{child.name}" if parent.path else ""
         ref = BudgetRef(path, parent.root_id, child.budget_id)
@@ -1388,8 +1445,13 @@ def _delegated(ticket: Ticket, parent: BudgetRef, recorder: Recorder) -> list[De
         )
         capability = None
         if child.secret is not None and not receipt.dry_run:
-            capability = _watched(recorder, ref, child.secret)
-        made.append(Delegated(ref, child.name, outcome.granted, expires_at, receipt, capability))
+            capability = _watched(recorder, ref, child.secret, context)
+        made.append(
+            Delegated(
+                *(ref, child.name, outcome.granted, expires_at, receipt, capability),
+                carrier=carrier_of(context),
+            )
+        )
     return made
 
 

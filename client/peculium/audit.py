@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 
+from peculium.alerts import Alert
+from peculium.capability import BudgetRef
 from peculium.values import Balances, BudgetInfo, BudgetState, EntryInfo, LedgerPosition
 
 
@@ -119,6 +121,60 @@ class TokenStep:
 
 
 @dataclass(frozen=True, slots=True)
+class RefusalCount:
+    """How often a budget was refused something within a minute.
+
+    Attributes:
+        minute: When the minute began.
+        ref: The budget that was asked of, its path empty if there is no such budget; None: too many
+            budgets were refused at once to tell which.
+        reason: For example "BUDGET_EXHAUSTED".
+        count: How often.
+    """
+
+    minute: datetime
+    ref: BudgetRef | None
+    reason: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class SecurityEvent:
+    """That a secret was shown by another principal than whose it was: a sign that a capability was stolen.
+
+    Attributes:
+        event_id: A UUID.
+        at: When it was noticed first.
+        kind: "CONSUMED_TOKEN" (a budget's that another principal had consumed), "CONSUMED_HOLD_TOKEN"
+            (likewise a hold's), or "BOUND_TOKEN" (the live one of a budget that is bound to another).
+        ref: The budget that was asked of; None: there were too many at once to tell which, and whose.
+        principal: Who has shown the secret; empty: there were too many at once to tell.
+        operation_id: What they have asked, the first time, a UUID. It was refused.
+        consumed_by: Who had consumed the token; None: nobody.
+        consumed_operation_id: The operation that had consumed it, a UUID.
+        consumed_kind: Its kind, for example "RESERVE".
+        consumed_at: When that was.
+        holder: Whom the budget was bound to; None: nobody.
+        count: How often, within a minute.
+        freeze_id: The Freeze of the budget that it has led to, a UUID; None: none.
+    """
+
+    event_id: str
+    at: datetime
+    kind: str
+    ref: BudgetRef | None
+    principal: str
+    operation_id: str
+    consumed_by: str | None
+    consumed_operation_id: str | None
+    consumed_kind: str | None
+    consumed_at: datetime | None
+    holder: str | None
+    count: int
+    freeze_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Movement:
     """What the operations of one kind have moved in a period.
 
@@ -217,7 +273,11 @@ class Watched:
     Attributes:
         entries: Whole operations, by position within each lane. None in a heartbeat.
         cursor: To go on behind them, later or elsewhere. Keep it once they are dealt with.
+        alerts: By number, if they are followed, each after the entries that it is of.
+        alerts_forgotten: So many alerts since the cursor are kept no longer, and are not told.
     """
 
     entries: tuple[EntryInfo, ...]
     cursor: bytes
+    alerts: tuple[Alert, ...] = ()
+    alerts_forgotten: int = 0

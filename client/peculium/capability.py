@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NoReturn, Self, SupportsIndex
 
@@ -77,7 +77,7 @@ class Capability(Affine):
     accepts it first owns the budget; the text is worthless from then on.
     """
 
-    __slots__ = ("_left", "_moved", "_secret", "budget_id", "path", "root_id")
+    __slots__ = ("_left", "_moved", "_secret", "budget_id", "carrier", "path", "root_id")
 
     def __init__(
         self,
@@ -87,8 +87,11 @@ class Capability(Affine):
         secret: bytes,
         path: str = "",
         left: Callable[[], None] | None = None,
+        carrier: Mapping[str, str] | None = None,
     ) -> None:
         self._left = left
+        self.carrier: Mapping[str, str] = carrier or {}
+        """The W3C trace context to send beside it, for `accept(..., carrier=...)`; no part of the text."""
         self.root_id = root_id
         self.budget_id = budget_id
         self.path = path

@@ -27,6 +27,12 @@
     │   ├── BatchRefused
     │   ├── BudgetChanged           it is not as it was when it was looked at
     │   ├── NotSealed               no checkpoint seals the entry yet
+    │   ├── KeyUnknown
+    │   ├── KeyEnded                .revoked_by
+    │   ├── AlertUnknown
+    │   ├── WebhookUnknown
+    │   ├── TooMany                 alert rules or webhooks; .limit
+    │   ├── WebhooksOff             the server has no key to make their secrets of
     │   └── BudgetHeld              .used_at .holds_live
     ├── Invalid                     the caller's mistake, whoever noticed it; nothing has changed
     │   ├── Malformed               .field .problem
@@ -256,14 +262,14 @@ class BudgetExpired(Refused):
 
 
 class BudgetFrozen(Refused):
-    """The budget, or one above it, is frozen by an admin or by a dispute."""
+    """The budget, or one above it, is frozen by an admin or by a dispute, or the ledger by a restore."""
 
     reason = "BUDGET_FROZEN"
     advice = "an admin can unfreeze it, or resolve the dispute"
 
     @property
     def by(self) -> str:
-        """What froze it: "admin" or "dispute"."""
+        """What froze it: "admin", "dispute" or "restore"."""
         return self.facts.get("by", "")
 
 
@@ -384,6 +390,55 @@ class NotSealed(Refused):
         return self._number("sealed_seq")
 
 
+class KeyUnknown(Refused):
+    """There is no such API key."""
+
+    reason = "KEY_UNKNOWN"
+
+
+class KeyEnded(Refused):
+    """The API key was revoked, or has expired."""
+
+    reason = "KEY_ENDED"
+    advice = "make a new key"
+
+    @property
+    def revoked_by(self) -> str | None:
+        """Who has revoked it; None if it has expired."""
+        return self.facts.get("revoked_by")
+
+
+class AlertUnknown(Refused):
+    """There is no such alert rule, or no such alert at the webhook."""
+
+    reason = "ALERT_UNKNOWN"
+
+
+class WebhookUnknown(Refused):
+    """There is no such webhook, or it was deleted."""
+
+    reason = "WEBHOOK_UNKNOWN"
+
+
+class TooMany(Refused):
+    """There are as many alert rules or webhooks as there may be."""
+
+    reason = "TOO_MANY"
+    advice = "delete some that are not needed"
+
+    @property
+    def limit(self) -> int:
+        """How many there may be."""
+        return self._number("limit")
+
+
+class WebhooksOff(Refused):
+    """The server has no key to make webhooks' secrets of."""
+
+    reason = "WEBHOOKS_OFF"
+    advice = "have its operator set webhook_key_file"
+
+
 class BudgetHeld(Refused):
     """Somebody else holds the budget, and it was to be claimed only if nobody does."""
 
@@ -440,7 +495,7 @@ class Unauthenticated(Invalid):
 
 
 class PermissionDenied(Invalid):
-    """The caller's role may not do this."""
+    """The caller's role or key may not do this."""
 
     reason = "PERMISSION_DENIED"
 
@@ -459,7 +514,7 @@ class TokenIdReused(Invalid):
 
 
 class IdTaken(Invalid):
-    """A budget or hold id was used before."""
+    """An id was used before: a budget's or hold's, or a rule's or webhook's with other content."""
 
     reason = "ID_TAKEN"
 

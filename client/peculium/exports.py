@@ -20,6 +20,7 @@ class ExportHeader:
         at: When the snapshot was taken, by the database's clock.
         positions: Each lane's position at that instant, by lane.
         root_id: The root of the only tree that is exported; None: the whole ledger.
+        earlier_incarnations: Those that the ledger had before it was restored, the first one first.
     """
 
     encoding_version: int
@@ -27,6 +28,7 @@ class ExportHeader:
     at: datetime
     positions: tuple[int, ...]
     root_id: bytes | None
+    earlier_incarnations: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

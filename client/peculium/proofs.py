@@ -10,9 +10,10 @@ import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Final
 
+from peculium._times import microseconds
 from peculium.v1 import types_pb2
 from peculium.values import EntryInfo
 
@@ -23,7 +24,6 @@ _NODE_DOMAIN: Final = b"peculium.node.v1\x00"
 _CHECKPOINT_DOMAIN: Final = b"peculium.checkpoint.v1\x00"
 _SIGNATURE_DOMAIN: Final = b"peculium.checkpoint-signature.v1\x00"
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _KEY_ID_BYTES: Final = 8
 _ARGUMENT_SIZES: Final = (
     (24, 1, 0x100),
@@ -76,7 +76,7 @@ class Checkpoint:
         encoded = _cbor(
             [
                 self.number,
-                _microseconds(self.sealed_at),
+                microseconds(self.sealed_at),
                 self.incarnation,
                 self.positions,
                 self.merkle_root,
@@ -172,7 +172,7 @@ def _digest(parts: Sequence[EntryInfo]) -> bytes:
         first.root_id,
         uuid.UUID(first.operation_id).bytes,
         first.position,
-        _microseconds(first.at),
+        microseconds(first.at),
         first.actor,
         bytes.fromhex(first.trace_id) if first.trace_id else None,
         first.amount,
@@ -191,10 +191,6 @@ def _link(previous: bytes, digest: bytes, part: int) -> bytes:
 
 def _sha256(*parts: bytes) -> bytes:
     return hashlib.sha256(b"".join(parts)).digest()
-
-
-def _microseconds(at: datetime) -> int:
-    return (at - _EPOCH) // timedelta(microseconds=1)
 
 
 def _cbor(item: _Item) -> bytes:

@@ -132,6 +132,8 @@ class BudgetInfo:
         ledger: Where in the ledger's history the answer stands; None where it was not said.
         subtree_used: Spent and forfeited in it and everything below; None unless it was asked for.
         subtree_disputed: Disputed beside that; None unless it was asked for.
+        subtree_held: Held in it and everything below; None unless it was asked for, and of the past.
+        subtree_holds_live: How many holds these are; None unless it was asked for, and of the past.
     """
 
     ref: BudgetRef
@@ -153,6 +155,8 @@ class BudgetInfo:
     ledger: LedgerPosition | None = None
     subtree_used: int | None = None
     subtree_disputed: int | None = None
+    subtree_held: int | None = None
+    subtree_holds_live: int | None = None
 
     @property
     def path(self) -> str:
@@ -236,6 +240,8 @@ class Delegated:
         granted: What it was given.
         lease_expires_at: Until when it lives; None: for ever.
         receipt: What the operation did.
+        carrier: The W3C trace context that it was made in, to send beside it, for `accept` or `open` in
+            another process; empty if there was none.
     """
 
     ref: BudgetRef
@@ -244,6 +250,7 @@ class Delegated:
     lease_expires_at: datetime | None
     receipt: Receipt
     _capability: Capability | None = field(default=None, repr=False, compare=False)
+    carrier: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     @property
     def capability(self) -> Capability:

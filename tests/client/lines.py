@@ -22,7 +22,7 @@ NOT_DONE = Failure("not done", not_done=True)
 class Told:
     """A future that remembers what a caller was told."""
 
-    result: Ticket | None = None
+    resolved: bool = False
     error: BaseException | None = None
     cancelled: bool = False
     answers: int = 0
@@ -30,8 +30,8 @@ class Told:
     def done(self) -> bool:
         return self.answers > 0 or self.cancelled
 
-    def set_result(self, result: Ticket, /) -> None:
-        self.result = result
+    def set_result(self, _: None, /) -> None:
+        self.resolved = True
         self.answers += 1
 
     def set_exception(self, exception: BaseException, /) -> None:

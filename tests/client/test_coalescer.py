@@ -61,7 +61,7 @@ def test_one_operation_is_sent_at_once(bench: Bench) -> None:
     root = bench.root()
     asked = bench.reserve(root, 10)
     bench.answer(bench.send())
-    assert asked.told.result is asked.ticket
+    assert asked.told.resolved
     assert in_step(bench, root)
 
 
@@ -72,7 +72,7 @@ def test_concurrent_operations_of_one_token_travel_as_a_chain(bench: Bench) -> N
     assert proofs(batch) == ["secret", "after", "after"]
     assert [op.reserve.header.authority.after for op in batch.request.operations] == [0, 0, 1]
     bench.answer(batch)
-    assert all(each.told.result for each in asked)
+    assert all(each.told.resolved for each in asked)
     assert in_step(bench, root)
 
 
@@ -196,7 +196,7 @@ def test_a_batch_has_a_bounded_number_of_operations(bench: Bench) -> None:
     batch = bench.send()
     assert len(batch.request.operations) == 10
     bench.answer(batch)
-    assert all(each.told.result for each in asked)
+    assert all(each.told.resolved for each in asked)
 
 
 def test_a_batch_has_a_bounded_size(bench: Bench) -> None:
@@ -240,7 +240,7 @@ def test_an_operation_whose_fate_is_unknown_is_sent_again_unchanged(
     second = bench.send()
     assert second.request.SerializeToString() == sent
     bench.answer(second)
-    assert asked.told.result is not None
+    assert asked.told.resolved
     assert len(bench.live(root)) == 1
     assert in_step(bench, root)
 
@@ -266,7 +266,7 @@ def test_what_the_ledger_sent_away_does_not_come_back_early_with_others(bench: B
     bench.answer(batch)
     bench.now += 2.5
     bench.answer(bench.send())
-    assert first.told.result is not None
+    assert first.told.resolved
 
 
 def test_a_pause_ends_when_its_caller_leaves_or_asks_again(bench: Bench) -> None:
@@ -300,7 +300,7 @@ def test_what_a_replay_shows_was_refused_is_asked_anew(bench: Bench) -> None:
     assert isinstance(large.told.error, BudgetExhausted)
     assert large.told.error.available == 20, "the answer is the true one of now"
     assert large.operation.operation_id != before, "an id is never used for something else"
-    assert small.told.result is not None
+    assert small.told.resolved
     assert in_step(bench, root)
 
 
@@ -310,7 +310,7 @@ def test_answers_behind_an_undecided_one_are_asked_for_again(bench: Bench) -> No
     bench.answer_before(bench.send(), 1)
     assert [each.told.done() for each in asked] == [True, False, False, False]
     bench.settle_down()
-    assert all(each.told.result for each in asked)
+    assert all(each.told.resolved for each in asked)
     assert len(bench.live(root)) == 4
     assert in_step(bench, root)
 
@@ -341,8 +341,8 @@ def test_behind_one_that_left_no_token_the_others_go_on(bench: Bench) -> None:
     assert not isinstance(asked[0].told.error, CapabilityUnknown)
     assert not asked[1].told.done()
     bench.settle_down()
-    assert asked[1].told.result is not None
-    assert asked[2].told.result is not None
+    assert asked[1].told.resolved
+    assert asked[2].told.resolved
 
 
 def test_a_wrong_secret_is_refused_and_not_tried_for_ever(bench: Bench) -> None:
@@ -361,7 +361,7 @@ def test_an_answer_with_too_few_results_is_no_answer(bench: Bench) -> None:
     del response.results[1]
     bench.brain.completed(batch, response, bench.now)
     bench.settle_down()
-    assert all(each.told.result for each in asked)
+    assert all(each.told.resolved for each in asked)
 
 
 def test_a_result_that_says_nothing_is_no_answer(bench: Bench) -> None:
@@ -370,7 +370,7 @@ def test_a_result_that_says_nothing_is_no_answer(bench: Bench) -> None:
     batch = bench.send()
     bench.brain.completed(batch, wire.BatchResponse(results=[wire.OperationResult()]), bench.now)
     bench.settle_down()
-    assert asked.told.result is not None
+    assert asked.told.resolved
     assert len(bench.live(root)) == 1
 
 
@@ -388,7 +388,7 @@ def test_a_recovery_goes_in_order_with_what_else_its_line_does(bench: Bench) -> 
     bench.lose_answer(batch)
     bench.settle_down()
     for asked in (before, recovery, behind):
-        assert asked.told.result is not None
+        assert asked.told.resolved
     assert in_step(bench, root)
 
 
@@ -401,7 +401,7 @@ def test_behind_a_recovery_that_was_refused_the_line_goes_on(bench: Bench) -> No
     behind = bench.spend(root, 2)
     bench.settle_down()
     assert isinstance(recovery.told.error, CapabilityUnknown)
-    assert behind.told.result is not None
+    assert behind.told.resolved
     assert in_step(bench, root)
 
 
@@ -438,7 +438,7 @@ def test_an_own_duplicate_that_won_late_is_adopted_and_undone(bench: Bench) -> N
     others = [bench.reserve(root, 5), bench.reserve(root, 6)]
     bench.answer(bench.send())
     bench.settle_down()
-    assert all(each.told.result for each in others)
+    assert all(each.told.resolved for each in others)
     assert bench.live(root) == {each.operation.hold_id for each in others}
     assert in_step(bench, root)
 
@@ -463,7 +463,7 @@ def test_several_own_duplicates_that_won_late_are_adopted_one_after_the_other(
     assert len(bench.live(root)) == 3
     use = bench.reserve(root, 5)
     bench.settle_down()
-    assert use.told.result is not None
+    assert use.told.resolved
     assert bench.live(root) == {use.operation.hold_id}
     assert in_step(bench, root)
 
@@ -553,7 +553,7 @@ def test_what_a_late_duplicate_did_and_cannot_be_undone_is_followed(
     assert not in_step(bench, subject)
     asked = bench.spend(subject, 1)
     bench.settle_down()
-    assert asked.told.result is not None
+    assert asked.told.resolved
     assert in_step(bench, subject)
     assert bench.available(subject) == (29 if kind == "spend" else 3)
 
@@ -716,11 +716,11 @@ def test_an_unknown_outcome_can_be_waited_for_again(bench: Bench) -> None:
     told = Told()
     bench.brain.wait_again(asked.ticket, told, deadline=bench.now + 5)
     bench.settle_down()
-    assert told.result is asked.ticket
+    assert told.resolved
     assert bench.available(root) == 90
     late = Told()
     bench.brain.wait_again(asked.ticket, late, deadline=bench.now + 5)
-    assert late.result is asked.ticket
+    assert late.resolved
 
 
 def test_a_refusal_of_the_whole_request_refuses_what_it_carried(bench: Bench) -> None:
@@ -782,7 +782,7 @@ def test_an_end_whose_answer_was_lost_is_found_out_together_with_what_comes_behi
     late = bench.submit(line, requests.give_back(target, Asked(), amount=1, cascade=False))
     bench.now += 0.1
     bench.answer(bench.send())
-    assert ended.told.result is not None
+    assert ended.told.resolved
     assert isinstance(late.told.error, CapabilityMoved), "not somebody else consumed the token"
 
 
@@ -798,7 +798,7 @@ def test_an_increment_beyond_what_a_hold_has_left_ends_it(bench: Bench) -> None:
     batch = bench.send()
     assert proofs(batch) == ["secret", "after"]
     bench.answer(batch)
-    assert all(each.told.result for each in asked)
+    assert all(each.told.resolved for each in asked)
     assert line.secret is None
     assert bench.available(root) == 87
 
@@ -810,12 +810,12 @@ def test_a_dry_run_leaves_the_token_where_it_is(bench: Bench) -> None:
         root.line, requests.reserve(root.target, Asked(dry_run=True), amount=10, ttl=None)
     )
     bench.answer(bench.send())
-    assert dry.told.result is not None
+    assert dry.told.resolved
     assert root.line.secret == before
     assert in_step(bench, root)
     wet = bench.reserve(root, 10)
     bench.answer(bench.send())
-    assert wet.told.result is not None
+    assert wet.told.resolved
     assert bench.live(root) == {wet.operation.hold_id}
 
 
@@ -831,13 +831,13 @@ def test_a_section_has_the_token_to_itself_after_what_came_before(bench: Bench) 
     assert len(batch.request.operations) == 1
     assert not section.told.done()
     bench.answer(batch)
-    assert before.told.result is not None
+    assert before.told.resolved
     assert bench.silent()
-    assert section.told.result is section.ticket
+    assert section.told.resolved
     assert in_step(bench, root)
     bench.brain.leave_section(section.ticket)
     bench.answer(bench.send())
-    assert after.told.result is not None
+    assert after.told.resolved
 
 
 def test_a_section_whose_caller_left_lets_the_line_go_on(bench: Bench) -> None:
@@ -849,7 +849,7 @@ def test_a_section_whose_caller_left_lets_the_line_go_on(bench: Bench) -> None:
     assert isinstance(waiting.told.error, DeadlineExceeded)
     bench.brain.abandon(entered.ticket, bench.now)
     bench.answer(bench.send())
-    assert after.told.result is not None
+    assert after.told.resolved
 
 
 # --- waiting for own holds ---
@@ -866,7 +866,7 @@ def test_a_reserve_waits_for_a_hold_of_this_process(bench: Bench) -> None:
     bench.settle(reserved, 5)
     bench.answer(bench.send())
     bench.answer(bench.send())
-    assert waiting.told.result is not None
+    assert waiting.told.resolved
 
 
 def test_without_wait_a_reserve_is_refused_at_once(bench: Bench) -> None:
@@ -925,8 +925,8 @@ def test_whoever_waits_longest_is_served_first_and_is_not_overtaken(bench: Bench
     bench.settle(holds[1], 0)
     bench.answer(bench.send())
     bench.answer(bench.send())
-    assert large.told.result is not None
-    assert small.told.result is not None
+    assert large.told.resolved
+    assert small.told.resolved
 
 
 def test_nobody_waits_once_no_own_hold_is_left(bench: Bench) -> None:
@@ -976,8 +976,8 @@ def test_who_is_woken_in_a_chain_that_is_answered_in_part_goes_with_the_rest(ben
     bench.now += 30
     assert bench.silent(), "its token is on its way"
     bench.answer(batch)
-    assert behind.told.result is not None
-    assert waiting.told.result is not None
+    assert behind.told.resolved
+    assert waiting.told.resolved
     assert in_step(bench, root)
 
 
@@ -992,7 +992,7 @@ def test_a_refusal_that_is_older_than_the_end_of_a_hold_is_not_believed(bench: B
     bench.answer(bench.send())
     bench.brain.completed(asked_first, response, bench.now)
     bench.settle_down()
-    assert waiting.told.result is not None
+    assert waiting.told.resolved
 
 
 def test_a_reserve_waits_also_if_its_first_attempt_was_lost(bench: Bench) -> None:
@@ -1011,7 +1011,7 @@ def test_a_reserve_waits_also_if_its_first_attempt_was_lost(bench: Bench) -> Non
     bench.answer(bench.send())
     bench.ledger.answer(stray)
     bench.settle_down()
-    assert waiting.told.result is not None
+    assert waiting.told.resolved
     assert bench.live(root) == {waiting.operation.hold_id}
     assert in_step(bench, root)
 
@@ -1027,7 +1027,7 @@ def test_a_waiter_that_leaves_does_not_hold_up_the_next(bench: Bench) -> None:
     bench.settle(reserved, 20)
     bench.answer(bench.send())
     bench.answer(bench.send())
-    assert second.told.result is not None
+    assert second.told.resolved
     assert not first.told.answers
 
 
@@ -1090,7 +1090,7 @@ def test_what_is_asked_anew_is_known_not_to_have_happened(bench: Bench, unknown:
     behind = bench.spend(root, 1)
     bench.lose_answer(bench.send())
     bench.settle_down()
-    assert behind.told.result is not None
+    assert behind.told.resolved
     assert not unknown.ids
 
 

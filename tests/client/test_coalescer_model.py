@@ -56,7 +56,7 @@ class Coalescing(RuleBasedStateMachine):
             asked
             for held in self.budgets
             for asked in held.asked
-            if asked.told.result and asked.operation.kind == "reserve" and asked not in begun
+            if asked.told.resolved and asked.operation.kind == "reserve" and asked not in begun
         ]
 
     @precondition(lambda self: self.reserved())
@@ -179,7 +179,7 @@ class Coalescing(RuleBasedStateMachine):
         tree = self.bench.ledger.trees[held.target.root_id]
         happened = tree.recorded[asked.operation.operation_id] is not None
         error = asked.told.error
-        if asked.told.result is not None:
+        if asked.told.resolved:
             assert happened, "told of something that never happened"
         elif isinstance(error, PeculiumError) and not isinstance(error, OutcomeUnknown | Refused):
             assert not happened, f"told {error!r} of something that happened"
@@ -189,7 +189,7 @@ class Coalescing(RuleBasedStateMachine):
         expected = {
             asked.operation.hold_id
             for asked in held.asked
-            if asked.operation.kind == "reserve" and asked.told.result is not None
+            if asked.operation.kind == "reserve" and asked.told.resolved
         } - settles.keys()
         assert self.bench.live(held) == expected, "a hold leaked, or was lost"
 

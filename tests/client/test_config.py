@@ -17,7 +17,7 @@ def configured(
     *,
     api_key: str | None = None,
     timeout: float = 1.0,
-    tls: Tls | bool = False,
+    tls: Tls | bool | None = None,
     allow_insecure: bool = False,
 ) -> Config:
     return configure(
@@ -128,3 +128,11 @@ async def test_a_ledger_that_speaks_tls_is_not_reached_in_the_clear(served: Serv
 def test_the_options_are_grpcs() -> None:
     with grpc.insecure_channel("127.0.0.1:1", options=configured().options):
         pass
+
+
+def test_what_is_in_a_key_file_is_not_taken_for_its_path_and_not_shown() -> None:
+    pem = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2Vw\n-----END PRIVATE KEY-----\n"
+    for wrong in (pem, pem.splitlines()[0], "MC4CAQAwBQYDK2Vw\n"):
+        with pytest.raises(Malformed) as caught:
+            Tls.of_files(key_file=wrong)
+        assert wrong not in repr(vars(caught.value))

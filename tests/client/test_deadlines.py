@@ -13,7 +13,7 @@ def waited_for(deadline: float) -> Ticket:
 
 def answer(ticket: Ticket) -> None:
     assert ticket.future is not None
-    ticket.future.set_result(ticket)
+    ticket.future.set_result(None)
 
 
 def test_those_are_due_whose_time_is_over_and_who_are_still_waited_for() -> None:

@@ -8,6 +8,8 @@ import peculium
 FORBIDDEN = (
     "alembic",
     "cryptography",
+    "httpx",
+    "httpx2",
     "opentelemetry.sdk",
     "peculium_server",
     "psycopg",

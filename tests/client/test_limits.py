@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from peculium import _limits
+from peculium._requests import SECRET_TEXT
 from peculium_server.core import limits
+from peculium_server.core.shape import _SECRET
 
 SHARED = sorted(name for name in dir(_limits) if name.isupper() and hasattr(limits, name))
 
@@ -21,3 +23,7 @@ def test_a_hold_may_live_as_long_as_the_ledger_lets_it() -> None:
 
 def test_most_bounds_are_compared() -> None:
     assert len(SHARED) > 15
+
+
+def test_what_no_text_may_have_in_it_is_the_same_for_client_and_ledger() -> None:
+    assert SECRET_TEXT.pattern == _SECRET.pattern

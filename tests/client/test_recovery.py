@@ -449,9 +449,9 @@ def named(row: list[str]) -> list[str]:
 def test_every_row_of_the_profile_is_shown_by_a_test(row: list[str]) -> None:
     assert named(row), "a row names the tests that show it"
     assert all(row)
-    there = {
-        name for path in Path(__file__).parent.glob("test_*.py") for name in functions_of(path)
-    }
+    here, system = Path(__file__).parent, Path(__file__).parents[1] / "system"
+    files = (*here.glob("test_*.py"), system / "test_restore.py")
+    there = {name for path in files for name in functions_of(path)}
     assert set(named(row)) <= there
 
 

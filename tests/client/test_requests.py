@@ -291,3 +291,27 @@ def test_a_request_that_is_larger_than_a_message_is_not_made() -> None:
 def test_a_reads_authority_is_a_secret_or_the_holder() -> None:
     assert requests.authority(bytes(32)) == types_pb2.Authority(secret=bytes(32))
     assert requests.authority(None).WhichOneof("proof") == "holder"
+
+
+SECRETS = (f"pec_{'-' * 92}", f"pek_{'_' * 72}", f"whsec_{'/' * 43}=")
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+@pytest.mark.parametrize(
+    ("field", "make"),
+    [
+        ("budget", requests.budget_ref),
+        ("name", lambda secret: grant(name=secret)),
+        ("holder", lambda secret: grant(holder=f"the one with {secret}")),
+        ("labels", lambda secret: settle(Asked({"team": secret}))),
+        ("reference", lambda secret: settle(reference=secret)),
+        ("reason", lambda secret: requests.freeze(TARGET, Asked(), reason=f"{secret} was found")),
+    ],
+)  # fmt: skip
+def test_a_capability_or_a_key_is_not_sent_where_it_would_be_told_and_not_told_here_either(
+    secret: str, field: str, make: Callable[[str], object]
+) -> None:
+    with pytest.raises(Malformed) as caught:
+        make(secret)
+    assert caught.value.field == field
+    assert secret not in repr(vars(caught.value))

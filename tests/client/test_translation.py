@@ -64,6 +64,7 @@ def test_every_reason_of_having_no_answer_says_whether_something_was_done(
         assert failed.refused is None
         assert failed.not_done is (reason is not Unavailability.DATABASE_UNAVAILABLE)
         assert failed.retry_seconds == 1.5
+        assert not failed.permanent
 
 
 def test_having_no_answer_without_words_is_told_by_its_reason() -> None:
@@ -124,6 +125,13 @@ def test_too_large_a_message_would_be_as_large_again() -> None:
     failed = failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", ())
     assert failed.permanent
     assert not failed.not_done, "it may have been the answer that was too large"
+
+
+def test_what_is_asked_to_be_tried_again_is_not_permanent() -> None:
+    retry = RetryInfo(retry_delay=Duration(seconds=2))
+    failed = failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "slow down", metadata(retry))
+    assert (failed.permanent, failed.retry_seconds) == (False, 2)
+    assert not failed.not_done, "a proxy may say so of a call that it has passed on"
 
 
 def metadata(*details: Any) -> list[tuple[str, str | bytes]]:
