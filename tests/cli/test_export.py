@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psycopg
 import pytest
+from rich.console import Console
 
+from peculium._sync_audit import Audit
+from peculium.exports import ExportPiece
+from peculium_server.cli import exporting
 from peculium_server.signing import SigningKey, public_pem
 from tests.cli.test_cli import Cli
 from tests.server import StartServer
@@ -74,6 +83,20 @@ def test_checkpoints_are_trusted_by_the_operators_key_alone(
     assert finished.code == 1
     assert f"signed with the key {key.key_id.hex()}, which is not known" in finished.out
 
+    # What a server verifies is held against the same key, and against what was published.
+    [checkpoint] = cli.lines("audit", "checkpoints")
+    known = ("--public-key", str(pem), "--published", f"1:{checkpoint['hash']}")
+    for verified in (("verify",), ("audit", "verify"), ("audit", "verify", "--export", file)):
+        [verdict] = cli.lines(*verified, *known)
+        assert (verdict["verified"], verdict["findings"]) == (True, [])
+        for contradiction, words in (
+            (("--public-key", other), "which is not known"),
+            (("--published", f"1:{'00' * 32}"), "has another hash than the one that was published"),
+            (("--published", f"2:{checkpoint['hash']}"), "it was published, and is missing"),
+        ):
+            finished = cli.run(*verified, *contradiction)
+            assert (finished.code, words in finished.out) == (1, True), finished
+
 
 def _wait_for_a_checkpoint(database: str) -> None:
     with psycopg.connect(database, autocommit=True) as connection:
@@ -86,13 +109,63 @@ def _wait_for_a_checkpoint(database: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "form", "advice"),
+    [
+        ("e.jsonl", "jsonl", "--resume goes on"),
+        ("e.jsonl.gz", "jsonl", "remove e.jsonl.gz, which is cut, and export anew"),
+        ("e.csv", "csv", "its end: export anew"),
+    ],
+)
+def test_who_gets_half_an_export_is_told_how_to_get_the_rest(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, form: str, advice: str
+) -> None:
+    cli.says("grant", "acme", "100", "--unit", "calls", "--holder", "dev")
+    monkeypatch.chdir(tmp_path)
+    whole = Audit.export
+
+    def half(*asked: Any, **more: Any) -> Iterator[ExportPiece]:
+        return itertools.islice(whole(*asked, **more), 2)
+
+    monkeypatch.setattr(Audit, "export", half)
+    code, complaint = cli.complains("audit", "export", "--output", name, "--format", form)
+    assert code == 3
+    assert advice in " ".join(complaint.split())
+    assert (tmp_path / name).exists() is (form == "jsonl")
+
+
+def test_how_far_an_export_is_is_told_and_what_was_there_before_counts(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(tmp_path / "ledger.jsonl")
+    cli.says("grant", "acme", "100", "--unit", "calls", "--holder", "dev")
+    for _ in range(4):
+        cli.says("topup", "acme", "1")
+    told: list[str] = []
+    status = SimpleNamespace(update=told.append)
+    monkeypatch.setattr(exporting, "TOLD_EVERY", 2)
+    monkeypatch.setattr(Console, "status", lambda *_: contextlib.nullcontext(status))
+    cli.says("audit", "export", "--output", file)
+    assert told == ["exporting: 2 entries", "exporting: 4 entries"]
+    cli.says("topup", "acme", "1")
+    cli.says("audit", "export", "--output", file, "--resume")
+    assert told[2:] == ["exporting: 6 entries"]
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (("export", "--output", "e.csv", "--format", "csv", "--resume"), 2, "gone on with"),
         (("export", "--output", "/nowhere/e.jsonl"), 1, "cannot be written"),
         (("verify", "--export", "/nowhere/e.jsonl"), 1, "cannot be read"),
         (("verify", "acme", "--export", "e.jsonl"), 2, "name no tree"),
-        (("verify", "--decide"), 2, "are for an --export"),
+        (("verify", "--decide"), 2, "is for an --export"),
+        (("verify", "--published", "12"), 2, "write NUMBER:HASH"),
+        (("verify", "--published", f"0:{'00' * 32}"), 2, "write NUMBER:HASH"),
+        (
+            ("verify", "--published", f"1:{'00' * 32}", "--published", f"1:{'11' * 32}"),
+            2,
+            "given with two hashes",
+        ),
         (("verify", "--export", "e.jsonl", "--public-key", "/nowhere"), 2, "cannot be read"),
     ],
 )

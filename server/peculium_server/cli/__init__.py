@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 
+from peculium_server.config import quieten_grpc
+
 
 def main() -> None:
     """Run the command line."""
+    # Before gRPC is imported, which is when it reads that.
+    quieten_grpc()
     try:
         from peculium_server.cli.verbs import run  # noqa: PLC0415 - to say what is missing, if it is
     except ModuleNotFoundError as error:

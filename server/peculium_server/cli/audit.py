@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +59,9 @@ from peculium_server.cli.output import (
 )
 from peculium_server.cli.problems import REFUSED
 from peculium_server.cli.reconcile import reconcile
+from peculium_server.cli.refusals import refusals
+from peculium_server.cli.security import security_events
+from peculium_server.cli.trusting import Known, PublicKeys, PublishedHashes
 
 app = typer.Typer(no_args_is_help=True, help="Read, sum up and verify what was recorded.")
 app.command()(sums.statement)
@@ -68,6 +72,8 @@ app.command()(checkpoints.prove)
 app.command()(checkpoints.new_key)
 app.command()(export)
 app.command()(reconcile)
+app.command()(refusals)
+app.command()(security_events)
 
 
 class State(Enum):
@@ -238,14 +244,8 @@ def verify(
         Path | None,
         typer.Option("--export", help="Verify this file instead, without any server."),
     ] = None,
-    public_key: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--public-key",
-            help="With --export: whose checkpoints to trust, a file or 64 hexadecimal digits;"
-            " may be repeated.",
-        ),
-    ] = None,
+    public_key: PublicKeys = None,
+    published: PublishedHashes = None,
     decide: Annotated[
         bool, typer.Option("--decide", help="With --export: make every decision again too.")
     ] = False,
@@ -263,15 +263,18 @@ def verify(
 
     peculium verify acme
 
+    peculium verify --public-key ledger.pub --published 12:5f70bf18a086007016e948b04aed3b82103a36bea41755b6cddfaf10ace3c6ef
+
     peculium verify --export ledger.jsonl --public-key ledger.pub
     """
+    known = Known.parse(public_key, published)
     if file is not None:
         if tree is not None:
             raise typer.BadParameter("an export is verified as a whole: name no tree")
-        verify_export(file, public_keys=public_key or [], decide=decide, json=json)
+        verify_export(file, known, decide=decide, json=json)
         return
-    if public_key or decide:
-        raise typer.BadParameter("--public-key and --decide are for an --export")
+    if decide:
+        raise typer.BadParameter("--decide is for an --export: a server always decides again")
     last = None
     with (
         connect(target, api_key, allow_insecure, timeout) as client,
@@ -279,8 +282,11 @@ def verify(
     ):
         for last in client.audit.verify(None if tree is None else reference(tree)):
             status.update(f"verifying: {last.entries:,} entries of {last.trees:,} trees")
+        contradicted = known.contradicted(client.audit.checkpoints())
     if last is None or last.verified is None:
         raise LedgerUnavailable("the server ended the verification without a verdict")
+    if contradicted:
+        last = replace(last, verified=False, findings=(*last.findings, *contradicted))
     if json:
         print_json(verification_json(last))
     else:

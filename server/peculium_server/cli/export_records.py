@@ -30,7 +30,7 @@ from peculium_server.core.offline.records import (
 )
 from peculium_server.core.operations import Kind
 from peculium_server.core.state import Balances, Budget, Custody, Effect, Entry, Hold, HoldState
-from peculium_server.reconcile.times import microseconds
+from peculium_server.core.times import microseconds
 
 _NO_EFFECT: Final = Effect(changes=Balances())
 
@@ -47,6 +47,7 @@ def _header(header: ExportHeader) -> Header:
         microseconds(header.at),
         header.positions,
         header.root_id,
+        header.earlier_incarnations,
     )
 
 

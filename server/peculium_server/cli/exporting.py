@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from peculium import LedgerUnavailable
+from peculium_server.archive.files import is_compressed
 from peculium_server.archive.verifying import Verified, verify_file
 from peculium_server.archive.writing import SINKS, JsonlSink, Sink
 from peculium_server.cli.export_records import record_of
@@ -22,7 +23,6 @@ from peculium_server.cli.options import (
     Timeout,
     Tree,
     connect,
-    parse_public_key,
     reference,
 )
 from peculium_server.cli.output import (
@@ -33,7 +33,7 @@ from peculium_server.cli.output import (
     print_line,
 )
 from peculium_server.cli.problems import REFUSED
-from peculium_server.core.checkpoint import key_id_of
+from peculium_server.cli.trusting import Known
 from peculium_server.core.offline.records import Counts, Recorded
 
 
@@ -57,7 +57,10 @@ def export(
     ] = Format.JSONL,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with a file that was cut, or bring it up to date."),
+        typer.Option(
+            "--resume",
+            help="Go on with a file that was cut, or bring it up to date: jsonl only, not compressed.",
+        ),
     ] = False,
     target: Target = None,
     api_key: ApiKey = None,
@@ -95,7 +98,12 @@ def export(
             elif isinstance(record, Counts):
                 counts = record
     if counts is None:
-        raise LedgerUnavailable("the server ended the export before its end: --resume goes on")
+        # Of a file of another format nothing is left.
+        begun = form is Format.JSONL
+        goes_on = begun and not is_compressed(output)
+        left = f"remove {output}, which is cut, and export" if begun else "export"
+        advice = "--resume goes on" if goes_on else f"{left} anew: only plain jsonl is gone on with"
+        raise LedgerUnavailable(f"the server ended the export before its end: {advice}")
     if json:
         print_json({"file": str(output), **counts._replace(entries=read)._asdict()})
     else:
@@ -104,31 +112,31 @@ def export(
         )
 
 
-def verify_export(path: Path, *, public_keys: list[str], decide: bool, json: bool) -> None:
+def verify_export(path: Path, known: Known, *, decide: bool, json: bool) -> None:
     """Verify a file, and end with the exit code that says so.
 
     Args:
         path: The file.
-        public_keys: Files of keys, or keys in hexadecimal. None: those that the file names itself.
+        known: What is known from elsewhere. Without keys those are used that the file names itself.
         decide: Make every decision again too.
         json: For machines.
     """
     from peculium_server.signing import is_signed  # noqa: PLC0415 - takes long to import
 
-    keys = [parse_public_key(each) for each in public_keys]
     errors = Console(stderr=True)
-    if not keys:
+    if known.public_keys is None:
         errors.print(Text(_NO_KEY), soft_wrap=True)
     with errors.status("verifying") as status:
         verified = verify_file(
             path,
-            public_keys={key_id_of(key): key for key in keys} if keys else None,
+            public_keys=known.public_keys,
+            published=known.published,
             is_signed=is_signed,
             decide=decide,
             progress=lambda read: status.update(f"verifying: {read:,} entries"),
         )
     if json:
-        print_json(_verified_json(verified, trusted=bool(keys)))
+        print_json(_verified_json(verified, trusted=known.public_keys is not None))
     else:
         _print_verified(verified)
     if verified.findings:

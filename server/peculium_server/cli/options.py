@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import uuid
+from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import typer
 
@@ -31,6 +32,48 @@ Insecure = Annotated[
     typer.Option(
         "--allow-insecure",
         help="Send the key in clear text to another machine: something else encrypts the connection.",
+    ),
+]
+TlsSwitch = Annotated[
+    bool | None,
+    typer.Option(
+        "--tls/--no-tls",
+        envvar="PECULIUM_TLS",
+        help="Encrypt the connection; so do the following, unless it is --no-tls. Or PECULIUM_TLS.",
+        show_default=False,
+        show_envvar=False,
+    ),
+]
+
+
+def _tls_option(flag: str, meaning: str) -> Any:
+    variable = "PECULIUM_" + flag.removeprefix("--").replace("-", "_").upper()
+    return typer.Option(
+        flag,
+        envvar=variable,
+        help=f"{meaning} Or {variable}.",
+        show_default=False,
+        show_envvar=False,
+    )
+
+
+TlsCaFile = Annotated[
+    str | None,
+    _tls_option(
+        "--tls-ca-file", "Who may vouch for the server, as PEM; else those that gRPC brings along."
+    ),
+]
+TlsCertFile = Annotated[
+    str | None, _tls_option("--tls-client-cert-file", "The client's own certificate, as PEM.")
+]
+TlsKeyFile = Annotated[
+    str | None, _tls_option("--tls-client-key-file", "The private key of that certificate.")
+]
+TlsServerName = Annotated[
+    str | None,
+    _tls_option(
+        "--tls-server-name",
+        "The name that the server's certificate has to have; else the target's.",
     ),
 ]
 Timeout = Annotated[
@@ -74,7 +117,40 @@ def connect(
     target: str | None, api_key: str | None, allow_insecure: bool, timeout: float
 ) -> Client:
     """A client of the server that the options name."""
-    return peculium.connect(target, api_key=api_key, allow_insecure=allow_insecure, timeout=timeout)
+    tls = (TLS.get() or TlsOptions()).read()
+    return peculium.connect(
+        target, api_key=api_key, allow_insecure=allow_insecure, timeout=timeout, tls=tls
+    )
+
+
+class TlsOptions(NamedTuple):
+    """How to encrypt, as is said before the verb or in the environment."""
+
+    switch: bool | None = None
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    server_name: str | None = None
+
+    def read(self) -> peculium.Tls | bool:
+        """With which certificates; False: not at all.
+
+        Raises:
+            Malformed: A file cannot be read.
+        """
+        switch, *named = self
+        if switch is False or not (switch or any(named)):
+            return False
+        return peculium.Tls.of_files(
+            ca_file=self.ca_file,
+            cert_file=self.cert_file,
+            key_file=self.key_file,
+            server_name=self.server_name,
+        )
+
+
+TLS: Final[ContextVar[TlsOptions | None]] = ContextVar("tls", default=None)
+"""What was said before the verb."""
 
 
 def reference(text: str) -> str | BudgetRef:

@@ -11,9 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from peculium import BudgetInfo, BudgetState, EntryInfo, Receipt, Verification
+from peculium import BudgetInfo, BudgetRef, BudgetState, EntryInfo, Receipt, Verification
 from peculium.values import Balances, Finding
 from peculium_server.cli.amounts import show_amount
+from peculium_server.core.encoding import request_fields
+from peculium_server.core.operations import Kind
 from peculium_server.core.refusals import id_text
 from peculium_server.core.verify import Finding as FindingInExport
 
@@ -85,6 +87,8 @@ def _subtree_json(budget: BudgetInfo) -> dict[str, int | None]:
     return {
         "subtree_used": budget.subtree_used,
         "subtree_disputed": budget.subtree_disputed,
+        "subtree_held": budget.subtree_held,
+        "subtree_holds_live": budget.subtree_holds_live,
     }
 
 
@@ -109,6 +113,8 @@ def _budget_facts(budget: BudgetInfo) -> Iterator[tuple[str, str]]:
         yield "disputed", show_amount(budget.disputed, budget.unit)
     if budget.subtree_used is not None:
         yield "used below", show_amount(budget.subtree_used, budget.unit)
+    if budget.subtree_held is not None:
+        yield "held below", show_amount(budget.subtree_held, budget.unit)
     if budget.subtree_disputed:
         yield "disputed below", show_amount(budget.subtree_disputed, budget.unit)
     yield "live holds", str(budget.holds_live)
@@ -170,6 +176,7 @@ def _by_name(budgets: list[BudgetInfo]) -> list[BudgetInfo]:
 
 def entry_json(entry: EntryInfo) -> dict[str, Any]:
     """An entry for machines; what is bytes is hexadecimal."""
+    said = _said(entry)
     return {
         "root_id": id_text(entry.root_id),
         "budget_id": id_text(entry.budget_id),
@@ -187,6 +194,9 @@ def entry_json(entry: EntryInfo) -> dict[str, Any]:
         "changes": balances_json(entry.changes),
         "trace_id": entry.trace_id,
         "consumed": None if entry.consumed is None else entry.consumed.hex(),
+        "labels": dict(said.get("labels", ())),
+        "reference": said.get("reference") or None,
+        "reason": said.get("reason") or None,
         "request": entry.request.hex(),
         "effect": entry.effect.hex(),
         "digest": entry.digest.hex(),
@@ -195,14 +205,28 @@ def entry_json(entry: EntryInfo) -> dict[str, Any]:
     }
 
 
+def _said(entry: EntryInfo) -> dict[str, Any]:
+    """What was asked for, by the names of the operation's fields: in part 0 only, and if it can be read."""
+    if entry.part:
+        return {}
+    try:
+        return request_fields(Kind[entry.kind], entry.request)
+    except (KeyError, ValueError):
+        return {}
+
+
 def print_entries(entries: Iterable[EntryInfo], unit: str, paths: Mapping[bytes, str]) -> None:
-    """Print entries, each with what it changed and what it left available."""
+    """Print entries, each with what it changed and what it left available, and why if that was said."""
+    listed = [(entry, _said(entry).get("reason") or "") for entry in entries]
+    reasons = any(reason for _, reason in listed)
     table = new_table(
         *("at", "budget", "seq", "kind", "actor"),
         right=("amount", "available", "held", "spent"),
         whole=("operation",),
     )
-    for entry in entries:
+    if reasons:
+        table.add_column("reason", overflow="fold")
+    for entry, reason in listed:
         table.add_row(
             time_text(entry.at),
             Text(paths.get(entry.budget_id, id_text(entry.budget_id))),
@@ -214,6 +238,7 @@ def print_entries(entries: Iterable[EntryInfo], unit: str, paths: Mapping[bytes,
             show_amount(entry.balances.held, unit),
             show_amount(entry.balances.spent, unit),
             entry.operation_id,
+            *([Text(reason)] if reasons else ()),
         )
     wide_console().print(table)
 
@@ -293,6 +318,22 @@ def balances_json(balances: Balances) -> dict[str, int]:
 def time_text(at: datetime | None) -> str | None:
     """A time of the ledger, in UTC."""
     return None if at is None else at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def told(ref: BudgetRef | None) -> str:
+    """A budget of which something was counted, or that there was too much at once to tell which."""
+    return "(too many at once to tell)" if ref is None else str(ref)
+
+
+def told_json(ref: BudgetRef | None) -> dict[str, str | None]:
+    """The same for machines."""
+    if ref is None:
+        return dict.fromkeys(("path", "root_id", "budget_id"))
+    return {
+        "path": ref.path or None,
+        "root_id": id_text(ref.root_id),
+        "budget_id": id_text(ref.budget_id),
+    }
 
 
 def wide_console() -> Console:

@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from peculium.errors import Invalid, PeculiumError, Refused, Unavailable
 from peculium_server.archive.files import ExportUnreadable
-from peculium_server.config import ConfigInvalid
+from peculium_server.config import CannotListen, ConfigInvalid
 from peculium_server.reconcile.problems import BillInvalid
 
 REFUSED: Final = 1
@@ -42,16 +42,18 @@ def explain(error: Exception) -> Problem | None:
 
 def _of_server(error: Exception) -> Problem | None:
     """What keeps a server from running; its modules take longer to import than a client's call."""
-    from peculium_server.embedded import EmbeddedPostgresError  # noqa: PLC0415 - see above
-    from peculium_server.identity import KeysInvalid  # noqa: PLC0415
-    from peculium_server.rpc.server import CannotListen  # noqa: PLC0415
+    from peculium_server.bootstrap import BootstrapRefused  # noqa: PLC0415 - see above
+    from peculium_server.embedded import EmbeddedPostgresError  # noqa: PLC0415
+    from peculium_server.keyfile import KeysInvalid  # noqa: PLC0415
+    from peculium_server.rpc.tls import TlsInvalid  # noqa: PLC0415
     from peculium_server.signing import SigningKeyInvalid  # noqa: PLC0415
     from peculium_server.store.errors import StoreError  # noqa: PLC0415
+    from peculium_server.webhooks.keys import WebhookKeysInvalid  # noqa: PLC0415
 
     match error:
         case KeysInvalid():
             return Problem(USAGE, tuple(f"{error.path}: {problem}" for problem in error.problems))
-        case SigningKeyInvalid():
+        case BootstrapRefused() | SigningKeyInvalid() | TlsInvalid() | WebhookKeysInvalid():
             return Problem(USAGE, (str(error),))
         case EmbeddedPostgresError() | CannotListen() | StoreError():
             return Problem(NO_ANSWER, (str(error),))

@@ -13,10 +13,10 @@ from peculium import BudgetInfo, BudgetRef, Client, EntryFilter, Reach
 from peculium.errors import Malformed, Refused
 from peculium_server.cli.options import reference
 from peculium_server.cli.output import TOLD_EVERY
+from peculium_server.core.times import microseconds
 from peculium_server.reconcile.amounts import rounded
 from peculium_server.reconcile.calls import CONCERNED, Call, Calls, Level, Recorded
 from peculium_server.reconcile.references import Finding
-from peculium_server.reconcile.times import microseconds
 
 _KINDS = {kind.name: kind for kind in CONCERNED}
 

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.text import Text
 
 from peculium import (
+    Alert,
     BudgetInfo,
     BudgetRef,
     Client,
@@ -21,6 +23,7 @@ from peculium import (
     Watched,
 )
 from peculium.values import Balances
+from peculium_server.cli.alerts import alert_json, alert_text
 from peculium_server.cli.amounts import show_amount
 from peculium_server.cli.options import (
     ApiKey,
@@ -149,7 +152,12 @@ def watch(
         str | None,
         typer.Option(help="Go on behind this one, as --json tells it.", show_default=False),
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="End after so many entries; 0: never.")] = 0,
+    alerts: Annotated[
+        bool, typer.Option("--alerts", help="Alerts too, of rules on what is followed.")
+    ] = False,
+    limit: Annotated[
+        int, typer.Option(min=0, help="End after so many entries and alerts; 0: never.")
+    ] = 0,
     target: Target = None,
     api_key: ApiKey = None,
     allow_insecure: Insecure = False,
@@ -158,7 +166,8 @@ def watch(
 ) -> None:
     """Follow what is recorded, as it is recorded; goes on by itself when a server is lost.
 
-    With --json, the last entry of each message has the cursor to go on with.
+    With --json, the last entry or alert of each message has the cursor to go on with; an alert is under
+    the key alert.
 
     peculium audit watch
 
@@ -176,14 +185,17 @@ def watch(
             selected=selected,
             cursor=_cursor(cursor),
             from_beginning=from_beginning,
+            alerts=alerts,
         )
         names = _Names(client)
         try:
-            for number, (entry, behind) in enumerate(_entries(watching), start=1):
-                if json:
-                    print_json({**entry_json(entry), "cursor": behind})
+            for number, (told, behind) in enumerate(_told(watching), start=1):
+                if isinstance(told, Alert):
+                    _tell_alert(told, behind, json=json)
+                elif json:
+                    print_json({**entry_json(told), "cursor": behind})
                 else:
-                    print_line(_line(entry, names.of(entry)))
+                    print_line(_line(told, names.of(told)))
                 if number == limit:
                     return
         except KeyboardInterrupt:
@@ -191,13 +203,22 @@ def watch(
             return
 
 
-def _entries(watching: Iterator[Watched]) -> Iterator[tuple[EntryInfo, str | None]]:
-    """Each entry, the last one of a message with the cursor to go on with."""
+def _told(watching: Iterator[Watched]) -> Iterator[tuple[EntryInfo | Alert, str | None]]:
+    """Each entry and alert, the last one of a message with the cursor to go on with."""
     for watched in watching:
-        for left, entry in zip(
-            range(len(watched.entries) - 1, -1, -1), watched.entries, strict=True
-        ):
-            yield entry, None if left else watched.cursor.hex()
+        if watched.alerts_forgotten:
+            told = f"{watched.alerts_forgotten} alerts are kept no longer, and are not told"
+            Console(stderr=True).print(Text(told))
+        both: list[EntryInfo | Alert] = [*watched.entries, *watched.alerts]
+        for left, each in zip(range(len(both) - 1, -1, -1), both, strict=True):
+            yield each, None if left else watched.cursor.hex()
+
+
+def _tell_alert(alert: Alert, behind: str | None, *, json: bool) -> None:
+    if json:
+        print_json({"alert": alert_json(alert), "cursor": behind})
+    else:
+        print_line(f"{time_text(alert.at)}  ALERT     {alert.path}  {alert_text(alert)}")
 
 
 class _Names:
