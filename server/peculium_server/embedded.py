@@ -391,8 +391,9 @@ class _Place:
         except EmbeddedPostgresError as error:
             self._remove_socket_dir(socket_dir)
             raise EmbeddedPostgresError(f"{error}\n{self._log_tail()}") from error
-        postmaster = self._read_postmaster()
-        if postmaster is None or not postmaster.ready:
+        # While a backup follows the log pg_ctl takes it for a standby, and does not wait until it is there.
+        postmaster = self.running()
+        if postmaster is None:
             raise EmbeddedPostgresError(f"PostgreSQL ended at once:\n{self._log_tail()}")
         return postmaster
 

@@ -27,6 +27,7 @@ from peculium_server.signing import SigningKey
 from peculium_server.store.errors import StoreError
 from peculium_server.store.seals import Unsealed
 from peculium_server.store.store import Store
+from peculium_server.telemetry import instruments
 
 OPERATIONS_MAX: Final = 16_384
 """Operations that one checkpoint seals; more of them are sealed by the next one, at once."""
@@ -81,23 +82,9 @@ class Sealer:
         self._stuck: frozenset[int] = frozenset()
         """Lanes that lack operations which they have counted: nothing behind those is sealed."""
         meter = metrics.get_meter(__name__, meter_provider=meter_provider)
-        meter.create_observable_gauge(
-            "peculium.checkpoint.lag",
-            [self._observe_lag],
-            unit="s",
-            description="How long the earliest operation has been recorded that no checkpoint seals",
-        )
-        meter.create_observable_gauge(
-            "peculium.checkpoint.unsealed",
-            [self._observe_unsealed],
-            unit="{operation}",
-            description="Operations that no checkpoint seals yet",
-        )
-        self._rounds = meter.create_counter(
-            "peculium.checkpoint.rounds",
-            unit="{round}",
-            description="Rounds of the sealer by outcome",
-        )
+        instruments.CHECKPOINT_LAG.observed(meter, self._observe_lag)
+        instruments.CHECKPOINT_UNSEALED.observed(meter, self._observe_unsealed)
+        self._rounds = instruments.CHECKPOINT_ROUNDS.counter(meter)
 
     async def run(self) -> None:
         """Seal until cancelled."""

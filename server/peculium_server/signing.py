@@ -6,8 +6,6 @@ is never told to anybody: not to a log, not in an error, not to the database.
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 from typing import Final
 
@@ -16,9 +14,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from peculium_server.core.checkpoint import key_id_of, signed_message
+from peculium_server.files import PrivateFileUnusable, make_private, read_private
 
-PRIVATE_MODE: Final = 0o600
-_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _PEM_BYTES_MAX: Final = 16 * 1024
 
 
@@ -46,19 +43,12 @@ class SigningKey:
         """Read a private key.
 
         Raises:
-            SigningKeyInvalid: There is none, or others than its owner may read it.
+            SigningKeyInvalid: There is none, or too many may read it.
         """
         try:
-            with path.open("rb") as file:
-                # Of what was opened, whatever the name leads to a moment later.
-                mode = os.fstat(file.fileno()).st_mode
-                pem = file.read(_PEM_BYTES_MAX)
-        except OSError as error:
-            raise SigningKeyInvalid(path, f"cannot be read: {error.strerror}") from error
-        if mode & _OTHERS:
-            raise SigningKeyInvalid(
-                path, f"others may use it (mode {mode & 0o777:03o}): chmod 600 it"
-            )
+            pem = read_private(path)
+        except PrivateFileUnusable as error:
+            raise SigningKeyInvalid(path, str(error)) from error
         try:
             key = serialization.load_pem_private_key(pem, password=None)
         except (ValueError, TypeError, UnsupportedAlgorithm):
@@ -83,16 +73,10 @@ class SigningKey:
             serialization.PrivateFormat.PKCS8,
             serialization.NoEncryption(),
         )
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
-            try:
-                _write_private(unfinished, pem)
-                # Of several who make the same one exactly one succeeds, and never with half a file.
-                os.link(unfinished, path)
-            finally:
-                unfinished.unlink(missing_ok=True)
-        except OSError as error:
-            raise SigningKeyInvalid(path, f"cannot be made: {error.strerror}") from error
+            make_private(path, pem)
+        except PrivateFileUnusable as error:
+            raise SigningKeyInvalid(path, str(error)) from error
         return cls(key)
 
     def sign(self, checkpoint_hash: bytes) -> bytes:
@@ -101,14 +85,6 @@ class SigningKey:
 
     def __repr__(self) -> str:
         return f"SigningKey({self.key_id.hex()})"
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    with os.fdopen(os.open(path, flags, PRIVATE_MODE), "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def is_signed(public_key: bytes, signature: bytes, message: bytes) -> bool:

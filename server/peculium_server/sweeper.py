@@ -30,6 +30,7 @@ from peculium_server.lanes.ledger import Ledger
 from peculium_server.lanes.weight import rows
 from peculium_server.store.errors import StoreError
 from peculium_server.store.store import Due, Store
+from peculium_server.telemetry import instruments
 
 ROUND_MAX: Final = 1_024
 """Operations of a kind in one lane and round: bounds what other lanes wait for."""
@@ -106,23 +107,9 @@ class Sweeper:
         self._set_aside: dict[bytes, float] = {}
         """Until when an operation is not tried again; it stays here until it succeeds."""
         meter = metrics.get_meter(__name__, meter_provider=meter_provider)
-        meter.create_observable_gauge(
-            "peculium.sweeper.lag",
-            [self._observe_lag],
-            unit="s",
-            description="How long the earliest hold, lease or collection has been due",
-        )
-        meter.create_observable_gauge(
-            "peculium.sweeper.pending",
-            [self._observe_pending],
-            unit="{budget}",
-            description="Closed budgets below which something is still to be collected",
-        )
-        self._operations = meter.create_counter(
-            "peculium.sweeper.operations",
-            unit="{operation}",
-            description="Operations of the sweeper by kind and outcome",
-        )
+        instruments.SWEEPER_LAG.observed(meter, self._observe_lag)
+        instruments.SWEEPER_PENDING.observed(meter, self._observe_pending)
+        self._operations = instruments.SWEEPER_OPERATIONS.counter(meter)
 
     async def run(self, seconds: float) -> None:
         """Sweep until cancelled; when nothing is left to do, look again after so many seconds."""

@@ -15,6 +15,7 @@ from peculium_server.core.offline.records import Counts, Header, Record, Recorde
 LINE_BYTES_MAX: Final = 4 * 1024 * 1024
 """No record is longer: an operation says at most some hundred children."""
 _BUFFER_BYTES: Final = 1024 * 1024
+_LINE_FEED: Final = ord("\n")
 
 
 class ExportUnreadable(Exception):
@@ -38,7 +39,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         ExportUnreadable: It cannot be opened.
     """
     try:
-        with path.open("rb") as file:
+        with path.open("rb", buffering=_BUFFER_BYTES) as file:
             if is_compressed(path):
                 with gzip.GzipFile(fileobj=file) as unpacked:
                     yield unpacked  # type: ignore[misc]
@@ -55,22 +56,22 @@ def records(file: IO[bytes]) -> Iterator[Record]:
         ExportCut: It ends without a trailer.
         ExportUnreadable: A line is no record, or something follows the trailer.
     """
-    record: Record | None = None
-    number = 0
+    began = ended = False
     for number, line in _lines(file):
-        if record is None and number > 1:
+        if ended:
             raise ExportUnreadable(f"line {number}: something follows the trailer")
-        if not line.endswith(b"\n"):
+        if line[-1] != _LINE_FEED:
             raise ExportCut(
                 f"line {number}: the export is cut in the middle of a record: {_RESUME}"
             )
         record = _record(number, line)
-        if number == 1 and not isinstance(record, Header):
-            raise ExportUnreadable("line 1: an export begins with its header")
+        if not began:
+            if not isinstance(record, Header):
+                raise ExportUnreadable("line 1: an export begins with its header")
+            began = True
         yield record
-        if isinstance(record, Counts):
-            record = None
-    if record is not None or not number:
+        ended = type(record) is Counts
+    if not ended:
         raise ExportCut(f"the export is cut: it has no trailer: {_RESUME}")
 
 
@@ -79,7 +80,7 @@ _RESUME: Final = "go on with it by `peculium audit export --resume`"
 
 def _record(number: int, line: bytes) -> Record:
     try:
-        return lines.read(line.decode())
+        return lines.read(line)
     except ValueError as error:
         raise ExportUnreadable(f"line {number}: {error}") from error
 

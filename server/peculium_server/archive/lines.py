@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+import msgspec
+from msgspec.structs import astuple
 
 from peculium_server.core.checkpoint import Checkpoint, Leaf, Sealed
 from peculium_server.core.offline.records import (
@@ -36,15 +39,12 @@ from peculium_server.core.state import (
 FORMAT: Final = "peculium.export"
 VERSION: Final = 1
 
-_INT_MAX: Final = 2**63 - 1
 _KINDS: Final[dict[Any, Kind]] = {kind.name: kind for kind in Kind}
 _CUSTODIES: Final[dict[Any, Custody]] = {custody.name: custody for custody in Custody}
 _HOLD_STATES: Final[dict[Any, HoldState]] = {state.name: state for state in HoldState}
 _NO_EFFECT: Final = Effect(changes=Balances())
-_BALANCES: Final = len(Balances._fields)
 
 _dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_scan = json.scanner.make_scanner(json.JSONDecoder())  # type: ignore[attr-defined]
 _from_hex = bytes.fromhex
 
 
@@ -70,6 +70,7 @@ def _write_header(header: Header) -> dict[str, Any]:
         "at": header.at,
         "positions": header.positions,
         "root_id": _hex(header.root_id),
+        "earlier_incarnations": [each.hex() for each in header.earlier_incarnations],
     }
 
 
@@ -198,70 +199,208 @@ def _hex(value: bytes | None) -> str | None:
 
 # -- Reading ------------------------------------------------------------------------------------------
 
+_Number = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Money = tuple[_Number, _Number, _Number, _Number, _Number, _Number, _Number, _Number]
 
-def read(line: str) -> Record:
+
+class _Line(msgspec.Struct, gc=False, kw_only=True, tag_field="record", forbid_unknown_fields=True):
+    """What a line says, of the right types, before its hexadecimal digits are read."""
+
+
+class _Opening(msgspec.Struct):
+    """What the headers of all versions say."""
+
+    format: str
+    version: int
+
+
+class _HeaderLine(_Line, tag="header"):
+    format: str
+    version: _Number
+    encoding: _Number
+    incarnation: str
+    at: _Number
+    positions: Annotated[tuple[_Number, ...], msgspec.Meta(min_length=1)]
+    root_id: str | None
+    earlier_incarnations: tuple[str, ...]
+
+
+class _EntryLine(_Line, tag="entry"):
+    root_id: str
+    budget_id: str
+    lane: _Number
+    position: _Number
+    part: _Number
+    parts: _Number
+    seq: _Number
+    operation_id: str
+    kind: str
+    at: _Number
+    principal: str
+    trace_id: str | None
+    consumed: str | None
+    amount: _Number
+    balances: _Money
+    request: str | None
+    effect: str
+    digest: str
+    hash: str
+
+
+class _BudgetLine(_Line, tag="budget"):
+    root_id: str
+    budget_id: str
+    ancestors: list[str]
+    name: str
+    unit: str
+    custody: str
+    holder: str | None
+    token_digest: str | None
+    overrun_factor: _Number | None
+    labels: dict[str, str]
+    created_at: _Number
+    balances: _Money
+    disputed: _Number
+    disputes: _Number
+    holds_live: _Number
+    closed: bool
+    frozen: bool
+    lease_until: _Number | None
+    lease_latest: _Number | None
+    version: _Number
+    seq: _Number
+    last_at: _Number
+    head: str
+
+
+class _HoldLine(_Line, tag="hold"):
+    root_id: str
+    budget_id: str
+    hold_id: str
+    token_digest: str
+    state: str
+    amount: _Number
+    remaining: _Number
+    booked: _Number
+    disputed: _Number
+    created_at: _Number
+    expires_at: _Number
+
+
+class _CheckpointLine(_Line, tag="checkpoint"):
+    number: _Number
+    sealed_at: _Number
+    incarnation: str
+    positions: tuple[_Number, ...]
+    merkle_root: str
+    leaves: _Number
+    previous_hash: str
+    hash: str
+    key_id: str
+    signature: str
+    public_key: str
+
+
+class _LeafLine(_Line, tag="leaf"):
+    checkpoint: _Number
+    root_id: str
+    budget_id: str
+    seq: _Number
+    head: str
+
+
+class _TrailerLine(_Line, tag="trailer"):
+    entries: _Number
+    budgets: _Number
+    holds: _Number
+    checkpoints: _Number
+
+
+_decode = msgspec.json.Decoder(
+    _HeaderLine | _EntryLine | _BudgetLine | _HoldLine | _CheckpointLine | _LeafLine | _TrailerLine
+).decode
+_decode_opening = msgspec.json.Decoder(_Opening).decode
+
+
+def read(line: bytes) -> Record:
     """The record of a line.
 
     Raises:
         LineInvalid: It is none.
     """
     try:
-        said, end = _scan(line, 0)
-        reader, fields = _READERS[said["record"]]
-        record = reader(said)
-    except LineInvalid:
-        raise
+        said = _decode(line)
+        return _READERS[type(said)](said)
     except KeyError as error:
-        raise LineInvalid(f"a record without, or with an unknown, {error}") from error
-    except StopIteration as error:
-        raise LineInvalid("no record of an export: no JSON") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise LineInvalid(f"{error} is not known") from error
+    except msgspec.ValidationError as error:
+        _check_opening(line)
         raise LineInvalid(f"no record of an export: {error}") from error
-    if len(said) != fields:
-        raise LineInvalid("a record with fields that are not known")
-    if line[end:] not in ("", "\n"):
-        raise LineInvalid("something follows the record")
-    return record
+    except (ValueError, RecursionError) as error:
+        raise LineInvalid(f"no record of an export: {error}") from error
 
 
-def _read_header(said: dict[str, Any]) -> Header:
-    if said["format"] != FORMAT:
+def _check_opening(line: bytes) -> None:
+    """Whether a line that cannot be read is the header of a later version of the format."""
+    try:
+        opening = _decode_opening(line)
+    except msgspec.ValidationError:
+        return
+    _check_version(opening.format, opening.version)
+
+
+def _check_version(form: str, version: int) -> None:
+    if form != FORMAT:
         raise LineInvalid(f"not a {FORMAT}")
-    if said["version"] != VERSION:
-        raise LineInvalid(f"version {said['version']} of the format is not known, only {VERSION}")
-    root_id, positions = said["root_id"], said["positions"]
-    _check_numbers(*positions)
+    if version != VERSION:
+        raise LineInvalid(f"version {version} of the format is not known, only {VERSION}")
+
+
+def _read_header(said: _HeaderLine) -> Header:
+    _check_version(said.format, said.version)
     return Header(
-        _number(said["encoding"]),
-        _from_hex(said["incarnation"]),
-        _number(said["at"]),
-        tuple(positions),
-        None if root_id is None else _from_hex(root_id),
+        said.encoding,
+        _from_hex(said.incarnation),
+        said.at,
+        said.positions,
+        None if said.root_id is None else _from_hex(said.root_id),
+        tuple(_from_hex(each) for each in said.earlier_incarnations),
     )
 
 
-def _read_entry(said: dict[str, Any]) -> Recorded:
-    money = said["balances"]
-    lane, amount, at = said["lane"], said["amount"], said["at"]
-    seq, position, part, parts = said["seq"], said["position"], said["part"], said["parts"]
-    _check_numbers(lane, amount, at, seq, position, part, parts, *money)
-    if len(money) != _BALANCES:
-        raise LineInvalid("an entry has eight balances")
-    principal = said["principal"]
-    if type(principal) is not str:
-        raise LineInvalid("a principal is a text")
-    trace_id, consumed, request = said["trace_id"], said["consumed"], said["request"]
+def _read_entry(said: _EntryLine) -> Recorded:
+    (
+        root_id,
+        budget_id,
+        lane,
+        position,
+        part,
+        parts,
+        seq,
+        operation_id,
+        kind,
+        at,
+        principal,
+        trace_id,
+        consumed,
+        amount,
+        money,
+        request,
+        effect,
+        digest,
+        hash_,
+    ) = astuple(said)
     entry = new(
         Entry,
         (
-            _from_hex(said["root_id"]),
-            _from_hex(said["budget_id"]),
+            _from_hex(root_id),
+            _from_hex(budget_id),
             seq,
             position,
             part,
             parts,
-            _from_hex(said["operation_id"]),
-            _KINDS[said["kind"]],
+            _from_hex(operation_id),
+            _KINDS[kind],
             at,
             principal,
             None if trace_id is None else _from_hex(trace_id),
@@ -270,122 +409,82 @@ def _read_entry(said: dict[str, Any]) -> Recorded:
             new(Balances, money),
             _NO_EFFECT,
             None if request is None else _from_hex(request),
-            _from_hex(said["effect"]),
-            _from_hex(said["digest"]),
+            _from_hex(effect),
+            _from_hex(digest),
             b"",
-            _from_hex(said["hash"]),
+            _from_hex(hash_),
         ),
     )
     return new(Recorded, (lane, entry))
 
 
-def _read_budget(said: dict[str, Any]) -> BudgetRow:
-    money = said["balances"]
-    _check_numbers(*money)
-    if len(money) != _BALANCES:
-        raise LineInvalid("a budget has eight balances")
+def _read_budget(said: _BudgetLine) -> BudgetRow:
     budget = Budget(
-        root_id=_from_hex(said["root_id"]),
-        budget_id=_from_hex(said["budget_id"]),
-        ancestors=tuple(map(_from_hex, said["ancestors"])),
-        name=said["name"],
-        unit=said["unit"],
-        custody=_CUSTODIES[said["custody"]],
-        holder=said["holder"],
+        root_id=_from_hex(said.root_id),
+        budget_id=_from_hex(said.budget_id),
+        ancestors=tuple(map(_from_hex, said.ancestors)),
+        name=said.name,
+        unit=said.unit,
+        custody=_CUSTODIES[said.custody],
+        holder=said.holder,
         token=None,
-        overrun_factor=said["overrun_factor"],
-        labels=tuple(sorted(said["labels"].items())),
-        created_at=said["created_at"],
-        money=Balances(*money),
-        disputed=said["disputed"],
-        disputes=said["disputes"],
-        holds_live=said["holds_live"],
-        closed=said["closed"],
-        frozen=said["frozen"],
-        lease_until=said["lease_until"],
-        lease_latest=said["lease_latest"],
-        version=said["version"],
-        seq=said["seq"],
-        last_at=said["last_at"],
-        head=_from_hex(said["head"]),
+        overrun_factor=said.overrun_factor,
+        labels=tuple(sorted(said.labels.items())),
+        created_at=said.created_at,
+        money=Balances(*said.balances),
+        disputed=said.disputed,
+        disputes=said.disputes,
+        holds_live=said.holds_live,
+        closed=said.closed,
+        frozen=said.frozen,
+        lease_until=said.lease_until,
+        lease_latest=said.lease_latest,
+        version=said.version,
+        seq=said.seq,
+        last_at=said.last_at,
+        head=_from_hex(said.head),
     )
-    token_digest = said["token_digest"]
-    return BudgetRow(budget, None if token_digest is None else _from_hex(token_digest))
+    return BudgetRow(budget, None if said.token_digest is None else _from_hex(said.token_digest))
 
 
-def _read_hold(said: dict[str, Any]) -> HoldRow:
-    hold = new(
-        Hold,
-        (
-            _from_hex(said["budget_id"]),
-            _from_hex(said["hold_id"]),
-            b"",
-            _HOLD_STATES[said["state"]],
-            said["amount"],
-            said["remaining"],
-            said["booked"],
-            said["disputed"],
-            said["created_at"],
-            said["expires_at"],
-        ),
-    )
-    return HoldRow(_from_hex(said["root_id"]), hold, _from_hex(said["token_digest"]))
+def _read_hold(said: _HoldLine) -> HoldRow:
+    root_id, budget_id, hold_id, token_digest, state, *numbers = astuple(said)
+    hold = new(Hold, (_from_hex(budget_id), _from_hex(hold_id), b"", _HOLD_STATES[state], *numbers))
+    return new(HoldRow, (_from_hex(root_id), hold, _from_hex(token_digest)))
 
 
-def _read_checkpoint(said: dict[str, Any]) -> SealedBy:
+def _read_checkpoint(said: _CheckpointLine) -> SealedBy:
     checkpoint = Checkpoint(
-        number=_number(said["number"]),
-        sealed_at=_number(said["sealed_at"]),
-        incarnation=_from_hex(said["incarnation"]),
-        positions=tuple(map(_number, said["positions"])),
-        merkle_root=_from_hex(said["merkle_root"]),
-        leaves=_number(said["leaves"]),
-        previous_hash=_from_hex(said["previous_hash"]),
+        number=said.number,
+        sealed_at=said.sealed_at,
+        incarnation=_from_hex(said.incarnation),
+        positions=said.positions,
+        merkle_root=_from_hex(said.merkle_root),
+        leaves=said.leaves,
+        previous_hash=_from_hex(said.previous_hash),
     )
     sealed = Sealed(
-        checkpoint,
-        _from_hex(said["hash"]),
-        _from_hex(said["key_id"]),
-        _from_hex(said["signature"]),
+        checkpoint, _from_hex(said.hash), _from_hex(said.key_id), _from_hex(said.signature)
     )
-    return SealedBy(sealed, _from_hex(said["public_key"]))
+    return SealedBy(sealed, _from_hex(said.public_key))
 
 
-def _read_leaf(said: dict[str, Any]) -> LeafOf:
-    leaf = Leaf(
-        _from_hex(said["root_id"]),
-        _from_hex(said["budget_id"]),
-        _number(said["seq"]),
-        _from_hex(said["head"]),
-    )
-    return LeafOf(_number(said["checkpoint"]), leaf)
+def _read_leaf(said: _LeafLine) -> LeafOf:
+    checkpoint, root_id, budget_id, seq, head = astuple(said)
+    leaf = new(Leaf, (_from_hex(root_id), _from_hex(budget_id), seq, _from_hex(head)))
+    return new(LeafOf, (checkpoint, leaf))
 
 
-def _read_trailer(said: dict[str, Any]) -> Counts:
-    return Counts(*(_number(said[name]) for name in Counts._fields))
+def _read_trailer(said: _TrailerLine) -> Counts:
+    return Counts(*astuple(said))
 
 
-_READERS: Final[dict[str, tuple[Callable[[dict[str, Any]], Record], int]]] = {
-    "header": (_read_header, 8),
-    "entry": (_read_entry, 20),
-    "budget": (_read_budget, 24),
-    "hold": (_read_hold, 12),
-    "checkpoint": (_read_checkpoint, 12),
-    "leaf": (_read_leaf, 6),
-    "trailer": (_read_trailer, 5),
+_READERS: Final[dict[type, Callable[[Any], Record]]] = {
+    _HeaderLine: _read_header,
+    _EntryLine: _read_entry,
+    _BudgetLine: _read_budget,
+    _HoldLine: _read_hold,
+    _CheckpointLine: _read_checkpoint,
+    _LeafLine: _read_leaf,
+    _TrailerLine: _read_trailer,
 }
-"""Each with how many fields its record has."""
-
-
-def _check_numbers(*numbers: Any) -> None:
-    if {*map(type, numbers)} != _ONLY_INT or min(numbers) < 0 or max(numbers) > _INT_MAX:
-        raise LineInvalid("a number is none, or beyond 64 bits")
-
-
-_ONLY_INT: Final = {int}
-
-
-def _number(value: Any) -> int:
-    _check_numbers(value)
-    assert isinstance(value, int)  # noqa: S101 - just checked
-    return value

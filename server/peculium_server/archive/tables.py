@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
 from peculium_server.core.encoding import decode_effect, request_fields
 from peculium_server.core.offline.records import Recorded
 from peculium_server.core.state import Balances
-
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+from peculium_server.core.times import moment
 
 COLUMNS: Final[dict[str, type]] = {
     "root_id": str,
@@ -71,7 +70,7 @@ def row_of(recorded: Recorded) -> dict[str, Any]:
         "seq": entry.seq,
         "operation_id": entry.operation_id.hex(),
         "kind": entry.kind.name,
-        "at": _EPOCH + timedelta(microseconds=entry.at),
+        "at": moment(entry.at),
         "principal": entry.principal,
         "trace_id": None if entry.trace_id is None else entry.trace_id.hex(),
         "consumed": None if entry.consumed is None else entry.consumed.hex(),

@@ -54,6 +54,7 @@ def verify_file(
     public_keys: Mapping[bytes, bytes] | None,
     is_signed: SignatureCheck,
     decide: bool = False,
+    published: Mapping[int, bytes] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Verified:
     """Verify a complete export.
@@ -63,32 +64,36 @@ def verify_file(
         public_keys: Those that are trusted, by their ids; None: those that the export itself names.
         is_signed: Checks signatures.
         decide: Make every decision again too, which takes several times as long.
+        published: Hashes of checkpoints that are known from elsewhere, by their numbers.
         progress: Is told now and then how many entries were read.
 
     Raises:
         ExportUnreadable: It is none, is cut or damaged.
     """
-    audit = ExportAudit(public_keys=public_keys, is_signed=is_signed, decide=decide)
+    audit = ExportAudit(
+        public_keys=public_keys, is_signed=is_signed, decide=decide, published=published
+    )
     read = 0
     with opened(path) as file, _without_garbage_collection():
         for record in records(file):
             if type(record) is Recorded:
-                audit.entry(record.entry, record.lane)
+                lane, entry = record
+                audit.entry(entry, lane)
                 read += 1
                 if read % _PROGRESS_ENTRIES == 0:
                     progress(read)
                 continue
             match record:
-                case Header():
-                    audit.header(record)
-                case BudgetRow(budget, token_digest):
-                    audit.budget(budget, token_digest)
                 case HoldRow(root_id, hold, token_digest):
                     audit.hold(root_id, hold, token_digest)
-                case SealedBy():
-                    audit.checkpoint(record)
                 case LeafOf():
                     audit.leaf(record)
+                case BudgetRow(budget, token_digest):
+                    audit.budget(budget, token_digest)
+                case SealedBy():
+                    audit.checkpoint(record)
+                case Header():
+                    audit.header(record)
                 case Counts():
                     audit.trailer(record)
                 case _:

@@ -236,7 +236,8 @@ def _created(path: Path, mode: str, **options: Any) -> Any:
     try:
         return path.open(mode, **options)
     except FileExistsError as error:
-        raise ExportUnreadable(f"{path}: exists already; --resume goes on with it") from error
+        advice = "" if is_compressed(path) else "; --resume goes on with it"
+        raise ExportUnreadable(f"{path}: exists already{advice}") from error
     except OSError as error:
         raise ExportUnreadable(f"{path}: cannot be written: {error.strerror}") from error
 

@@ -12,8 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from peculium import PeculiumError, Unavailable
-from peculium_server.demo import run as runs, trace as traces
+from peculium_server.config import Exporting
+from peculium_server.demo import run as runs, traces
 from peculium_server.demo.processes import ProcessFailed
+from peculium_server.demo.trace import TraceInvalid, read
+from peculium_server.telemetry import providers
 
 FAILED: Final = 1
 NO_ANSWER: Final = 3
@@ -75,16 +78,23 @@ def demo(
         data_dir=data_dir,
     )
     try:
-        requests = traces.read(trace)
+        requests = read(trace)
         plan = runs.plan(requests, settings)
-    except (traces.TraceInvalid, runs.TooDear) as error:
+    except (TraceInvalid, runs.TooDear) as error:
         raise typer.BadParameter(str(error), param_hint="--trace") from error
     steps = Console(stderr=True, quiet=as_json)
+    exporting = Exporting.load()
+    told = traces.how_to_see(exporting, server_started=target is None)
+    steps.print(Text(told), soft_wrap=True)
+    telemetry = providers.start_caller(exporting, traces.SERVICE)
     try:
-        report = asyncio.run(runs.run(requests, plan, settings, steps))
+        with traces.TRACER.start_as_current_span("demo"):
+            report = asyncio.run(runs.run(requests, plan, settings, steps))
     except (runs.Interrupted, ProcessFailed, PeculiumError) as error:
         Console(stderr=True).print(Text(str(error)), soft_wrap=True)
         return _exit_code(error)
+    finally:
+        telemetry.shutdown(traces.EXPORT_SECONDS_MAX)
     if not as_json:
         report.show(Console())
     sys.stdout.write(f"{report.line}\n")

@@ -118,7 +118,12 @@ class Coordinator:
             ref = child.ref
             self.workers.append(Attended(channel, ref))
             await channel.send(
-                Begin(path=ref.path, root_id=ref.root_id.hex(), budget_id=ref.budget_id.hex())
+                Begin(
+                    path=ref.path,
+                    root_id=ref.root_id.hex(),
+                    budget_id=ref.budget_id.hex(),
+                    carrier=dict(child.carrier),
+                )
             )
 
     async def _attend(self, worker: Attended) -> None:

@@ -33,6 +33,8 @@ class Begin:
     path: str
     root_id: str
     budget_id: str
+    carrier: dict[str, str]
+    """The trace that it was delegated in, if there is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

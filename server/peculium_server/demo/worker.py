@@ -7,10 +7,14 @@ import sys
 from collections import deque
 from typing import Final
 
+from opentelemetry import trace
+from opentelemetry.context import Context
+
 import peculium
 import peculium.aio
 from peculium import BudgetExhausted, BudgetRef, PeculiumError, Receiver
 from peculium.aio import Budget
+from peculium_server.config import Exporting
 from peculium_server.demo.channel import Channel, first_error
 from peculium_server.demo.messages import (
     Answer,
@@ -23,12 +27,20 @@ from peculium_server.demo.messages import (
     Tally,
     Work,
 )
-from peculium_server.demo.prices import MODEL, actual, upper
+from peculium_server.demo.prices import MODEL, PROVIDER, actual, upper
 from peculium_server.demo.provider import ProviderClient, ProviderRefused
 from peculium_server.demo.trace import Request
+from peculium_server.demo.traces import EXPORT_SECONDS_MAX, SERVICE, TRACER, handed
 from peculium_server.demo.treasury import Treasury
+from peculium_server.telemetry import providers
 
 TALLY_SECONDS: Final = 0.2
+
+_CHAT: Final = {
+    "gen_ai.operation.name": "chat",
+    "gen_ai.provider.name": PROVIDER,
+    "gen_ai.request.model": MODEL,
+}
 
 
 class Agent:
@@ -40,8 +52,10 @@ class Agent:
         treasury: Treasury,
         requests: deque[Request],
         provider: ProviderClient,
+        run: trace.Link,
     ) -> None:
         self._name = f"agent-{number}"
+        self._run = run
         self._treasury = treasury
         self._requests = requests
         self._provider = provider
@@ -73,20 +87,37 @@ class Agent:
         return request
 
     async def _serve(self, budget: Budget, request: Request) -> None:
-        limit = upper(request)
-        async with budget.reserve(limit, unbilled=(ProviderRefused,)) as hold:
-            self.held = limit
-            completion = await self._provider.complete(
-                MODEL,
-                prompt_tokens=request.context_tokens,
-                max_tokens=request.output_limit,
-                would_write=request.generated_tokens,
-            )
-            cost, usage = actual(completion.prompt_tokens, completion.completion_tokens)
-            await hold.settle(cost, reference=completion.call_id, usage=usage)
+        # A trace of its own, linked with the run's: all of them are too many for one.
+        with TRACER.start_as_current_span(
+            "agent request",
+            Context(),
+            links=[self._run],
+            attributes={"demo.agent": self._name, "demo.request": request.number},
+            # A refusal is nothing exceptional: another slice is got for it.
+            record_exception=False,
+            set_status_on_exception=False,
+        ):
+            cost = await self._pay(budget, request)
         self.held = 0
         self.spent += cost
         self.calls += 1
+
+    async def _pay(self, budget: Budget, request: Request) -> int:
+        limit = upper(request)
+        async with budget.reserve(limit, unbilled=(ProviderRefused,)) as hold:
+            self.held = limit
+            with TRACER.start_as_current_span(
+                f"chat {MODEL}", kind=trace.SpanKind.CLIENT, attributes=_CHAT
+            ):
+                completion = await self._provider.complete(
+                    MODEL,
+                    prompt_tokens=request.context_tokens,
+                    max_tokens=request.output_limit,
+                    would_write=request.generated_tokens,
+                )
+            cost, usage = actual(completion.prompt_tokens, completion.completion_tokens)
+            await hold.settle(cost, reference=completion.call_id, usage=usage)
+        return cost
 
     def _next(self) -> Request | None:
         return self._requests.popleft() if self._requests else None
@@ -101,7 +132,7 @@ class Worker:
         self._requests: deque[Request] = deque()
         self._agents: list[Agent] = []
 
-    async def run(self) -> None:
+    async def run(self) -> Done:
         """From the budget's secret, which is made here, to the budget's end."""
         receiver = Receiver()
         await self._coordinator.send(Ready(token_id=receiver.token_id.hex()))
@@ -110,15 +141,15 @@ class Worker:
         async with peculium.aio.connect(
             self._start.target, timeout=self._start.timeout_seconds
         ) as client:
-            budget = await client.accept(receiver.capability(ref))
-            await self._spend(Treasury(budget, self._coordinator, self._start.agents))
-            await budget.give_back()
+            with TRACER.start_as_current_span("worker", handed(begin.carrier)) as own:
+                budget = await client.accept(receiver.capability(ref))
+                treasury = Treasury(budget, self._coordinator, self._start.agents)
+                await self._spend(treasury, trace.Link(own.get_span_context()))
+                await budget.give_back()
         await self._tell()
-        await self._coordinator.send(
-            Done(
-                calls=[agent.calls for agent in self._agents],
-                refused=[agent.refused for agent in self._agents],
-            )
+        return Done(
+            calls=[agent.calls for agent in self._agents],
+            refused=[agent.refused for agent in self._agents],
         )
 
     async def _prepare(self) -> Begin:
@@ -132,10 +163,10 @@ class Worker:
                 case other:
                     raise _unexpected(other)
 
-    async def _spend(self, treasury: Treasury) -> None:
+    async def _spend(self, treasury: Treasury, run: trace.Link) -> None:
         for number in range(1, self._start.agents + 1):
             provider = await ProviderClient.connect(self._start.provider_port)
-            self._agents.append(Agent(number, treasury, self._requests, provider))
+            self._agents.append(Agent(number, treasury, self._requests, provider, run))
         async with asyncio.TaskGroup() as others:
             background = [
                 others.create_task(self._listen(treasury)),
@@ -177,8 +208,9 @@ async def main() -> int:
     start = await coordinator.receive()
     if not isinstance(start, Start):
         raise _unexpected(start)
+    telemetry = providers.start_caller(Exporting.load(), SERVICE)
     try:
-        await Worker(start, coordinator).run()
+        done = await Worker(start, coordinator).run()
     except Exception as error:
         cause = first_error(error)
         if not isinstance(cause, PeculiumError | ProviderRefused | ConnectionError):
@@ -187,6 +219,9 @@ async def main() -> int:
         sys.stderr.write(f"{problem}\n")
         await coordinator.send(Failed(problem=problem))
         return 1
+    # Before it is told that this is the end: after that nobody waits for this process.
+    await asyncio.to_thread(telemetry.shutdown, EXPORT_SECONDS_MAX)
+    await coordinator.send(done)
     return 0
 
 

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final, NamedTuple
 
 from peculium_server.core.limits import SECOND_US
+from peculium_server.core.times import FIRST_US, LAST_US, microseconds, moment
 
 DAY_US: Final = 86_400 * SECOND_US
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND: Final = timedelta(microseconds=1)
 _MILLISECONDS_FROM: Final = 100_000_000_000
 """Seconds since the epoch have fewer digits for three thousand years: from here on it is milliseconds."""
-_MILLISECONDS_MAX: Final = (datetime(9999, 12, 31, tzinfo=UTC) - _EPOCH) // timedelta(
-    milliseconds=1
-)
-_FIRST_US: Final = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
-_LAST_US: Final = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
+_MILLISECONDS_MAX: Final = microseconds(datetime(9999, 12, 31, tzinfo=UTC)) // 1000
 _NUMBER: Final = re.compile(r"[0-9]{9,16}(\.[0-9]{1,9})?")
 _DAY: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
@@ -89,25 +84,20 @@ def _iso(text: str) -> datetime:
         ) from None
 
 
-def _microseconds(moment: datetime) -> int:
-    aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment
+def _microseconds(said: datetime) -> int:
+    aware = said.replace(tzinfo=UTC) if said.tzinfo is None else said
     at = microseconds(aware)
     # In UTC it may be in a year that no date has.
-    if not _FIRST_US <= at <= _LAST_US:
-        raise ValueError(f"{moment} is no time of a bill")
+    if not FIRST_US <= at <= LAST_US:
+        raise ValueError(f"{said} is no time of a bill")
     return at
-
-
-def microseconds(moment: datetime) -> int:
-    """A time that has a zone, as the ledger counts it."""
-    return (moment - _EPOCH) // _MICROSECOND
 
 
 def day_text(at: int) -> str:
     """The day of a time in UTC, as 2026-11-26."""
-    return (_EPOCH + timedelta(days=at // DAY_US)).strftime("%Y-%m-%d")
+    return moment(at).strftime("%Y-%m-%d")
 
 
 def time_text(at: int) -> str:
     """A time in UTC, ISO 8601. What is after the last year, as its end, is told as the last moment of it."""
-    return (_EPOCH + timedelta(microseconds=min(at, _LAST_US))).isoformat().replace("+00:00", "Z")
+    return moment(at).isoformat().replace("+00:00", "Z")
