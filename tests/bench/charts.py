@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from xml.sax.saxutils import escape
 
 from tests.bench.figures import Spread
 
 _WIDTH, _HEIGHT = 760, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 76, 24, 56, 92
-_COLOURS = ("#1f6feb", "#bf5b04", "#1a7f37", "#8250df", "#b3261e", "#57606a")
-_INK, _FAINT, _GROUND = "#24292f", "#d0d7de", "#ffffff"
+_INK, _GREY, _FAINT, _GROUND = "#24292f", "#57606a", "#d0d7de", "#ffffff"
+_COLOURS = (
+    *("#1f6feb", "#bf5b04", "#1a7f37", "#8250df", "#b3261e", _GREY),
+    *("#0b7285", "#d63384"),
+)
+_APART = 2
+"""How far points are apart that would lie on each other."""
+_LETTER, _ROW = 7.0, 18
 _BAR, _BAR_GAP, _BAR_LEFT = 24, 12, 300
 
 
@@ -22,6 +30,12 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, Spread]]
+    ours: bool = False
+    """It is the one that others are compared with."""
+
+
+_Place = tuple[float, float, float, float]
+"""Where a point is: x, and y of its median, its least and its most."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +47,34 @@ class Bar:
     ours: bool
 
 
-def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], *, log_y: bool) -> str:
-    """Lines over a logarithmic axis: medians as points, and from the least to the most as whiskers."""
+def lines(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    *,
+    log_y: bool,
+    log_x: bool = True,
+    dots: bool = True,
+) -> str:
+    """Medians as points on lines, and from the least to the most as whiskers.
+
+    Points that would lie on each other are drawn a little apart.
+    """
     drawn = [one for one in series if one.points]
+    ordered = sorted(drawn, key=lambda one: not one.ours)
+    colours = {one.name: _COLOURS[n % len(_COLOURS)] for n, one in enumerate(ordered)}
+    shown = {one.name: colours[one.name] for one in drawn}
     xs = sorted({x for one in drawn for x, _ in one.points})
+    x_ticks = xs if log_x else _steps(xs[-1])
     top = max(value.high for one in drawn for _, value in one.points)
     low = min(value.low for one in drawn for _, value in one.points)
     y_ticks = _decades(low, top) if log_y else _steps(top)
     right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
 
     def x_at(value: float) -> float:
+        if not log_x:
+            return _LEFT + value / x_ticks[-1] * (right - _LEFT)
         if len(xs) == 1:
             return (_LEFT + right) / 2
         part = math.log(value / xs[0]) / math.log(xs[-1] / xs[0])
@@ -62,52 +94,92 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], *, l
             f'<line x1="{_LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}" stroke="{_FAINT}"/>',
             text(_LEFT - 8, y + 4, f"{tick:,g}", anchor="end"),
         ]
-    for x in xs:
-        parts.append(text(x_at(x), bottom + 18, f"{x:,g}", anchor="middle"))
-    for number, one in enumerate(drawn):
-        parts += _line(one, _COLOURS[number % len(_COLOURS)], x_at, y_at)
-    parts += legend(
-        {one.name: _COLOURS[number % len(_COLOURS)] for number, one in enumerate(drawn)},
-        _HEIGHT - 20,
-    )
+    for x in x_ticks:
+        parts.append(text(x_at(x), bottom + 18, f"{x:,.10g}", anchor="middle"))
+    taken: Counter[tuple[int, int]] = Counter()
+    drawings = []
+    for number, one in enumerate(ordered):
+        places = [
+            (x_at(x), y_at(value.median), y_at(value.low), y_at(value.high))
+            for x, value in one.points
+        ]
+        drawings.append(
+            _line(
+                *(one, colours[one.name], places),
+                _apart(places, taken) if dots else [number] * len(places),
+                dots=dots,
+            )
+        )
+    # Ours is where it is, and nothing is drawn over it.
+    parts += chain.from_iterable(reversed(drawings))
     parts += [
         text((_LEFT + right) / 2, bottom + 40, x_label, anchor="middle"),
         (
             f'<g transform="translate(18 {(_TOP + bottom) / 2}) rotate(-90)">'
             f"{text(0, 0, y_label, anchor='middle')}</g>"
         ),
+        *legend(shown, _HEIGHT - 20),
     ]
-    return page(title, _HEIGHT, parts)
+    return page(title, _HEIGHT + _places(shown, _LEFT, right)[-1][1] * _ROW, parts)
 
 
-def _line(one: Series, colour: str, x_at: object, y_at: object) -> list[str]:
-    assert callable(x_at)
-    assert callable(y_at)
-    path = " ".join(f"{x_at(x):.1f},{y_at(value.median):.1f}" for x, value in one.points)
-    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
-    for x, value in one.points:
-        at = x_at(x)
-        parts += [
-            (
-                f'<line x1="{at:.1f}" y1="{y_at(value.low):.1f}" x2="{at:.1f}"'
-                f' y2="{y_at(value.high):.1f}" stroke="{colour}" stroke-width="1.5"/>'
-            ),
-            f'<circle cx="{at:.1f}" cy="{y_at(value.median):.1f}" r="3.5" fill="{colour}"/>',
-        ]
+def _apart(places: Sequence[_Place], taken: Counter[tuple[int, int]]) -> list[int]:
+    """How many were drawn already where each point is to be."""
+    found = []
+    for x, median, _, _ in places:
+        near = round(x), round(median / _APART)
+        found.append(taken[near])
+        taken[near] += 1
+    return found
+
+
+def _line(
+    one: Series, colour: str, places: Sequence[_Place], apart: Sequence[int], *, dots: bool
+) -> list[str]:
+    """A line, so far above its points that it can be told from others."""
+    heights = [
+        median - _APART * before for (_, median, _, _), before in zip(places, apart, strict=True)
+    ]
+    path = " ".join(f"{at:.1f},{y:.1f}" for (at, *_), y in zip(places, heights, strict=True))
+    width = 3 if one.ours else 2
+    parts = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>']
+    for (at, _, low, high), y in zip(places, heights, strict=True) if dots else ():
+        if low != high:
+            parts.append(
+                f'<line x1="{at:.1f}" y1="{low:.1f}" x2="{at:.1f}" y2="{high:.1f}"'
+                f' stroke="{colour}" stroke-width="1.5"/>'
+            )
+        parts.append(f'<circle cx="{at:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
     return parts
 
 
-def legend(colours: Mapping[str, str], y: float, *, left: float = _LEFT) -> list[str]:
-    """What colours stand for, in a row."""
+def legend(
+    colours: Mapping[str, str], y: float, *, left: float = _LEFT, right: float = _WIDTH - _RIGHT
+) -> list[str]:
+    """What colours stand for, in as many rows as it takes; the first of them is at y."""
     parts = []
-    x = float(left)
-    for name, colour in colours.items():
+    for (name, colour), (x, row) in zip(
+        colours.items(), _places(colours, left, right), strict=True
+    ):
+        at = y + row * _ROW
         parts += [
-            f'<rect x="{x:.0f}" y="{y - 9}" width="12" height="10" rx="2" fill="{colour}"/>',
-            text(x + 17, y, name),
+            f'<rect x="{x:.0f}" y="{at - 9}" width="12" height="10" rx="2" fill="{colour}"/>',
+            text(x + 17, at, name),
         ]
-        x += 17 + 7.0 * len(name) + 18
     return parts
+
+
+def _places(names: Iterable[str], left: float, right: float) -> list[tuple[float, int]]:
+    """Where each name of a legend begins, and in which row."""
+    places = []
+    x, row = left, 0
+    for name in names:
+        width = 17 + _LETTER * len(name)
+        if x > left and x + width > right:
+            x, row = left, row + 1
+        places.append((x, row))
+        x += width + 18
+    return places
 
 
 def bars(title: str, x_label: str, rows: Sequence[Bar]) -> str:
@@ -128,7 +200,7 @@ def bars(title: str, x_label: str, rows: Sequence[Bar]) -> str:
         ]
     for number, row in enumerate(rows):
         y = _TOP + number * (_BAR + _BAR_GAP)
-        colour = _COLOURS[0] if row.ours else _COLOURS[-1]
+        colour = _COLOURS[0] if row.ours else _GREY
         middle = y + _BAR / 2
         end = x_at(row.value.median)
         parts += [

@@ -198,7 +198,10 @@ def _label(function: str, letters: int) -> str:
 def _legend(boxes: list[_Box]) -> list[str]:
     there = {box.frame.layer for box in boxes}
     return charts.legend(
-        {name: colour for name, colour in LAYERS.items() if name in there}, _TOP - 4, left=_SIDE
+        {name: colour for name, colour in LAYERS.items() if name in there},
+        _TOP - 4,
+        left=_SIDE,
+        right=_WIDTH - _SIDE,
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, LiteralString
@@ -22,7 +22,7 @@ from peculium.aio import Client
 from peculium_server import embedded
 from peculium_server.core.lanes import lane_of
 from peculium_server.embedded import EmbeddedPostgres
-from peculium_server.store import migrate
+from peculium_server.store import migrate, operating
 from tests.bench.jobs import TIMEOUT_SECONDS, Place
 from tests.server import RunningServer, StartServer, starting
 
@@ -42,20 +42,29 @@ def programs() -> Path:
 
 
 class Postgres:
-    """A PostgreSQL with its own settings, which are durable, and with none of ours."""
+    """A PostgreSQL with its own settings, which are durable, and with none of ours unless it is said."""
 
-    def __init__(self, folder: Path, server: EmbeddedPostgres, start: StartServer) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        server: EmbeddedPostgres,
+        start: StartServer,
+        told: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = folder
+        self.told = told
+        """What it was set to; None: nothing."""
         self.server = server
         self.start_server = start
 
     @classmethod
     @contextlib.contextmanager
-    def running(cls, folder: Path) -> Iterator[Postgres]:
+    def running(cls, folder: Path, told: Mapping[str, str] | None = None) -> Iterator[Postgres]:
         """A new one in a folder, which is removed at the end."""
         data = folder / "postgres"
         with starting(folder) as start:
-            postgres = cls(folder, EmbeddedPostgres.start(data), start)
+            server = EmbeddedPostgres.start(data, settings=told)
+            postgres = cls(folder, server, start, told)
             try:
                 yield postgres
             finally:
@@ -132,7 +141,10 @@ class Ledger:
     def copied(self, database: str) -> Ledger:
         """A copy as it is now. No server may be using it."""
         self.postgres.drop(database)
-        self.postgres.create(database, self.database)
+        dsn = self.postgres.create(database, self.database)
+        # Otherwise servers would notice that it is a copy, and let nobody spend from it.
+        reason = "a copy to be measured"
+        asyncio.run(operating.restored(dsn, principal="bench", reason=reason, nothing_lost=True))
         return Ledger(self.postgres, database, self.billed.copy())
 
     @contextlib.contextmanager

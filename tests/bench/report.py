@@ -174,7 +174,7 @@ def _when(run: Run) -> str:
         ("software", f"Python {machine['python']}, {packages}"),
         (f"PostgreSQL {settings['server_version']}", shown),
     ]
-    return "\n\n".join([*notes, _table(("", ""), rows)])
+    return "\n\n".join([*notes, table(("", ""), rows)])
 
 
 def _goals(run: Run) -> list[str]:
@@ -188,7 +188,7 @@ def _goals(run: Run) -> list[str]:
         )
         for goal in goals(run)
     ]
-    return [f"## Goals\n\n{GOALS}\n\n" + _table(("goal", "reached", "by repetition", ""), rows)]
+    return [f"## Goals\n\n{GOALS}\n\n" + table(("goal", "reached", "by repetition", ""), rows)]
 
 
 _RATES = ("pairs/s", "p50 ms", "p99 ms", "p99.9 ms", "client CPU", "server CPU", "PostgreSQL CPU")
@@ -207,7 +207,7 @@ def _throughput(run: Run, drawn: Sequence[str]) -> list[str]:
         pictures = {
             "stack": ("throughput.svg", "latency.svg"),
         }.get(part, ())
-        section = f"## {title}\n\n" + _table(("", *_RATES), rows)
+        section = f"## {title}\n\n" + table(("", *_RATES), rows)
         sections.append("\n\n".join([section, *_pictures(pictures, drawn)]))
     if sections:
         sections.append(
@@ -252,9 +252,9 @@ def _baselines(run: Run, drawn: Sequence[str]) -> list[str]:
         return []
     heads = ("", "what", "a second", "p50 ms", "p99 ms")
     note = "Of pgbench the mean latency is given. Latencies of row locks and Redis are those of the reserving half."
-    table = _table(heads, rows)
+    compared = table(heads, rows)
     pictures = _pictures(("compared.svg",), drawn)
-    return ["\n\n".join(["## What it is compared with\n\n" + table, note, *pictures])]
+    return ["\n\n".join(["## What it is compared with\n\n" + compared, note, *pictures])]
 
 
 def _unloaded(run: Run) -> list[str]:
@@ -268,7 +268,7 @@ def _unloaded(run: Run) -> list[str]:
         return []
     return [
         "## Unloaded\n\nOne after the other, and nothing else: an agent's Reserve, an empty call, an INSERT"
-        " that commits.\n\n" + _table(("", "p50 ms", "p99 ms"), rows)
+        " that commits.\n\n" + table(("", "p50 ms", "p99 ms"), rows)
     ]
 
 
@@ -288,7 +288,7 @@ def _lanes(run: Run) -> list[str]:
     heads = ("", *_RATES, "serialization retries", "waits for a lane given up")
     return [
         "## Lanes\n\nThe same agents in two client processes: in one tree, and in two trees of different"
-        " lanes. Retries are counted in PostgreSQL's log.\n\n" + _table(heads, rows)
+        " lanes. Retries are counted in PostgreSQL's log.\n\n" + table(heads, rows)
     ]
 
 
@@ -303,7 +303,7 @@ def _growth(run: Run, drawn: Sequence[str]) -> list[str]:
                     "## Growth\n\nAll entries are in one tree, made by reserving and settling, and so in one lane."
                     " Each size is vacuumed once it is reached. Ledgers below 200,000 entries are copied"
                     " anew for each repetition, since to measure makes them grow.\n\n"
-                    + _table(("entries", *_RATES), rows),
+                    + table(("entries", *_RATES), rows),
                     *_pictures(("growth.svg",), drawn),
                 ]
             )
@@ -315,7 +315,7 @@ def _growth(run: Run, drawn: Sequence[str]) -> list[str]:
                 "trees": "At most 200 agents are at work at once, on all budgets of the tree in turn.",
                 "depth": "50 agents on the deepest level; the root is on the first, so there each has its own.",
             }[part]
-            sections.append(f"### {title}\n\n{note}\n\n" + _table(("", *_RATES), rows))
+            sections.append(f"### {title}\n\n{note}\n\n" + table(("", *_RATES), rows))
     sections += [*_disk(run), *_memory(run), *_recovery(run)]
     return sections
 
@@ -332,7 +332,7 @@ def _disk(run: Run) -> list[str]:
     total = ("**all**", f"**{disk['bytes_per_operation']:,.1f}**")
     return [
         f"### Disk\n\nBytes for each of {disk['operations']:,} operations, after VACUUM, with all indexes.\n\n"
-        + _table(("table", "bytes an operation"), [*rows, total])
+        + table(("table", "bytes an operation"), [*rows, total])
     ]
 
 
@@ -365,7 +365,7 @@ def _recovery(run: Run) -> list[str]:
         return []
     return [
         "### Start and recovery\n\n"
-        + _table(("from", "seconds to the first Reserve answered"), rows)
+        + table(("from", "seconds to the first Reserve answered"), rows)
     ]
 
 
@@ -384,7 +384,7 @@ def _fleet(fleet: Mapping[str, Any] | None) -> list[str]:
         f"## A fleet\n\n{fleet['begun']}, at {fleet['machine']['commit']}, load average"
         f" {fleet['load_average']['begin'][0]:g} when it began. {fleet['cadence']}\n\nGoal: nothing overshot,"
         f" nothing mismatched, p99 of a Reserve below 250 ms: {'met' if met else '**not met**'}.\n\n"
-        + _table(("", ""), rows)
+        + table(("", ""), rows)
         + f"\n\nProcessors used, in cores: {cpu['clients']:.2f} by clients, {cpu['server']:.2f} by the server,"
         f" {cpu['postgres']:.2f} by PostgreSQL. {fleet['refused']:,} Reserves were refused."
     ]
@@ -524,7 +524,8 @@ def _bounded(median: str, low: str, high: str) -> str:
     return f"{median} ({low} … {high})" if low != high else median
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table of a page."""
     lines_ = [heads, ["---"] * len(heads), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines_)
 
