@@ -1,21 +1,31 @@
 """Write the export of a large ledger that never was: `python -m tests.archive.generate FILE --entries 1000000`.
 
 The rules of the core decide every operation, so that it verifies: trees of teams and runs that reserve,
-settle, spend and lapse.
+settle, spend and lapse. They are sealed as a server seals, with a key and, from the middle on, with the one
+that followed it; the public keys are written beside the file.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from peculium_server.archive import lines
+from peculium_server.core.checkpoint import Leaf, Sealed
 from peculium_server.core.encoding import token_id
 from peculium_server.core.lanes import lane_of
-from peculium_server.core.offline.records import Counts, Header, Recorded
+from peculium_server.core.merkle import Growing
+from peculium_server.core.offline.records import (
+    Counts,
+    Header,
+    LeafOf,
+    Record,
+    Recorded,
+    SealedBy,
+)
 from peculium_server.core.operations import (
     SYSTEM,
     Actor,
@@ -32,29 +42,82 @@ from peculium_server.core.operations import (
     Usage,
 )
 from peculium_server.core.rules import decide
+from peculium_server.core.sealing import sealed_after
 from peculium_server.core.state import Accepted, Entry
 from peculium_server.core.sweeping import lapse
-from tests.core.ledger import WholeTree
+from peculium_server.sealer import OPERATIONS_MAX
+from peculium_server.signing import SigningKey, public_pem
+from tests.core.checkpoints import INCARNATION, KEY, OTHER_KEY
+from tests.core.ledger import MINUTE, SECOND, START, WholeTree
 from tests.core.offline.exported import budget_row, hold_row
 
 LANES = 16
 RUNS = 20
-START = 1_800_000_000_000_000
+OPERATION_US = SECOND // 100
+"""A hundred operations a second: a million are recorded in less than three hours."""
+SEALED_EVERY_US = MINUTE
+"""As `seal_seconds` is if nobody sets it."""
+KEYS = (SigningKey(KEY), SigningKey(OTHER_KEY))
 AGENT = Actor("agent-7", Role.AGENT)
 ADMIN = Actor("admin", Role.ADMIN)
 LABELS = (("model", "gpt-5"), ("run", "run-0042"), ("team", "research"))
 
 
+class Seals:
+    """What is sealed of the ledger while it is made."""
+
+    def __init__(self) -> None:
+        self.key = KEYS[0]
+        self.records: list[SealedBy | LeafOf] = []
+        self.checkpoints = 0
+        self._last: Sealed | None = None
+        self._last_at = START
+        self._moved: dict[tuple[bytes, bytes], Leaf] = {}
+        self._operations = 0
+
+    def take(self, entries: Sequence[Entry], now: int, positions: Sequence[int]) -> None:
+        """Take the next operation's entries, and seal if it is time, or there are many."""
+        for entry in entries:
+            budget = entry.root_id, entry.budget_id
+            self._moved[budget] = Leaf(*budget, entry.seq, entry.hash)
+        self._operations += 1
+        if now - self._last_at >= SEALED_EVERY_US or self._operations == OPERATIONS_MAX:
+            self._seal(now, positions)
+
+    def _seal(self, now: int, positions: Sequence[int]) -> None:
+        leaves = sorted(self._moved.values())
+        merkle = Growing()
+        for leaf in leaves:
+            merkle.add(leaf.hash())
+        self._last = sealed_after(
+            self._last,
+            now=now,
+            incarnation=INCARNATION,
+            positions=positions,
+            merkle_root=merkle.root(),
+            leaves=len(leaves),
+            key_id=self.key.key_id,
+            sign=self.key.sign,
+        )
+        self.checkpoints += 1
+        self.records.append(SealedBy(self._last, self.key.public_key))
+        self.records += [LeafOf(self.checkpoints, leaf) for leaf in leaves]
+        self._last_at, self._operations = now, 0
+        self._moved.clear()
+
+
 class Made:
     """The ledger while it is made."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, operation_us: int) -> None:
         self.random = random.Random(seed)  # noqa: S311 - for tests
         self.now = START
+        self.operation_us = operation_us
         self.positions = [0] * LANES
         self.trees: dict[bytes, WholeTree] = {}
         self.lanes: list[list[Entry]] = [[] for _ in range(LANES)]
         self.entries = 0
+        self.seals = Seals()
         self._made = 0
 
     def id(self) -> bytes:
@@ -69,7 +132,7 @@ class Made:
     def do(self, operation: Operation, actor: Actor = AGENT) -> None:
         tree = self.trees.setdefault(operation.root_id, WholeTree(operation.root_id))
         lane = lane_of(operation.root_id, LANES)
-        self.now += 1_000
+        self.now += self.operation_us
         self.positions[lane] += 1
         accepted = decide(tree, operation, actor, self.now, self.positions[lane])
         assert isinstance(accepted, Accepted), accepted
@@ -77,6 +140,7 @@ class Made:
         tree.recorded.clear()
         self.lanes[lane] += accepted.entries
         self.entries += len(accepted.entries)
+        self.seals.take(accepted.entries, self.now, self.positions)
 
     def tree(self) -> tuple[bytes, list[bytes]]:
         """A root with runs below it."""
@@ -171,38 +235,51 @@ class Made:
 
     def lapse_all(self) -> None:
         """The time of all holds that are left is over."""
-        self.now += 700 * 10**6
+        self.now += 15 * MINUTE
         for root_id, tree in self.trees.items():
             for hold in [each for each in tree.known_holds() if each.remaining]:
                 self.do(lapse(root_id, hold.budget_id, hold.hold_id), SYSTEM)
 
-    def records(self) -> Iterator[str]:
+    def records(self) -> Iterator[Record]:
         """The export."""
-        yield lines.write(Header(1, bytes(16), self.now, tuple(self.positions), None))
+        yield Header(1, INCARNATION, self.now, tuple(self.positions), None)
         for lane, entries in enumerate(self.lanes):
             for entry in entries:
-                yield lines.write(Recorded(lane, entry))
+                yield Recorded(lane, entry)
         budgets = [budget for tree in self.trees.values() for budget in tree.known_budgets()]
-        for budget in budgets:
-            yield lines.write(budget_row(budget))
+        yield from map(budget_row, budgets)
         holds = [
             (root_id, hold) for root_id, tree in self.trees.items() for hold in tree.known_holds()
         ]
         for root_id, hold in holds:
-            yield lines.write(hold_row(root_id, hold))
-        yield lines.write(Counts(self.entries, len(budgets), len(holds), 0))
+            yield hold_row(root_id, hold)
+        yield from self.seals.records
+        yield Counts(self.entries, len(budgets), len(holds), self.seals.checkpoints)
 
 
-def made(entries: int, seed: int = 0, trees: int = 50) -> Made:
-    """A ledger of so many entries or a few more."""
-    ledger = Made(seed)
+def made(entries: int, seed: int = 0, *, trees: int = 50, operation_us: int = OPERATION_US) -> Made:
+    """A ledger of so many entries or a few more, an operation after the other at equal distances."""
+    ledger = Made(seed, operation_us)
     runs = [
         (root_id, run) for root_id, below in (ledger.tree() for _ in range(trees)) for run in below
     ]
     while ledger.entries < entries:
+        if ledger.entries > entries // 2:
+            ledger.seals.key = KEYS[1]
         ledger.call(*ledger.random.choice(runs))
     ledger.lapse_all()
     return ledger
+
+
+def write(ledger: Made, path: Path) -> list[Path]:
+    """Write the export, and beside it the public keys that its checkpoints are signed with: their files."""
+    with path.open("w") as file:
+        for record in ledger.records():
+            file.write(lines.write(record) + "\n")
+    keys = [path.with_name(f"{path.name}.key-{number}.pem") for number in range(1, len(KEYS) + 1)]
+    for key, its_path in zip(KEYS, keys, strict=True):
+        its_path.write_text(public_pem(key.public_key))
+    return keys
 
 
 def main() -> None:
@@ -212,9 +289,7 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    with asked.file.open("w") as file:
-        for line in made(asked.entries, asked.seed).records():
-            file.write(line + "\n")
+    write(made(asked.entries, asked.seed), asked.file)
 
 
 if __name__ == "__main__":

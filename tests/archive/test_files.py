@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from peculium_server.archive import lines
+from peculium_server.archive import files, lines
 from peculium_server.archive.files import ExportCut, ExportUnreadable, begun
 from peculium_server.archive.verifying import verify_file
 from peculium_server.archive.writing import CsvSink, JsonlSink, ParquetSink
@@ -29,7 +30,7 @@ from tests.core.every_kind import lived
 from tests.core.offline.exported import budget_row, hold_row
 
 LEDGER, ROOT = lived()
-HEADER = Header(1, INCARNATION, LEDGER.now, (LEDGER.position,), None)
+HEADER = Header(1, INCARNATION, LEDGER.now, (LEDGER.position,), None, (bytes(16),))
 
 
 def exported(after: int = 0) -> Iterator[Record]:
@@ -75,7 +76,7 @@ def findings(path: Path) -> tuple[object, ...]:
 
 def test_each_record_is_the_same_after_it_was_written_and_read() -> None:
     for record in exported():
-        assert lines.read(lines.write(record)) == record
+        assert lines.read(lines.write(record).encode()) == record
 
 
 def test_a_whole_file_verifies(tmp_path: Path) -> None:
@@ -117,14 +118,16 @@ def test_a_file_cut_anywhere_is_found_and_gone_on_with(
         (WHOLE.replace(b'"version":1', b'"version":2', 1), "version 2 of the format is not known"),
         (WHOLE.replace(b"peculium.export", b"acme.export", 1), "not a peculium.export"),
         (WHOLE.replace(b'"kind":"SPEND"', b'"kind":"STEAL"', 1), "'STEAL'"),
-        (WHOLE.replace(b'"seq":', b'"seq":-', 1), "beyond 64 bits"),
-        (WHOLE.replace(b'"part":0', b'"part":0.0', 1), "a number is none"),
-        (WHOLE.replace(b'"part":0', b'"part":0,"more":1', 1), "not known"),
-        (WHOLE.replace(POSITIONS, b'"positions":[]', 1), "a number is none"),
-        (WHOLE.replace(b'"seq":1,', b'"seq":9223372036854775808,', 1), "beyond 64 bits"),
-        (WHOLE.replace(b'"balances":[', b'"balances":[0,', 1), "an entry has eight balances"),
-        (WHOLE.replace(b'"principal":', b'"principal":1,"other":', 1), "a principal is a text"),
-        (WHOLE.replace(b"}\n", b"} more\n", 1), "something follows the record"),
+        (WHOLE.replace(b'"seq":', b'"seq":-', 1), "Expected `int` >= 0 - at `$.seq`"),
+        (WHOLE.replace(b'"part":0', b'"part":0.0', 1), "got `float`"),
+        (WHOLE.replace(b'"part":0', b'"part":false', 1), "got `bool`"),
+        (WHOLE.replace(b'"part":0', b'"part":0,"more":1', 1), "unknown field `more`"),
+        (WHOLE.replace(POSITIONS, b'"positions":[]', 1), "`array` of length >= 1"),
+        (WHOLE.replace(b'"seq":1,', b'"seq":9223372036854775808,', 1), "Expected `int` <= "),
+        (WHOLE.replace(b'"balances":[', b'"balances":[0,', 1), "`array` of length 8"),
+        (WHOLE.replace(b'"principal":"', b'"principal":1,"other":"', 1), "Expected `str`"),
+        (WHOLE.replace(b'"principal":"', b'"principal":"\\ud800', 1), "surrogate"),
+        (WHOLE.replace(b"}\n", b"} more\n", 1), "trailing characters"),
         (b"[" * 100_000 + b"\n", "line 1"),
     ],
 )
@@ -190,6 +193,42 @@ def test_a_cut_compressed_file_is_found(tmp_path: Path) -> None:
         findings(path)
     with pytest.raises(ExportUnreadable, match="cannot be gone on with"):
         JsonlSink(path, resume=True)
+
+
+def test_bytes_that_are_no_deflated_ones_are_told_as_damage(tmp_path: Path) -> None:
+    """A block of the type that there is not."""
+    header = gzip.compress(b"")[:10]
+    with pytest.raises(ExportCut, match="cut or damaged"):
+        findings(written(tmp_path / "e.jsonl.gz", header + b"\x07" * 20))
+
+
+def test_a_wrong_checksum_is_told_as_damage(tmp_path: Path) -> None:
+    path = tmp_path / "e.jsonl.gz"
+    content = bytearray(gzip.compress(WHOLE))
+    content[-8] ^= 1
+    with pytest.raises(ExportCut, match="cut or damaged"):
+        findings(written(path, bytes(content)))
+
+
+def test_a_line_that_never_ends_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = max(map(len, WHOLE.splitlines(keepends=True)))
+    path = written(tmp_path / "e.jsonl", WHOLE)
+    monkeypatch.setattr(files, "LINE_BYTES_MAX", longest + 1)
+    assert findings(path) == ()
+    monkeypatch.setattr(files, "LINE_BYTES_MAX", longest)
+    with pytest.raises(ExportUnreadable, match="longer than any record"):
+        findings(path)
+
+
+def test_an_export_is_gone_on_with_behind_the_highest_position_whatever_came_last() -> None:
+    whole = [entry for entry in LEDGER.journal if entry.parts == 1]
+    first, second = lines.write(Recorded(0, whole[0])), lines.write(Recorded(0, whole[1]))
+    header = lines.write(HEADER)
+    for order in ((header, first, second), (header, second, first), (header, second, header)):
+        found = begun(io.BytesIO("".join(f"{line}\n" for line in order).encode()))
+        assert found.after == [whole[1].position]
 
 
 def test_the_last_operation_is_gone_on_with_from_its_first_part() -> None:

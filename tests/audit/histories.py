@@ -6,18 +6,14 @@ import itertools
 from random import Random
 from typing import Any
 
-from peculium_server.core.operations import Operation, Usage
+from peculium_server.core.operations import Operation
 from peculium_server.core.outcome import Outcome
+from tests.audit.world import USAGES
 from tests.core.ledger import DAY, HOUR, MINUTE, START, HoldRef, Ledger, Node
 
 _numbers = itertools.count(1)
 
 LABELS = ((), (), (("run", "7"),), (("model", "m-2"), ("run", "8")), (("team", ""),))
-USAGES = (
-    None,
-    Usage(provider="openai", model="m-1", input_tokens=30, output_tokens=7, cached_tokens=2),
-    Usage(provider="anthropic", input_tokens=5),
-)
 STEPS_US = (0, 0, 1, MINUTE, 11 * MINUTE, 7 * HOUR, DAY)
 
 

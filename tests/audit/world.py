@@ -8,7 +8,7 @@ import random
 from collections.abc import AsyncIterator
 from typing import Any
 
-from peculium_server.core.operations import Kind, Operation
+from peculium_server.core.operations import Kind, Operation, Usage
 from peculium_server.core.refusals import Refused
 from peculium_server.core.state import BudgetState, Custody, HoldState
 from peculium_server.store.store import Store
@@ -18,6 +18,11 @@ from tests.store.stored import StoredLedger
 PRINCIPALS = ("agent", "alice", "bob")
 LABELS = ((), (("team", "a"),), (("team", "b"),), (("model", "gpt"), ("team", "a")))
 REFERENCES = ("", "call-1", "call-2")
+USAGES = (
+    None,
+    Usage(provider="openai", model="m-1", input_tokens=30, output_tokens=7, cached_tokens=2),
+    Usage(provider="anthropic", input_tokens=5),
+)
 TRACES = (None, bytes(range(16)), bytes(range(1, 17)))
 DEPTH = 4
 BUDGETS_MAX = 60
@@ -49,19 +54,19 @@ class World:
 
     @contextlib.asynccontextmanager
     async def going_on(self) -> AsyncIterator[None]:
-        """Operations are recorded for as long as the block lasts."""
-        writing = asyncio.create_task(self._go_on())
+        """Operations are recorded for as long as the block lasts; afterwards none is under way."""
+        over = asyncio.Event()
+
+        async def go_on() -> None:
+            while not over.is_set():
+                await self.step()
+
+        writing = asyncio.create_task(go_on())
         try:
             yield
         finally:
-            writing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await writing
-
-    async def _go_on(self) -> None:
-        while True:
-            # A transaction that is cancelled would be done in the store and not in memory.
-            await asyncio.shield(asyncio.ensure_future(self.step()))
+            over.set()
+            await writing
 
     async def step(self) -> None:
         """Ask for one operation, which may be refused."""
@@ -103,8 +108,9 @@ class World:
             return None
         # Sometimes more than was held, sometimes beyond what may be booked at all.
         actual = hold.hold.remaining * self._random.choice((0, 1, 1, 1, 2, 5))
-        asked = self._asked() | {"reference": self._random.choice(REFERENCES)}
-        return hold.settle(actual, keep_open=self._random.random() < 0.3, **asked)
+        estimated = self._random.random() < 0.3
+        keep_open = self._random.random() < 0.3
+        return hold.settle(actual, keep_open=keep_open, estimated=estimated, **self._booked())
 
     def _release(self, _: Node, hold: HoldRef | None) -> Operation | None:
         return None if hold is None else hold.release(**self._asked())
@@ -121,9 +127,7 @@ class World:
         return self._random.choice(due).lapse() if due else None
 
     def _spend(self, node: Node, _: HoldRef | None) -> Operation:
-        return node.spend(
-            self._amount(), reference=self._random.choice(REFERENCES), **self._asked()
-        )
+        return node.spend(self._amount(), **self._booked())
 
     def _delegate(self, node: Node, _: HoldRef | None) -> Operation | None:
         if len(self.nodes) >= BUDGETS_MAX or len(node.budget.ancestors) >= DEPTH:
@@ -229,6 +233,11 @@ class World:
 
     def _asked(self) -> dict[str, Any]:
         return {"labels": self._labels(), "trace_id": self._random.choice(TRACES)}
+
+    def _booked(self) -> dict[str, Any]:
+        """What is said of a call that cost something."""
+        said = {"reference": self._random.choice(REFERENCES), "usage": self._random.choice(USAGES)}
+        return self._asked() | said
 
     def _held(self) -> dict[str, Any]:
         """By a token of whoever has it, by one of a principal, or by a principal's name."""

@@ -13,8 +13,11 @@ from sqlalchemy import Table
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 from sqlalchemy.types import Uuid
 
+from peculium_server.core.checkpoint import Checkpoint, Sealed
 from peculium_server.core.lanes import lane_of
+from peculium_server.core.state import GENESIS
 from peculium_server.store import rows, schema
+from tests.core.checkpoints import KEY, public, signed
 from tests.core.ledger import Ledger
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -42,7 +45,10 @@ def fill(dsn: str, ledger: Ledger) -> None:
             rows.HOLD_COLUMNS,
             (rows.from_hold(root_id, hold) for root_id, hold in holds),
         )
-        connection.execute("UPDATE lanes SET position = %s", [ledger.position])
+        connection.execute(
+            "UPDATE lanes SET position = coalesce("
+            "(SELECT max(position) FROM entries WHERE entries.lane = lanes.lane), 0)"
+        )
 
 
 def record(connection: psycopg.Connection, ledger: Ledger) -> None:
@@ -63,6 +69,42 @@ def record(connection: psycopg.Connection, ledger: Ledger) -> None:
         rows.ENTRY_COLUMNS,
         (rows.from_entry(entry) for entry in ledger.journal),
     )
+
+
+def record_checkpoints(dsn: str, *checkpoints: Sealed) -> None:
+    """Save checkpoints as they are given, without leaves; the ledger's incarnation becomes theirs."""
+    with psycopg.connect(dsn) as connection:
+        incarnation = UUID(bytes=checkpoints[0].checkpoint.incarnation)
+        connection.execute("UPDATE ledger SET incarnation = %s", [incarnation])
+        for sealed in checkpoints:
+            said = sealed.checkpoint
+            connection.execute(
+                "INSERT INTO checkpoints (number, leaves, sealed_at, merkle_root, previous_hash,"
+                " hash, key_id, signature, positions) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)",
+                [said.number, said.leaves, instant(said.sealed_at), said.merkle_root,
+                 said.previous_hash, *sealed[1:], list(said.positions)],
+            )  # fmt: skip
+        connection.execute(
+            "INSERT INTO checkpoint_keys (key_id, public_key) VALUES (%s, %s)",
+            [checkpoints[0].key_id, public(KEY)],
+        )
+
+
+def chain(numbers: Sequence[int]) -> list[Sealed]:
+    """Checkpoints that follow one another, in each of which the numbers are others."""
+    made: list[Sealed] = []
+    for index, number in enumerate(numbers):
+        checkpoint = Checkpoint(
+            number=index + 1,
+            sealed_at=1_795_000_000_000_000 + number % 10**12,
+            incarnation=bytes(range(16)),
+            positions=tuple(number if lane == index else 0 for lane in range(schema.LANES)),
+            merkle_root=bytes([index]) * 32,
+            leaves=max(1, number),
+            previous_hash=made[-1].hash if made else GENESIS,
+        )
+        made.append(signed(checkpoint))
+    return made
 
 
 def _insert(

@@ -9,7 +9,7 @@ import psycopg
 import pytest
 
 from peculium_server.store import roles
-from tests.audit_sql.filling import fill
+from tests.audit_sql.filling import chain, fill, record_checkpoints
 from tests.core.every_kind import lived
 from tests.postgres import as_role
 
@@ -61,6 +61,7 @@ def test_every_query_of_the_page_is_answered(query: str, database: str) -> None:
     """With names of a ledger that there is in place of the page's."""
     ledger, root = lived()
     fill(database, ledger)
+    record_checkpoints(database, *chain((1, 2)))
     hold = next(hold for hold in root.tree.known_holds() if hold.budget_id != root.id)
     budget = root.tree.budget(hold.budget_id)
     line = [root.tree.budget(above).name for above in reversed(budget.ancestors)]

@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
@@ -30,6 +31,7 @@ from tests.server import StartServer
 
 SERVED = {
     "ledger": {"SELECT"},
+    "incarnations": {"SELECT", "INSERT"},
     "lanes": {"SELECT", "UPDATE position"},
     "roots": {"SELECT", "INSERT"},
     "budgets": {"SELECT", "INSERT"}
@@ -52,6 +54,21 @@ SERVED = {
     "checkpoints": {"SELECT", "INSERT"},
     "checkpoint_leaves": {"SELECT", "INSERT"},
     "checkpoint_keys": {"SELECT", "INSERT"},
+    "key_acts": {"SELECT", "INSERT"},
+    "refusals": {"SELECT", "INSERT", "UPDATE number", "DELETE"},
+    "security_events": {"SELECT", "INSERT"},
+    "alert_progress": {"SELECT"}
+    | {f"UPDATE {name}" for name in ("positions", "alerts", "changes", "looked_at", "more")},
+    "alert_rules": {"SELECT", "INSERT", "DELETE"}
+    | {f"UPDATE {column}" for column in ("armed", "due", "crossings", "deleted_at", "deleted_by")},
+    "alerts": {"SELECT", "INSERT", "DELETE"},
+    "webhooks": {"SELECT", "INSERT", "DELETE"}
+    | {f"UPDATE {column}" for column in ("deleted_at", "deleted_by")},
+    "webhook_deliveries": {"SELECT", "INSERT", "DELETE"}
+    | {
+        f"UPDATE {column}"
+        for column in ("state", "attempts", "next_at", "last_at", "last_status", "last_problem")
+    },
     "alembic_version": {"SELECT"},
 }
 """What a server may do to each table; nothing else to these, and nothing to others."""
@@ -239,6 +256,13 @@ def _name(change: Insert | Update | Delete) -> str:
     return change.table.name
 
 
+def _changed_on_conflict(change: Insert) -> set[str]:
+    """The columns that an insertion updates where there is a row already."""
+    clause: Any = change._post_values_clause
+    # None if the row that is there stays as it is, or there is no such clause.
+    return {name for name, _ in getattr(clause, "update_values_to_set", ())}
+
+
 def test_the_rights_of_a_server_are_those_that_its_statements_need() -> None:
     needed: dict[str, set[str]] = {}
     for executable in _executables():
@@ -246,7 +270,9 @@ def test_the_rights_of_a_server_are_those_that_its_statements_need() -> None:
             if isinstance(element, Table):
                 needed.setdefault(element.name, set()).add("SELECT")
             if isinstance(element, Insert):
-                needed.setdefault(_name(element), set()).add("INSERT")
+                rights = needed.setdefault(_name(element), set())
+                rights.add("INSERT")
+                rights |= {f"UPDATE {name}" for name in _changed_on_conflict(element)}
             if isinstance(element, Delete):
                 needed.setdefault(_name(element), set()).add("DELETE")
             if isinstance(element, Update):

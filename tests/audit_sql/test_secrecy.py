@@ -11,6 +11,7 @@ from psycopg import sql
 
 from peculium_server.core.state import Custody
 from tests.audit_sql.conftest import Lived
+from tests.leaks.marks import escaped
 
 VIEWS = "SELECT table_name::text FROM information_schema.views WHERE table_schema = 'audit'"
 CALLS = ("subtree('{}')", "as_of('{}', 'infinity')", "statement('{}', subtree => true)")
@@ -23,9 +24,7 @@ def forms(token_id: bytes) -> Iterator[str]:
     for encode in (base64.b64encode, base64.urlsafe_b64encode, base64.b32encode):
         yield encode(token_id).decode().rstrip("=")
     # As `bytea_output = escape` has it, and as JSON numbers.
-    yield "".join(
-        chr(byte) if 32 <= byte < 127 and byte != 92 else rf"\{byte:03o}" for byte in token_id
-    ).replace("\\134", "\\\\")
+    yield escaped(token_id)
     yield ", ".join(map(str, token_id))
 
 

@@ -112,7 +112,7 @@ class Theatre:
         self._dsn = dsn
         self._lanes = lanes
         self._prompter = prompter
-        self._builder = LanesWriter(dsn, store.incarnation)
+        self._builder = LanesWriter(dsn, store._memory)
         self._writers: dict[str, SteppedWriter] = {}
         self._made = itertools.count(secrets.randbelow(2**32) * _IDS_OF_A_WORLD, _IDS_OF_A_WORLD)
 
@@ -193,7 +193,7 @@ class Theatre:
         async with asyncio.TaskGroup() as acting:
             for actor, role in zip(stage.actors, roles, strict=True):
                 writer = self._writers.setdefault(
-                    actor.name, SteppedWriter(self._dsn, self._store.incarnation)
+                    actor.name, SteppedWriter(self._dsn, self._store._memory)
                 )
                 await writer.enter(actor)
                 acting.create_task(self._act(writer, actor, ledger, role))

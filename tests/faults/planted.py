@@ -18,6 +18,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -83,8 +84,8 @@ def _without_row_checks() -> None:
         expected = bindparam("rows", type_=BigInteger)
         return select(func.count(), expected).select_from(changed)
 
-    def save_budgets(lane_number: Any) -> Any:
-        keys = statements._unnested(
+    def save_budgets(lane_number: Any, given: statements.Given = statements.unnested) -> Any:
+        keys = given(
             root_id=statements._ID,
             budget_id=statements._ID,
             before=BigInteger(),
@@ -104,6 +105,8 @@ def _without_row_checks() -> None:
 
     recipes = statements.LANE_RECIPES
     recipes["save_budgets"] = recipes["save_budgets"]._replace(build=save_budgets)
+    save_budget = partial(save_budgets, given=statements.one_row)
+    recipes["save_budget"] = recipes["save_budget"]._replace(build=save_budget)
 
 
 def _without_waiting() -> None:

@@ -14,6 +14,7 @@ from itertools import product
 from psycopg import errors
 
 from peculium_server.store import connect, lane
+from peculium_server.store.incarnations import Memory
 from peculium_server.store.lane import LanesWriter
 from peculium_server.store.wire import Connection, Flown, Result, Step
 
@@ -172,8 +173,8 @@ def _cuts(segment: Sequence[Step]) -> Iterator[tuple[str, Sequence[Step]]]:
 class SteppedWriter(LanesWriter):
     """A writer that takes no lane's advisory lock, on a stage."""
 
-    def __init__(self, dsn: str, incarnation: bytes) -> None:
-        super().__init__(dsn, incarnation)
+    def __init__(self, dsn: str, memory: Memory) -> None:
+        super().__init__(dsn, memory)
         self.actor: Actor | None = None
 
     async def enter(self, actor: Actor) -> None:

@@ -1,0 +1,109 @@
+"""What the campaign rests on: that it leaves out no column, and that not every answer satisfies it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+
+from peculium_server.core.verify import Finding
+from peculium_server.signing import SigningKey
+from peculium_server.store.schema import metadata
+from tests.tampering.__main__ import Verdict, judged
+from tests.tampering.auditing import Audited, Expected
+from tests.tampering.tamperings import (
+    BESIDE,
+    NOWHERE,
+    UNNOTICED,
+    Tampering,
+    Trace,
+    all_tamperings,
+)
+
+TREE, OTHER, BUDGET = b"t" * 16, b"o" * 16, b"b" * 16
+HERE = (TREE, BUDGET, 7)
+NAMED = Finding(*HERE, "chain", "the hash is not that of the entry and the one before")
+EXPECTED = [Expected(("chain", "digest"), {HERE}, "the hash")]
+
+
+def test_every_column_is_tampered_with_or_carries_no_claim() -> None:
+    keys: Sequence[SigningKey] = [None]  # type: ignore[list-item]
+    names = {each.name for each in all_tamperings(keys, keys[0])}
+    columns = {
+        f"{name}.{column.name}"
+        for name, table in metadata.tables.items()
+        for column in table.c
+        if name not in BESIDE
+    }
+    assert columns - names == UNNOTICED.keys()
+    assert metadata.tables.keys() >= BESIDE.keys()
+    assert all(len(why) > 20 for why in (*UNNOTICED.values(), *BESIDE.values()))
+
+
+def said(
+    *findings: Finding, expected: Sequence[Expected] = EXPECTED, **how: object
+) -> tuple[list[str], Tampering]:
+    """What is wrong with an answer to a tampering."""
+    tampering = Tampering("a hash", lambda _: Trace(set(), ()), **how)  # type: ignore[arg-type]
+    trace = Trace({TREE}, expected)
+    return list(judged(tampering, "online", trace, Audited(findings, 0.1), expected)), tampering
+
+
+def test_a_finding_that_names_it_is_enough() -> None:
+    problems, tampering = said(NAMED)
+    assert (problems, tampering.found) == ([], ["online: chain"])
+
+
+@pytest.mark.parametrize(
+    "finding",
+    [
+        NAMED._replace(rule="fold"),
+        NAMED._replace(seq=8),
+        NAMED._replace(budget_id=TREE),
+        NAMED._replace(root_id=OTHER),
+        NAMED._replace(detail="something is wrong"),
+        Finding(*NOWHERE, "refused", "INTERNAL"),
+    ],
+)
+def test_that_something_was_found_is_not_enough(finding: Finding) -> None:
+    [problem], tampering = said(finding)
+    assert problem.startswith("online: it is not named; what is found is Finding(")
+    assert tampering.found == []
+
+
+def test_that_nothing_was_found_is_told() -> None:
+    [problem], _ = said()
+    assert problem.endswith("what is found is nothing")
+
+
+def test_who_blames_another_tree_too_is_told() -> None:
+    [problem], _ = said(NAMED, NAMED._replace(root_id=OTHER))
+    assert problem.startswith("online: another tree is blamed")
+    # In a lane the operation behind a gap is named, whosever it is.
+    assert said(NAMED, NAMED._replace(root_id=OTHER, rule="position"))[0] == []
+
+
+def test_what_only_a_published_hash_tells_is_told_by_nothing_else() -> None:
+    told = Finding(*NOWHERE, "checkpoint", "checkpoint 3: it was published, and is missing")
+    expected = [Expected(("checkpoint",), {NOWHERE}, "published")]
+    assert said(told, expected=expected, published=True)[0] == []
+    [problem], _ = said(told, NAMED, expected=expected, published=True)
+    assert problem.startswith("online: it is found without what was published")
+
+
+def test_what_cannot_be_found_is_not() -> None:
+    assert said(expected=[], lost="nobody can")[0] == []
+    [problem], _ = said(NAMED, expected=[], lost="nobody can")
+    assert problem.startswith("online: it is found, which nobody thought")
+
+
+def test_the_verdict_is_clean_only_if_all_was_found_and_nothing_else() -> None:
+    clean = Verdict(entries=10, tamperings=3, found=3)
+    assert clean.clean
+    assert list(json.loads(clean.line())) == [
+        *("entries", "verify_online_s", "verify_offline_s", "tamperings", "found", "false_alarms"),
+    ]
+    assert not Verdict(tamperings=3, found=2).clean
+    assert not Verdict(tamperings=3, found=3, false_alarms=1).clean
+    assert not Verdict(tamperings=3, found=3, problems=["something"]).clean
