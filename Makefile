@@ -71,6 +71,18 @@ faults: install ## Do harm to servers, connections and databases, and check the 
 	@$(BIN)/python -m tests.faults $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) \
 		$(if $(PARTS),--parts $(PARTS)) $(if $(FOLDER),--folder $(FOLDER))
 
+# Again with the seed that it tells; CASES=4000 is about the slice that the tests run.
+.PHONY: fuzz
+fuzz: CASES ?= 200000
+fuzz: install ## Ask every method whatever can be asked, and check every balance (CASES=200000 SEED=1).
+	@$(BIN)/python -m tests.fuzz --cases $(CASES) $(if $(SEED),--seed $(SEED))
+
+# ENTRIES=1500 is the slice that CI runs; FOLDER=... keeps the report there.
+.PHONY: audit
+audit: install ## Tamper with a ledger in every way, and see that each is found and named (ENTRIES=100000 SEED=1).
+	@$(BIN)/python -m tests.tampering $(if $(ENTRIES),--entries $(ENTRIES)) $(if $(SEED),--seed $(SEED)) \
+		$(if $(FOLDER),--folder $(FOLDER)) $(ARGS)
+
 # A slice only shows that everything runs; with parts left out the page would not be whole.
 .PHONY: bench
 bench: install ## Measure everything in one run, and write docs/performance.md (SLICE=1, ONLY=stack,growth).
@@ -82,6 +94,15 @@ fleet: install ## Let AGENTS=10000 reserve, think and settle for SECONDS=300.
 	@$(BIN)/python -m tests.bench.fleet $(if $(AGENTS),--agents $(AGENTS)) \
 		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(FOLDER),--folder $(FOLDER)) $(ARGS)
 
+# A slice only shows that everything runs; with scenarios left out the page would not be whole.
+.PHONY: replay
+# LiteLLM takes part in the whole, and with LITELLM=1 in less: it is installed from tests/replay/litellm.lock, into an
+# environment of its own. What was broken off goes on where it was.
+replay: install ## Replay the incident catalogue against counters, LiteLLM and the ledger; writes docs/incidents.md (SLICE=1, ONLY=S1,D2).
+	@$(BIN)/python -m tests.replay $(if $(SLICE),--slice) $(if $(ONLY),--only "$(ONLY)") \
+		$(if $(SLICE)$(ONLY)$(TRIALS),$(if $(LITELLM),--litellm),--report --litellm) \
+		$(if $(TRIALS),--trials $(TRIALS)) $(if $(FOLDER),--folder "$(FOLDER)")
+
 .PHONY: flame
 flame: install ## Draw where server and client spend their time, as docs/performance/flame-*-NAME.svg.
 	@$(BIN)/python -m tests.bench.flame $(if $(SECONDS),--seconds $(SECONDS)) $(ARGS) $(NAME)
@@ -92,5 +113,5 @@ demo: install ## Spend a real request trace from one capped budget (TRACE=file f
 
 .PHONY: clean
 clean: ## Remove what the targets above made.
-	@rm -rf .venv .venv.lock build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf .venv .venv.lock .venv.litellm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	@find client server migrations tests tools -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

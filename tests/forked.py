@@ -21,14 +21,23 @@ from types import TracebackType
 from typing import Self
 
 from peculium_server.cli import main
+from peculium_server.config import quieten_grpc
 
 # Whatever a server would import before it serves; nothing of it starts a thread.
-_PRELOADED = ["peculium_server.cli.verbs", "peculium_server.app", "uvloop", "tests.forked"]
+PRELOADED = [
+    "peculium_server.cli.verbs",
+    "peculium_server.app",
+    "uvloop",
+    "tests.forked",
+    "tests.frozen",
+]
 
 _LOADED_FIRST = "LD_PRELOAD"
 
+# A program does so before it imports what those that are forked have imported already.
+quieten_grpc()
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(_PRELOADED)
+_context.set_forkserver_preload(PRELOADED)
 
 
 class Forked:

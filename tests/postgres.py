@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib
 import os
 import secrets
@@ -65,49 +66,58 @@ class Server:
 
     def migrated_template(self) -> str:
         """The name of a database at the newest schema, made when it is first asked for."""
+        return self._template
+
+    @functools.cached_property
+    def _template(self) -> str:
         name = f"{self.prefix}template"
-        with self._connection() as connection:
-            connection.execute("SELECT pg_advisory_lock(%s)", [TEMPLATE_LOCK])
-            found = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name])
+        self._admin.execute("SELECT pg_advisory_lock(%s)", [TEMPLATE_LOCK])
+        try:
+            found = self._admin.execute("SELECT 1 FROM pg_database WHERE datname = %s", [name])
             if found.fetchone() is None:
                 unfinished = f"{name}_unfinished"
                 self.drop(unfinished)
                 self.create(unfinished)
                 importlib.import_module(MIGRATE).upgrade(self.url_of(unfinished))
-                connection.execute(
+                self._admin.execute(
                     sql.SQL("ALTER DATABASE {} RENAME TO {}").format(
                         sql.Identifier(unfinished), sql.Identifier(name)
                     )
                 )
+        finally:
+            self._admin.execute("SELECT pg_advisory_unlock(%s)", [TEMPLATE_LOCK])
         return name
 
     def create(self, name: str, template: str = "template0") -> None:
-        """Create a database as a copy of another."""
-        with self._connection() as connection:
-            connection.execute(
-                sql.SQL("CREATE DATABASE {} TEMPLATE {}").format(
-                    sql.Identifier(name), sql.Identifier(template)
-                )
+        """Create a database as a copy of another: of its files, which takes half the work of logging them."""
+        self._admin.execute(
+            sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY FILE_COPY").format(
+                sql.Identifier(name), sql.Identifier(template)
             )
+        )
 
     def drop(self, name: str) -> None:
         """Drop a database, and the connections to it."""
-        with self._connection() as connection:
-            connection.execute(
-                sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
-            )
+        self._admin.execute(
+            sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name))
+        )
 
     def drop_all(self) -> None:
         """Drop whatever this run made."""
-        with self._connection() as connection:
-            pattern = self.prefix.replace("_", r"\_") + "%"
-            rows = connection.execute(
-                "SELECT datname FROM pg_database WHERE datname LIKE %s", [pattern]
-            ).fetchall()
+        pattern = self.prefix.replace("_", r"\_") + "%"
+        rows = self._admin.execute(
+            "SELECT datname FROM pg_database WHERE datname LIKE %s", [pattern]
+        ).fetchall()
         for (name,) in rows:
             self.drop(name)
 
-    def _connection(self) -> psycopg.Connection:
+    def close(self) -> None:
+        """Close the connection by which databases are made."""
+        self._admin.close()
+
+    @functools.cached_property
+    def _admin(self) -> psycopg.Connection:
+        """One for all: connecting anew for each would take as long as making it."""
         return psycopg.connect(self.dsn, autocommit=True)
 
 
@@ -124,11 +134,15 @@ def postgres(pytestconfig: pytest.Config) -> Iterator[Server]:
     prefix = f"peculium_test_{pytestconfig.stash[_run_id]}_"
     given = os.environ.get("TEST_DATABASE_URL")
     if given is not None:
-        yield Server(given, prefix)
+        with contextlib.closing(Server(given, prefix)) as server:
+            yield server
         return
     data_dir = _data_dir(pytestconfig)
-    with EmbeddedPostgres.start(data_dir, settings={"max_connections": "400"}) as server:
-        yield Server(server.dsn, prefix)
+    with (
+        EmbeddedPostgres.start(data_dir, settings={"max_connections": "400"}) as running,
+        contextlib.closing(Server(running.dsn, prefix)) as server,
+    ):
+        yield server
 
 
 @pytest.fixture
@@ -189,7 +203,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     given = os.environ.get("TEST_DATABASE_URL")
     if given is not None:
-        Server(given, f"peculium_test_{config.stash[_run_id]}_").drop_all()
+        with contextlib.closing(Server(given, f"peculium_test_{config.stash[_run_id]}_")) as server:
+            server.drop_all()
         return
     _remove(_data_dir(config))
 

@@ -142,14 +142,14 @@ def _wait_until_ready(server: RunningServer) -> None:
     def read() -> None:
         for line in stderr:
             server.said.append(line.rstrip("\n"))
-            if line.startswith(_READY):
+            if _READY in line:
                 ready.set()
         ready.set()
 
     server.reader = threading.Thread(target=read, daemon=True)
     server.reader.start()
     listened = ready.wait(START_SECONDS_MAX)
-    if not listened or not any(line.startswith(_READY) for line in server.said):
+    if not listened or not any(_READY in line for line in server.said):
         server.process.kill()
         code = server.process.wait(STOP_SECONDS_MAX)
         raise ServerFailed(f"exit code {code}:\n" + "\n".join(server.said))

@@ -7,6 +7,7 @@ import concurrent.futures
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import stat
@@ -125,7 +126,7 @@ def test_a_server_on_its_own_postgresql_makes_a_key_once(tmp_path: Path) -> None
     assert stat.S_IMODE((tmp_path / app.OWN_KEY).stat().st_mode) == 0o600
 
 
-def test_a_server_without_keys_refuses_to_be_reached_from_elsewhere(
+def test_a_server_without_tls_refuses_to_be_reached_from_elsewhere(
     start_server: StartServer, database: str
 ) -> None:
     with pytest.raises(ServerFailed, match="only a loopback address") as caught:
@@ -161,8 +162,9 @@ def test_a_server_that_others_can_reach_says_that_nothing_is_encrypted(
     start_server: StartServer, database: str, tmp_path: Path
 ) -> None:
     file = keys_file(tmp_path, root="admin")
-    server = start_server(*("--database-url", database, "--keys-file", str(file)), listen="[::]:0")
-    assert any("not encrypted" in line for line in server.said)
+    flags = ("--database-url", database, "--keys-file", str(file), "--allow-plaintext")
+    server = start_server(*flags, listen="[::]:0")
+    assert any(line.startswith("WARNING") and "NOT ENCRYPTED" in line for line in server.said)
 
 
 def test_the_ready_file_is_there_while_calls_are_served(
@@ -410,3 +412,27 @@ async def test_told_to_stop_a_second_time_a_server_does_not_wait() -> None:
     stop.set()
     await draining
     assert both.stops == [20, 0]
+
+
+@pytest.mark.parametrize(
+    ("files", "flags", "connections"),
+    [
+        (65_536, {}, 16_000),
+        (resource.RLIM_INFINITY, {}, 16_000),
+        (65_536, {"connections_max": "60000"}, 60_000),
+        (65_536, {"connections_max": "100000"}, 65_536 - app.FILES_KEPT),
+        (1_024, {}, 1_024 - app.FILES_KEPT),
+        (200, {}, 100),
+        (1_024, {"tls_client_listen": "127.0.0.1:0"}, (1_024 - app.FILES_KEPT) // 2),
+    ],
+)
+def test_no_more_may_connect_than_leave_the_server_some_files_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, files: int, flags: dict[str, str], connections: int
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    tls = {
+        "tls_cert_file": "tls.crt",
+        "tls_key_file": "tls.key",
+        "tls_client_ca_file": "ca.crt",
+    }
+    assert app._connections(Config.load({**tls, **flags}, {})) == connections

@@ -15,6 +15,7 @@ from typer.main import get_command
 
 import peculium
 from peculium_server.cli.verbs import app
+from tests.replay.provider import running
 from tests.server import RunningServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,14 +26,14 @@ _INDENTED = re.compile(r"(?:^(?: {4}.*)?\n)+", re.MULTILINE)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
-def _fenced(text: str, language: str) -> list[str]:
+def fenced(text: str, language: str) -> list[str]:
     return [content for found, content in _FENCE.findall(text) if found == language]
 
 
-def _commands(text: str) -> list[list[str]]:
+def commands(text: str) -> list[list[str]]:
     """Every command line that begins with `peculium`, without its comments."""
     shown = _FENCE.sub("", text)
-    blocks = [*_INDENTED.findall(shown), *_fenced(text, "sh"), *_fenced(text, "console")]
+    blocks = [*_INDENTED.findall(shown), *fenced(text, "sh"), *fenced(text, "console")]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [
         shlex.split(line.strip().removeprefix("$ "), comments=True)
@@ -61,14 +62,14 @@ def environment(running_server: RunningServer) -> dict[str, str]:
 def test_the_quickstart_prints_what_it_says_and_the_commands_show_it(
     environment: dict[str, str],
 ) -> None:
-    [program] = _fenced(README, "python")
-    [printed] = _fenced(README, "text")
+    [program] = fenced(README, "python")
+    [printed] = fenced(README, "text")
     ran = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert ran.stdout == printed
     said = {}
-    for command in _commands(README[README.index("## Quickstart") :]):
+    for command in commands(README[README.index("## Quickstart") :]):
         if command[1] == "serve":
             continue
         finished = subprocess.run(
@@ -81,14 +82,47 @@ def test_the_quickstart_prints_what_it_says_and_the_commands_show_it(
     assert said["verify"].startswith("verified: ")
 
 
-def test_the_worker_of_a_queue_prints_what_its_page_says(environment: dict[str, str]) -> None:
-    page = (ROOT / "docs" / "how-to" / "queue-worker.md").read_text()
-    [program] = [each for each in _fenced(page, "python") if "asyncio.run" in each]
-    [printed] = _fenced(page, "text")
+@pytest.mark.parametrize("name", ["hold-a-budget.md", "queue-worker.md"])
+def test_a_program_of_a_how_to_prints_what_its_page_says(
+    environment: dict[str, str], name: str
+) -> None:
+    page = (ROOT / "docs" / "how-to" / name).read_text()
+    [program] = [each for each in fenced(page, "python") if "asyncio.run" in each]
+    [printed] = fenced(page, "text")
     ran = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert ran.stdout == printed
+
+
+def test_the_transport_for_httpx_prints_what_its_page_says(environment: dict[str, str]) -> None:
+    page = (ROOT / "docs" / "how-to" / "httpx.md").read_text()
+    [program] = [each for each in fenced(page, "python") if "asyncio.run" in each]
+    [printed] = fenced(page, "text")
+    with running() as provider:
+        ran = subprocess.run(
+            [sys.executable, "-c", program],
+            env={**environment, "OPENAI_API_KEY": "k", "OPENAI_BASE_URL": f"{provider.url}/v1"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert ran.stdout == printed
+
+
+def test_what_the_page_on_alerts_does_finds_what_it_says(environment: dict[str, str]) -> None:
+    page = (ROOT / "docs" / "how-to" / "alerts.md").read_text()
+    [program], [printed] = fenced(page, "python"), fenced(page, "text")
+    before, after = (
+        [command for command in commands(part) if command[1] in ("grant", "alerts")]
+        for part in page.split(program)
+    )
+    said = [
+        subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        for command in (*before, [sys.executable, "-c", program], *after)
+    ]
+    assert said[len(before)] == printed
+    assert "which is at least $50.00, of $100.00" in said[-1]
 
 
 def test_the_readme_shows_the_two_commands() -> None:
@@ -117,7 +151,7 @@ def test_every_relative_link_leads_to_something(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_program_in_the_documentation_compiles_and_names_what_there_is(page: Path) -> None:
-    for program in _fenced(page.read_text(), "python"):
+    for program in fenced(page.read_text(), "python"):
         tree = compile(
             program, str(page), "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
         )
@@ -129,7 +163,7 @@ def test_every_program_in_the_documentation_compiles_and_names_what_there_is(pag
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_in_the_documentation_has_its_verb_and_its_flags(page: Path) -> None:
-    for _, *arguments in _commands(page.read_text()):
+    for _, *arguments in commands(page.read_text()):
         command = get_command(app)
         while arguments and arguments[0] in getattr(command, "commands", {}):
             command = command.commands[arguments.pop(0)]  # type: ignore[attr-defined]

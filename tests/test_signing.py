@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import errno
+import os
 import stat
 from pathlib import Path
 
@@ -19,6 +22,15 @@ from peculium_server.signing import (
 )
 
 HASH = bytes(range(32))
+
+
+UNKNOWN_ALGORITHM = bytes.fromhex("300506032a0304")
+"""As DER: a sequence of the object identifier 1.2.3.4, which no kind of key has."""
+
+
+def pem(label: str, der: bytes) -> bytes:
+    body = base64.b64encode(der).decode()
+    return f"-----BEGIN {label}-----\n{body}\n-----END {label}-----\n".encode()
 
 
 def pem_of(
@@ -42,6 +54,24 @@ def test_a_key_that_was_made_is_read_again(tmp_path: Path) -> None:
     assert is_signed(loaded.public_key, made.sign(HASH), signed_message(HASH))
 
 
+def test_a_key_is_on_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+
+    def link(_: Path, path: Path) -> None:
+        assert synced
+        assert not path.exists()
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(SigningKeyInvalid, match="the disk is gone"):
+        SigningKey.make(tmp_path / "key.pem")
+    assert synced[0] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_key_is_never_made_over_another(tmp_path: Path) -> None:
     made = SigningKey.make(tmp_path / "key.pem")
     with pytest.raises(SigningKeyInvalid, match="cannot be made: File exists"):
@@ -55,7 +85,7 @@ def test_a_key_cannot_be_made_where_there_is_no_place(tmp_path: Path) -> None:
         SigningKey.make(tmp_path / "none" / "key.pem")
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o644])
+@pytest.mark.parametrize("mode", [0o604, 0o660, 0o644, 0o620, 0o602, 0o610, 0o601])
 def test_a_key_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
     path = tmp_path / "key.pem"
     SigningKey.make(path)
@@ -71,6 +101,10 @@ def test_a_key_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None
         (b"-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----\n", "is not a private"),
         (pem_of(ed25519.Ed25519PrivateKey.generate(), "password"), "without a password"),
         (pem_of(ec.generate_private_key(ec.SECP256R1())), "is not an Ed25519 key"),
+        (
+            pem("PRIVATE KEY", b"\x30\x0e\x02\x01\x00" + UNKNOWN_ALGORITHM + b"\x04\x02\x04\x00"),
+            "is not a private key",
+        ),
     ],
 )
 def test_what_is_no_key_is_refused_without_telling_it(
@@ -125,6 +159,7 @@ def test_a_public_key_is_read_as_it_is_published(tmp_path: Path, form: str) -> N
         b"\xff\xff",
         b"zz" * 32,
         b"-----BEGIN PUBLIC KEY-----\nnone\n-----END PUBLIC KEY-----\n",
+        pem("PUBLIC KEY", b"\x30\x0b" + UNKNOWN_ALGORITHM + b"\x03\x02\x00\x01"),
         pem_of(ed25519.Ed25519PrivateKey.generate()),
         ec.generate_private_key(ec.SECP256R1())
         .public_key()
@@ -135,3 +170,9 @@ def test_what_is_no_public_key_is_refused(tmp_path: Path, content: bytes) -> Non
     (tmp_path / "public").write_bytes(content)
     with pytest.raises(SigningKeyInvalid, match="is not an Ed25519 public key"):
         load_public_key(tmp_path / "public")
+
+
+def test_no_more_is_read_than_a_key_can_have() -> None:
+    """What never ends is refused as anything else that is no key."""
+    with pytest.raises(SigningKeyInvalid, match="is not an Ed25519 public key"):
+        load_public_key(Path("/dev/zero"))

@@ -81,7 +81,16 @@ def test_what_is_not_the_projects_would_be_found(pattern: re.Pattern[str], line:
     assert pattern.search(line)
 
 
-@pytest.mark.parametrize("name", ["requirements.lock", "tests/protobuf-newest.lock"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "requirements.lock",
+        "tests/protobuf-newest.lock",
+        "deploy/container/server.lock",
+        "deploy/container/build.lock",
+        "tests/replay/litellm.lock",
+    ],
+)
 def test_a_lock_names_versions_and_hashes_only(name: str) -> None:
     line = re.compile(
         r"# Written by `make lock` .*|[\w.\[\]-]+==[\w.]+( ; .+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?"

@@ -1,7 +1,9 @@
 """Regenerate the lock files: dependencies pinned, with hashes.
 
 `requirements.lock` has every dependency of every extra. `tests/protobuf-newest.lock` has the newest
-protobuf that users may have, where the generator that we develop with asks for an older one.
+protobuf that users may have, where the generator that we develop with asks for an older one. The locks in
+`deploy/container` have what the image is made of, in the same versions: of the server, and of what builds
+its wheel. `tests/replay/litellm.lock` has what incidents are replayed against: it is not installed with the project.
 
 A lock names no index: where packages come from is the business of whoever installs (pip's own
 configuration), what they contain is fixed by the hashes.
@@ -17,6 +19,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LOCK = ROOT / "requirements.lock"
 COMPILER = "pip-tools==7.6.2"
 HEADER = "# Written by `make lock` from pyproject.toml; do not edit.\n"
 
@@ -29,15 +32,29 @@ def main() -> None:
         python = str(folder / "venv" / "bin" / "python")
         subprocess.run([python, "-m", "pip", "install", "--quiet", COMPILER], check=True)
         options = ("--all-extras", "--build-deps-for", "editable", "--allow-unsafe")
-        _compile(python, folder, ROOT / "requirements.lock", *options, "pyproject.toml")
+        _compile(python, folder, LOCK, *options, "pyproject.toml")
         newest = folder / "newest.in"
         newest.write_text(_requirement("protobuf"))
         _compile(python, folder, ROOT / "tests" / "protobuf-newest.lock", str(newest))
+        same = folder / "same.txt"
+        same.write_text(_pins(LOCK.read_text()))
+        container, pinned = ROOT / "deploy" / "container", ("--constraint", str(same))
+        server, build = ("--extra", "server"), ("--only-build-deps", "--build-deps-for", "wheel")
+        _compile(python, folder, container / "server.lock", *server, *pinned, "pyproject.toml")
+        _compile(python, folder, container / "build.lock", *build, *pinned, "pyproject.toml")
+        proxy = folder / "litellm.in"
+        proxy.write_text("litellm[proxy]")
+        _compile(python, folder, ROOT / "tests" / "replay" / "litellm.lock", str(proxy))
 
 
 def _requirement(name: str) -> str:
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     return next(str(line) for line in dependencies if line.startswith(name))
+
+
+def _pins(lock: str) -> str:
+    """The versions of a lock, without its hashes."""
+    return "".join(f"{line.partition(' ')[0]}\n" for line in lock.splitlines() if "==" in line)
 
 
 def _compile(python: str, folder: Path, target: Path, *arguments: str) -> None:

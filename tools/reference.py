@@ -1,4 +1,4 @@
-"""Write the pages of `docs/reference` that are told from the code: refusals, settings, command line.
+"""Write what is told from the code: pages of `docs/reference`, the dashboard, and rules for alerts.
 
 Without an argument it writes them; with `verify` it says which of them are out of date.
 """
@@ -20,7 +20,7 @@ from grpc_tools import protoc
 from peculium_server.cli.verbs import app
 from peculium_server.config import CLIENT_SETTINGS, SERVER_SETTINGS, Setting
 from peculium_server.core.refusals import RULES, Refusal
-from peculium_server.rpc.status import CODES
+from peculium_server.rpc.status import CODES, OF_ONE_CALLER
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = "peculium/v1/types.proto"
@@ -39,11 +39,16 @@ class Reason(NamedTuple):
 
 def pages() -> dict[Path, str]:
     """Every generated page, by its path in the repository."""
+    from tools import metrics  # noqa: PLC0415 - a script finds its neighbours only once `main` has begun
+
     folder = Path("docs") / "reference"
     return {
         folder / "refusals.md": refusals_page(),
         folder / "configuration.md": configuration_page(),
         folder / "cli.md": cli_page(),
+        folder / "metrics.md": metrics.metrics_page(),
+        Path("deploy/grafana/peculium.json"): metrics.dashboard(),
+        Path("deploy/prometheus/alerts.yaml"): metrics.alerts(),
     }
 
 
@@ -80,7 +85,8 @@ def refusals_page() -> str:
         "A call that the ledger gave no answer to ends with `UNAVAILABLE`, one of these reasons as",
         "`ErrorInfo`, and a `google.rpc.RetryInfo` that says when to send the same operation again: the",
         "same, with its `operation_id`, so that it happens once however often it is sent. Within a",
-        "`Batch` it is `OperationResult.unavailable`.",
+        "`Batch` it is `OperationResult.unavailable`. Where only this caller has to wait, since it has",
+        f"reached [a limit](../operating/limits.md), the code is `RESOURCE_EXHAUSTED`: {_of_one_caller()}.",
     ]
     for reason in reasons("UnavailableReason", "UNAVAILABLE_REASON_"):
         lines += _section(reason, "")
@@ -94,10 +100,14 @@ _OTHER_CODES = """
 |---|---|---|
 | `DEADLINE_EXCEEDED` | the call's deadline, or the server's own, has passed | unknown: send it again |
 | `CANCELLED` | the caller has gone, or the server has stopped before it took the call | unknown: send it again |
-| `RESOURCE_EXHAUSTED` | the message is larger than the server accepts | nothing was done |
+| `RESOURCE_EXHAUSTED`, without a reason | the message or its metadata is larger than the server accepts | nothing was done |
 | `UNIMPLEMENTED` | the server does not know the method | nothing was done |
 | `INTERNAL` | a bug; `ErrorInfo.metadata.request` names the call in the server's log | unknown: send it again |
 """.rstrip().split("\n")
+
+
+def _of_one_caller() -> str:
+    return ", ".join(f"`{reason.name}`" for reason in sorted(OF_ONE_CALLER))
 
 
 def _section(reason: Reason, sentence: str) -> list[str]:
@@ -170,14 +180,23 @@ def configuration_page() -> str:
 _KEYS_FILE = """
 ## The key file
 
-TOML, with one table for each key. The ledger is told the SHA-256 of a key and never the key itself;
-a caller presents the key as `authorization: Bearer <key>`.
+TOML, with one table for each key, and for each rule about clients' certificates. The server is told the SHA-256
+of a key and never the key itself; a caller presents the key as `authorization: Bearer <key>`. The file is read
+again when it changes. What keys and certificates are, and how they are used, is in
+[who may call](../operating/identity.md).
 
 ```toml
 [[keys]]
-principal = "research-gateway" # Who calls: 1 to 256 bytes, not "system"
-role = "agent"                 # or "admin", or "auditor"
-sha256 = "0b0a…"               # 64 hexadecimal digits
+principal = "research-gateway"  # Who calls: 1 to 256 bytes, not "system"
+role = "agent"                  # or "admin", or "auditor"
+sha256 = "0b0a…"                # 64 hexadecimal digits
+roots = ["0192f0c1-…"]          # If it is limited to some roots: their ids
+expires = 2027-01-01T00:00:00Z  # If it does
+
+[[certificates]]
+spiffe = "spiffe://example.org/agents/*" # A SPIFFE id, or all below one
+role = "agent"
+roots = ["0192f0c1-…"]          # As of a key
 ```
 
 | role | may call |
@@ -187,12 +206,8 @@ sha256 = "0b0a…"               # 64 hexadecimal digits
 | `admin` | `AdminService`, and what the other two may |
 
 A principal may have several keys, so that a new one can be brought in before the old one is taken
-out. To make a key and its hash:
-
-```sh
-key=$(openssl rand -base64 32)
-printf %s "$key" | sha256sum
-```
+out. `peculium keys new` makes a key and the lines for it. Of any other text, which does not begin with `pek_`,
+the digest is `printf %s "$KEY" | sha256sum`.
 """
 
 
@@ -258,6 +273,7 @@ def _parameters(command: Any) -> Iterator[str]:
 
 def main() -> int:
     """Write the pages, or with `verify` compare; 1 when one is out of date."""
+    sys.path.insert(0, str(ROOT))
     stale = 0
     for path, text in pages().items():
         target = ROOT / path

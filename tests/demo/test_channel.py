@@ -28,7 +28,7 @@ from peculium_server.demo.messages import (
 ONE_OF_EACH: list[Message] = [
     Start(agents=8, target="h:1", provider_port=1, timeout_seconds=1.5),
     Work(requests=[[1, 2, 3]] * 1000),
-    Begin(path="a/b", root_id="00", budget_id="ff"),
+    Begin(path="a/b", root_id="00", budget_id="ff", carrier={}),
     Answer(ask=1, funded=True, unspent_max=2**62),
     Ready(token_id="ab"),
     Tally(calls=1, refused=2, spent=2**62, held=4),

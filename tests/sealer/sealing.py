@@ -80,7 +80,7 @@ class Sealing:
 async def found(store: Store, tree: bytes | None = None) -> list[Finding]:
     """What the online verification finds."""
     async with store.snapshot() as snapshot:
-        verification = Verification(snapshot, store.incarnation, store.lanes)
+        verification = Verification(snapshot, store.lanes)
         async for _ in verification.run(tree):
             pass
     return verification.findings

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import cbor2
 import grpc
 import pytest
 
@@ -99,6 +100,8 @@ TAMPERINGS: dict[str, Any] = {
         "sealed_seq": p.sealed_seq + 1,
     },
     "another part": lambda p: {"others": (replace(p.others[0], seq=9), *p.others[1:])},
+    # How many there are is not in the digest: they have to be all there.
+    "how many parts": lambda p: {"entry": replace(p.entry, parts=p.entry.parts + 1)},
     "a part less": lambda p: {"others": p.others[1:]},
     "a link less": lambda p: {"links": p.links[1:]},
     "a link altered": lambda p: {"links": (replace(p.links[0], digest=FLIPPED), *p.links[1:])},
@@ -221,3 +224,15 @@ async def test_the_page_token_of_another_order_is_refused(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await auditor.ListCheckpoints(request)
         assert info_of(caught.value).metadata["field"] == "page_token"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [0, 23, 24, 255, 256, 65_535, 65_536, 2**32 - 1, 2**32, 2**63 - 1, -1, -24, -25, -256, -257],
+)
+def test_numbers_and_lengths_are_encoded_as_everybody_does(number: int) -> None:
+    assert proofs._cbor(number) == cbor2.dumps(number)
+    if 0 <= number < 70_000:
+        assert proofs._cbor(bytes(number)) == cbor2.dumps(bytes(number))
+        assert proofs._cbor("x" * number) == cbor2.dumps("x" * number)
+        assert proofs._cbor([None] * number) == cbor2.dumps([None] * number)

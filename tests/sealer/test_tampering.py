@@ -6,7 +6,9 @@ import psycopg
 import pytest
 
 from peculium_server.core.encoding import entry_hash
+from peculium_server.core.limits import EAGER_COLLECTIONS_MAX
 from peculium_server.core.state import GENESIS, Entry
+from peculium_server.store.errors import LedgerCorrupt
 from tests.core.tampering import rehashed
 from tests.sealer.sealing import Sealing, found
 from tests.sweeper.fleet import Fleet
@@ -36,13 +38,14 @@ STATEMENTS = {
     ),
     "a public key": "UPDATE checkpoint_keys SET public_key = sha256('')",
     "the public key is gone": "DELETE FROM checkpoint_keys",
-    "the ledger's incarnation": "UPDATE ledger SET incarnation = gen_random_uuid()",
+    "the ledger's incarnation": "UPDATE incarnations SET incarnation = gen_random_uuid() WHERE number > 1",
+    "a checkpoint's incarnation": "UPDATE checkpoints SET incarnation = gen_random_uuid()",
 }
 
 
 async def sealed(fleet: Fleet, sealing: Sealing) -> bytes:
     """A tree that three checkpoints have sealed."""
-    root = await fleet.root()
+    root = await fleet.root(lane=1)
     await sealing.seal_all()
     for _ in range(2):
         await fleet.children(root, root, 2)
@@ -62,8 +65,9 @@ async def test_whatever_is_done_to_checkpoints_is_found(
         assert connection.execute(statement.encode()).rowcount > 0
     async with Sealing.opened(database, sealing.key) as anew:
         findings = await found(anew.store)
-    assert findings
-    assert {finding.rule for finding in findings} == {"checkpoint"}
+    assert findings[0].rule == "checkpoint"
+    # A leaf of another tree lies in a lane that is not that tree's.
+    assert {finding.rule for finding in findings[1:]} <= {"checkpoint", "lane", "ledger"}
 
 
 async def entries_of(fleet: Fleet, root: bytes) -> list[Entry]:
@@ -108,9 +112,10 @@ async def test_a_tree_that_is_gone_with_all_its_rows_is_found(
     root = await sealed(fleet, sealing)
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("TRUNCATE entries, budgets, holds, roots")
-    [finding] = await found(sealing.store)
+    finding, counted = await found(sealing.store)
     assert (finding.rule, finding.root_id, finding.seq) == ("checkpoint", root, 1)
     assert finding.detail.endswith("is missing")
+    assert (counted.rule, counted.root_id) == ("position", b"")
 
 
 async def test_a_tree_that_is_put_into_what_was_sealed_is_found(
@@ -132,9 +137,10 @@ async def test_a_tree_that_is_put_into_what_was_sealed_is_found(
         connection.execute(
             "UPDATE budgets SET head = %s WHERE root_id = %s", [forged.hash, put_in.hex()]
         )
-    [finding] = await found(sealing.store)
+    finding, twice = await found(sealing.store)
     assert (finding.rule, finding.root_id, finding.seq) == ("checkpoint", put_in, 1)
     assert finding.detail.endswith("is not sealed by checkpoint 1")
+    assert twice.detail.endswith("is not alone at position 1")
 
 
 async def test_a_tree_alone_is_verified_with_all_checkpoints(
@@ -147,3 +153,88 @@ async def test_a_tree_alone_is_verified_with_all_checkpoints(
         connection.execute("DELETE FROM checkpoint_leaves WHERE root_id = %s", [other.hex()])
     [finding] = await found(sealing.store, root)
     assert finding.detail.startswith("checkpoint 4: it has 0 leaves")
+
+
+ELSEWHERE = {
+    "a root's name": ("name", "UPDATE roots SET name = 'other'"),
+    "where a name leads": ("name", "UPDATE roots SET root_id = gen_random_uuid()"),
+    "the lane of a name": ("name", "UPDATE roots SET lane = (lane + 1) % 16"),
+    "a name is gone": ("name", "DELETE FROM roots"),
+    "another name": ("name", "INSERT INTO roots SELECT lane, root_id, 'other' FROM roots"),
+    "a name of nothing": ("name", "INSERT INTO roots VALUES (0, gen_random_uuid(), 'other')"),
+    "where a lane stands": ("position", "UPDATE lanes SET position = position + 1"),
+    "a lane that is gone": ("position", "DELETE FROM lanes WHERE position > 0"),
+    "an entry in another lane": (
+        "lane",
+        (
+            "INSERT INTO entries SELECT (jsonb_populate_record(e,"
+            " jsonb_build_object('lane', (e.lane + 1) % 16))).* FROM entries AS e LIMIT 1"
+        ),
+    ),
+    "a parent": (
+        "fold",
+        (
+            "ALTER TABLE budgets DROP CONSTRAINT ck_budgets_ancestors;"
+            "UPDATE budgets SET parent_id = gen_random_uuid() WHERE parent_id IS NOT NULL"
+        ),
+    ),
+    "a custody that there is not": (
+        "fold",
+        (
+            "ALTER TABLE budgets DROP CONSTRAINT ck_budgets_custody;"
+            "UPDATE budgets SET custody = 9 WHERE parent_id IS NOT NULL"
+        ),
+    ),
+    "the version of the encoding": ("ledger", "UPDATE ledger SET encoding_version = 2"),
+    "a second ledger": (
+        "ledger",
+        (
+            "ALTER TABLE ledger DROP CONSTRAINT ck_ledger_singleton;"
+            "INSERT INTO ledger SELECT created_at, false, lanes, encoding_version, incarnation FROM ledger"
+        ),
+    ),
+    "the id of a public key": (
+        "checkpoint",
+        "UPDATE checkpoint_keys SET key_id = decode('0011223344556677', 'hex')",
+    ),
+}
+"""What is altered, and the rule that this breaks."""
+
+
+@pytest.mark.parametrize(("rule", "statement"), ELSEWHERE.values(), ids=list(ELSEWHERE))
+async def test_what_is_only_looked_for_by_it_is_found_too(
+    fleet: Fleet, sealing: Sealing, database: str, rule: str, statement: str
+) -> None:
+    await sealed(fleet, sealing)
+    with psycopg.connect(database, autocommit=True) as connection:
+        *before, change = statement.split(";")
+        for each in before:
+            connection.execute(each.encode())
+        assert connection.execute(change.encode()).rowcount > 0
+    findings = await found(sealing.store)
+    assert rule in {finding.rule for finding in findings}, findings
+
+
+async def test_without_the_first_lane_there_is_no_moment_to_verify_at(
+    fleet: Fleet, sealing: Sealing, database: str
+) -> None:
+    await sealed(fleet, sealing)
+    with psycopg.connect(database, autocommit=True) as connection:
+        assert connection.execute("DELETE FROM lanes WHERE lane = 0").rowcount == 1
+    with pytest.raises(LedgerCorrupt, match="lane 0 has no position"):
+        await found(sealing.store)
+
+
+async def test_what_waits_to_be_collected_is_on_the_list(
+    fleet: Fleet, sealing: Sealing, database: str
+) -> None:
+    root = await fleet.root()
+    [child] = await fleet.children(root, root, 1, 1_000)
+    below = await fleet.children(root, child, EAGER_COLLECTIONS_MAX + 1)
+    await fleet.revoke(root, child)
+    assert await found(sealing.store) == []
+    with psycopg.connect(database, autocommit=True) as connection:
+        assert connection.execute("DELETE FROM collections").rowcount == 1
+    [finding] = await found(sealing.store)
+    assert (finding.root_id, finding.rule) == (root, "collection")
+    assert finding.budget_id in below

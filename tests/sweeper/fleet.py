@@ -273,16 +273,20 @@ class Fleet:
         return int(pending)
 
     def _points(self, name: str, attributes: dict[str, str]) -> Sequence[float]:
-        data = self.reader.get_metrics_data()
-        return [
-            point.value  # type: ignore[union-attr]
-            for resource in (data.resource_metrics if data else ())
-            for scope in resource.scope_metrics
-            for metric in scope.metrics
-            if metric.name == name
-            for point in metric.data.data_points
-            if point.attributes == attributes
-        ]
+        return [value for labels, value in points(self.reader, name) if labels == attributes]
+
+
+def points(reader: InMemoryMetricReader, name: str) -> list[tuple[dict[str, Any], float]]:
+    """The values of a metric, each with its labels."""
+    data = reader.get_metrics_data()
+    return [
+        (dict(point.attributes or {}), point.value)  # type: ignore[union-attr]
+        for resource in (data.resource_metrics if data else ())
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+        if metric.name == name
+        for point in metric.data.data_points
+    ]
 
 
 async def until(reached: Callable[[], Awaitable[bool]]) -> None:

@@ -11,6 +11,7 @@ from tests.forked import Forked
 from tests.postgres import Server as PostgresServer
 from tests.server import RunningServer, starting
 from tests.system.wire import Wire
+from tests.system.world import webhook_flags
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,14 @@ class Shared:
 
 @pytest.fixture(scope="module")
 def shared(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
+    directory = tmp_path_factory.mktemp("server")
     with (
         postgres.fresh_database(postgres.migrated_template()) as database,
-        starting(tmp_path_factory.mktemp("server"), Forked) as start,
+        starting(directory, Forked) as start,
     ):
         # What the tests make is not to change behind their backs.
-        server = start("--database-url", database, "--sweep-seconds", "0")
+        flags = ("--sweep-seconds", "0", *webhook_flags(directory))
+        server = start("--database-url", database, *flags)
         with Wire(server.address) as wire:
             yield Shared(server, database, wire)
 

@@ -7,6 +7,8 @@ import struct
 from typing import Self
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+CLIENT_HELLO = bytes.fromhex("16030100f4010000f00303") + bytes(32)
+"""How a client begins with TLS: a part of what it has to say first."""
 DATA, HEADERS, SETTINGS, WINDOW_UPDATE = 0, 1, 4, 8
 END_STREAM, END_HEADERS = 0x1, 0x4
 ACK = 0x1
@@ -24,7 +26,7 @@ def settings(*, window: int | None = None) -> bytes:
     return frame(SETTINGS, 0, 0, payload)
 
 
-def headers(method: str) -> bytes:
+def headers(method: str, **metadata: str) -> bytes:
     """A block of plain literals."""
     fields = {
         ":method": "POST",
@@ -33,6 +35,7 @@ def headers(method: str) -> bytes:
         ":authority": "ledger",
         "te": "trailers",
         "content-type": "application/grpc",
+        **metadata,
     }
     block = b""
     for name, value in fields.items():
@@ -63,8 +66,12 @@ class Peer:
         """Connect, and wait until the server has said its part."""
         host, _, port = address.rpartition(":")
         peer = cls(*await asyncio.open_connection(host, int(port)))
-        await peer.send(PREFACE + settings(window=window))
-        await peer.until(SETTINGS)
+        try:
+            await peer.send(PREFACE + settings(window=window))
+            await peer.until(SETTINGS)
+        except BaseException:
+            peer.close()
+            raise
         return peer
 
     async def send(self, data: bytes) -> None:

@@ -25,7 +25,7 @@ from peculium.v1 import (
 from peculium_server.sealer import Round, Sealer
 from peculium_server.signing import SigningKey
 from peculium_server.store.store import Store
-from tests.server import RunningServer
+from tests.server import RunningServer, StartServer
 from tests.system.conftest import Shared
 from tests.system.wire import (
     HOLDER,
@@ -46,6 +46,7 @@ from tests.system.wire import (
 from tests.system.world import (
     ADMIN,
     AUDIT,
+    KEY_METHODS,
     LEDGER,
     METHODS,
     World,
@@ -53,10 +54,12 @@ from tests.system.world import (
     child_spec,
     dump,
     make_world,
+    webhook_flags,
 )
 
 pytestmark = pytest.mark.timeout(240)
 
+ABOUT_BUDGETS = [method for method in METHODS if method not in KEY_METHODS]
 AMOUNT_MAX = 2**62 - 1
 TEN_MIB = 10 * 1024 * 1024
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -213,7 +216,7 @@ def _looks_right(value: Any) -> bool:
     return isinstance(value, bytes) and not any(value) and len(value) in {16, 32}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ABOUT_BUDGETS)
 def test_a_field_that_is_not_as_it_has_to_be_is_refused_by_name(
     shared: Shared, world: World, unchanged: None, method: str
 ) -> None:
@@ -257,8 +260,21 @@ def _short(mutation: Mutation) -> object:
 # --- bytes that are no request ---
 
 
+_BAD_TEXTS = {
+    "CreateAlertRule": b"\x12\x04\x1a\x02\xff\xfe",  # budget.path
+    "ListAlertRules": b"\x0a\x04\x1a\x02\xff\xfe",
+    "CreateWebhook": b"\x12\x02\xff\xfe",  # url
+    "ListDeliveries": b"\x22\x02\xff\xfe",  # page_token
+    # They have no text: a field without an end.
+    **dict.fromkeys(("DeleteAlertRule", "DeleteWebhook", "ListWebhooks"), b"\x0a\x04\x1a"),
+    **dict.fromkeys(("ReplayDeliveries", "TestWebhook"), b"\x0a\x04\x1a"),
+}
+
+
 def _with_bad_text(method: str, data: bytes) -> bytes:
     """The request with a text in it that is not UTF-8: merged into what its first field has."""
+    if method.removeprefix(ADMIN) in _BAD_TEXTS:
+        return data + _BAD_TEXTS[method.removeprefix(ADMIN)]
     field = b"\x3a" if method.startswith((LEDGER, ADMIN)) else b"\x1a"  # traceparent, or path
     if method in {LEDGER + "GetBudget", LEDGER + "ListHolds"}:
         field = b"\x1a"
@@ -269,14 +285,14 @@ def _with_bad_text(method: str, data: bytes) -> bytes:
     return data + b"\x0a\x04" + field + b"\x02\xff\xfe"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ABOUT_BUDGETS)
 def test_bytes_that_are_no_request_are_refused_before_anything_is_read(
     shared: Shared, world: World, unchanged: None, method: str
 ) -> None:
     data = accepted_requests(world)[method].SerializeToString()
     for wrong in (
         b"\xff" * 10,
-        data[:-1],
+        data[:-1] or b"\x0a",
         b"\x0b" * 100_000,
         b"\x0a\xff\xff\xff\xff\x0f",
         _with_bad_text(method, data),
@@ -293,16 +309,20 @@ def test_bytes_that_are_no_request_are_refused_before_anything_is_read(
     assert oversized.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-EVERYTHING = {"Export", "ListBudgets", "ListCheckpoints", "Verify", "WatchEntries"}
+EVERYTHING = {
+    *(AUDIT + name for name in ("Export", "ListAlerts", "ListBudgets", "ListCheckpoints")),
+    *(AUDIT + name for name in ("ListRefusals", "ListSecurityEvents", "Verify", "WatchEntries")),
+    *(ADMIN + name for name in ("ListAlertRules", "ListDeliveries", "ListWebhooks")),
+}
 """What needs no budget to be named."""
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ABOUT_BUDGETS)
 def test_an_empty_request_is_refused_unless_it_asks_for_everything(
     shared: Shared, world: World, unchanged: None, method: str
 ) -> None:
     answer = shared.wire.send(method, b"")
-    if method.removeprefix(AUDIT) in EVERYTHING:
+    if method in EVERYTHING:
         assert isinstance(answer, bytes)
     else:
         assert isinstance(answer, Told)
@@ -565,6 +585,66 @@ def a_proof_of_what_no_checkpoint_seals(world: World) -> tuple[str, Message]:
 def a_proof_of_an_entry_that_there_is_not(world: World) -> tuple[str, Message]:
     return AUDIT + "ProveEntry", audit.ProveEntryRequest(
         budget=types_pb2.BudgetRef(path="acme"), seq=-1
+    )
+
+
+@case("ALERT_UNKNOWN")
+def the_end_of_a_rule_that_there_is_not(world: World) -> tuple[str, Message]:
+    return ADMIN + "DeleteAlertRule", admin.DeleteAlertRuleRequest(rule_id=new_id())
+
+
+@case("ALERT_UNKNOWN")
+def a_replay_of_an_alert_that_was_never_sent(world: World) -> tuple[str, Message]:
+    return ADMIN + "ReplayDeliveries", admin.ReplayDeliveriesRequest(
+        webhook_id=world.webhook.webhook_id, alert_ids=[new_id()]
+    )
+
+
+@case("WEBHOOK_UNKNOWN")
+def the_end_of_a_webhook_that_there_is_not(world: World) -> tuple[str, Message]:
+    return ADMIN + "DeleteWebhook", admin.DeleteWebhookRequest(webhook_id=new_id())
+
+
+@case("WEBHOOK_UNKNOWN")
+def a_test_of_a_webhook_that_was_deleted(world: World) -> tuple[str, Message]:
+    return ADMIN + "TestWebhook", admin.TestWebhookRequest(webhook_id=world.ended_webhook)
+
+
+@case("ID_TAKEN")
+def a_second_rule_with_one_id(world: World) -> tuple[str, Message]:
+    other = admin.CreateAlertRuleRequest()
+    other.CopyFrom(world.rule)
+    other.basis_points += 1
+    return ADMIN + "CreateAlertRule", other
+
+
+@case("ID_TAKEN")
+def a_second_webhook_with_one_id(world: World) -> tuple[str, Message]:
+    other = admin.CreateWebhookRequest()
+    other.CopyFrom(world.webhook)
+    other.url += "/else"
+    return ADMIN + "CreateWebhook", other
+
+
+@case("MALFORMED")
+def a_rule_with_two_thresholds(world: World) -> tuple[str, Message]:
+    both = admin.CreateAlertRuleRequest()
+    both.CopyFrom(world.rule)
+    both.amount = 1
+    return ADMIN + "CreateAlertRule", both
+
+
+@case("MALFORMED")
+def a_webhook_on_a_private_network(world: World) -> tuple[str, Message]:
+    return ADMIN + "CreateWebhook", admin.CreateWebhookRequest(
+        webhook_id=new_id(), url="https://10.0.0.1/"
+    )
+
+
+@case("TOO_LARGE")
+def a_replay_of_too_many_alerts(world: World) -> tuple[str, Message]:
+    return ADMIN + "ReplayDeliveries", admin.ReplayDeliveriesRequest(
+        webhook_id=world.webhook.webhook_id, alert_ids=[new_id()] * 1_001
     )
 
 
@@ -840,8 +920,10 @@ def test_what_the_rules_forbid_is_refused_as_the_reference_says(
 
 def test_there_is_a_case_for_every_reason_of_the_reference() -> None:
     # The first two are refused before the request is looked at; the others come with lapsing of
-    # holds, the ledger's own operations and atomic batches, which have tests of their own.
+    # holds, the ledger's own operations, atomic batches, API keys, many rules and a server without a key
+    # for webhooks, which have tests of their own.
     elsewhere = {"UNAUTHENTICATED", "PERMISSION_DENIED", "HOLD_LAPSED", "NOT_DUE", "BATCH_REFUSED"}
+    elsewhere |= {"KEY_UNKNOWN", "KEY_ENDED", "TOO_MANY", "WEBHOOKS_OFF"}
     assert {reason for _, reason, _ in CASES} | elsewhere == set(REFERENCE)
 
 
@@ -978,7 +1060,15 @@ async def test_calls_that_were_given_up_before_they_were_decided_do_nothing(
 # --- anything at all ---
 
 
-def test_no_mutation_of_valid_bytes_is_the_servers_failure(wire: Wire) -> None:
+def test_no_mutation_of_valid_bytes_is_the_servers_failure(
+    start_server: StartServer, served_database: str, tmp_path: Path
+) -> None:
+    server = start_server("--database-url", served_database, *webhook_flags(tmp_path))
+    with Wire(server.address) as wire:
+        _no_mutation_is_the_servers_failure(wire)
+
+
+def _no_mutation_is_the_servers_failure(wire: Wire) -> None:
     chance = random.Random(2606)  # noqa: S311 - repeatable, not secret
     requests = [
         (method, bytearray(request.SerializeToString()))

@@ -21,6 +21,7 @@ from peculium.v1 import audit_service_pb2 as audit
 from peculium_server.core.lanes import lane_of
 from peculium_server.store import migrate
 from peculium_server.store.schema import LANES
+from peculium_server.store.store import KEY_READERS
 from tests.faults.cluster import Cluster
 from tests.postgres import Server as PostgresServer
 from tests.server import RunningServer, StartServer
@@ -136,7 +137,20 @@ async def test_a_server_that_gets_no_connection_says_so_and_goes_on_when_it_gets
         await connection.ledger.Spend(spend_of(root_id))
 
 
-async def test_a_server_holds_one_connection_for_each_lane_and_those_for_reads(
+async def test_a_server_that_cannot_read_who_may_call_says_so_until_it_can(tenant: Tenant) -> None:
+    async with AioWire(tenant.address) as connection:
+        root_id = await granted(connection, "acme")
+        async with await psycopg.AsyncConnection.connect(tenant.dsn) as blocker:
+            await blocker.execute("LOCK TABLE key_acts IN ACCESS EXCLUSIVE MODE")
+            await becomes(tenant.address, NOT_SERVING)
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await connection.ledger.Spend(spend_of(root_id))
+            assert told(caught.value).reason == "KEYS_OUTDATED"
+        await becomes(tenant.address, SERVING)
+        await connection.ledger.Spend(spend_of(root_id))
+
+
+async def test_a_server_holds_one_connection_for_each_lane_and_those_for_reads_and_keys(
     tenant: Tenant,
 ) -> None:
     async with AioWire(tenant.address) as connection:
@@ -146,7 +160,7 @@ async def test_a_server_holds_one_connection_for_each_lane_and_those_for_reads(
             *(connection.ledger.Spend(spend_of(root_id)) for root_id in roots.values()),
             *(connection.audit.ListBudgets(ref) for _ in range(100)),
         )
-    assert LANES < await tenant.sessions() <= LANES + 4
+    assert LANES < await tenant.sessions() <= LANES + 4 + KEY_READERS
 
 
 async def granted_in(connection: AioWire, lane: int) -> bytes:

@@ -27,7 +27,6 @@ from tests.system.wire import AioWire
 # All of them harm one cluster, which heals each time.
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    pytest.mark.xdist_group("deadlines"),
     pytest.mark.timeout(240),
 ]
 
@@ -218,11 +217,12 @@ async def test_a_connection_that_is_cut_after_any_byte_loses_and_doubles_nothing
             await timed(connection.ledger.Spend(request, timeout=0.3))
             await node.back.heal()
             await rid_of_transactions(cluster)
-            code, _ = await timed(connection.ledger.Spend(request))
-            if code is not grpc.StatusCode.OK:
-                # It was given the connection that was being made when it was cut as well.
-                assert code is grpc.StatusCode.UNAVAILABLE
-                await connection.ledger.Spend(request)
+            async with asyncio.timeout(60):
+                # It may be given the connection that was being made when it was cut as well, and on a busy
+                # machine have no time for another one.
+                while (code := (await timed(connection.ledger.Spend(request)))[0]) in ENDS:
+                    pass
+            assert code is grpc.StatusCode.OK
         assert await recorded(connection, root_id, requests) == [1] * len(requests)
         await verified(connection)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import peculium
 from peculium import Child
+from peculium.errors import Unauthenticated
 from tests.server import RunningServer, StartServer
 
 pytestmark = pytest.mark.timeout(240)
@@ -87,4 +89,18 @@ def test_a_laptops_server_that_was_killed_leaves_its_ledger_to_the_next(
     assert second.stop() == 0
     with peculium.connect(server.address) as client:
         assert client.open("acme").spend(1).balances.spent == 2
+    assert server.stop() == 0
+
+
+def test_the_first_key_of_a_laptops_ledger_is_made_beside_its_server(
+    start_server: StartServer, own_postgres: Path
+) -> None:
+    server = start_server("--data-dir", str(own_postgres))
+    key = Shell(server).says("keys", "bootstrap", "--data-dir", str(own_postgres)).strip()
+    with peculium.connect(server.address) as nobody, pytest.raises(Unauthenticated):
+        # Until the server has read that there is a key now.
+        [list(nobody.audit.budgets()) for _ in itertools.count()]
+    with peculium.connect(server.address, api_key=key) as admin:
+        admin.admin.grant("acme", unit="calls", amount=1, holder="admin")
+        assert [key.principal for key in admin.admin.keys.list()] == ["admin"]
     assert server.stop() == 0

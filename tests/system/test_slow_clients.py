@@ -106,11 +106,15 @@ async def test_who_is_slow_to_ask_is_answered_and_holds_up_nobody(
         )
 
 
-async def test_who_does_not_take_its_answer_holds_up_nobody(running_server: RunningServer) -> None:
+async def test_who_does_not_take_its_answer_holds_up_nobody(
+    start_server: StartServer, served_database: str
+) -> None:
     """More of them verify than may at a time, and none has room for a single byte of the answer."""
-    async with AioWire(running_server.address) as connection:
+    flags = ("--database-url", served_database, "--principal-streams-max", "0")
+    server = await asyncio.to_thread(start_server, *flags)
+    async with AioWire(server.address) as connection:
         root_id = await granted(connection, "acme")
-        async with peers(running_server.address, SLOW_CLIENTS, window=0) as deaf:
+        async with peers(server.address, SLOW_CLIENTS, window=0) as deaf:
             for peer in deaf:
                 await peer.begin(1, VERIFY)
                 await peer.ask(1, audit.VerifyRequest().SerializeToString())

@@ -139,12 +139,35 @@ def spend_of(budget: Held, amount: int, operation_id: bytes | None = None) -> le
     )
 
 
+class _Presenting(grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor):
+    """Presents a key with every call."""
+
+    def __init__(self, key: str) -> None:
+        self._metadata = (("authorization", f"Bearer {key}"),)
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(details._replace(metadata=self._metadata), request)
+
+    def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
+        return continuation(details._replace(metadata=self._metadata), request)
+
+
 class Wire:
     """One connection to a server, which sends whatever it is given."""
 
-    def __init__(self, address: str, key: str | None = None) -> None:
-        self._metadata = () if key is None else (("authorization", f"Bearer {key}"),)
-        self.channel = grpc.insecure_channel(address, options=[_CONNECTION_OF_ITS_OWN, _NO_RETRIES])
+    def __init__(
+        self,
+        address: str,
+        key: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        options = [_CONNECTION_OF_ITS_OWN, _NO_RETRIES]
+        plain = (
+            grpc.insecure_channel(address, options=options)
+            if credentials is None
+            else grpc.secure_channel(address, credentials, options=options)
+        )
+        self.channel = plain if key is None else grpc.intercept_channel(plain, _Presenting(key))
         self.ledger = ledger_service_pb2_grpc.LedgerServiceStub(self.channel)
         self.admin = admin_service_pb2_grpc.AdminServiceStub(self.channel)
         self.audit = audit_service_pb2_grpc.AuditServiceStub(self.channel)
@@ -162,7 +185,7 @@ class Wire:
             self.channel.unary_stream if method.endswith(_STREAMS) else self.channel.unary_unary
         )(method)
         try:
-            answer = call(data, timeout=timeout, metadata=self._metadata)
+            answer = call(data, timeout=timeout)
             return answer if isinstance(answer, bytes) else _last(method, answer)
         except grpc.RpcError as error:
             return told(error)
@@ -209,9 +232,12 @@ class Wire:
 class AioWire:
     """One connection to a server for asyncio."""
 
-    def __init__(self, address: str) -> None:
-        self.channel = grpc.aio.insecure_channel(
-            address, options=[_CONNECTION_OF_ITS_OWN, _NO_RETRIES]
+    def __init__(self, address: str, credentials: grpc.ChannelCredentials | None = None) -> None:
+        options = [_CONNECTION_OF_ITS_OWN, _NO_RETRIES]
+        self.channel = (
+            grpc.aio.insecure_channel(address, options=options)
+            if credentials is None
+            else grpc.aio.secure_channel(address, credentials, options=options)
         )
         self.ledger: ledger_service_pb2_grpc.LedgerServiceAsyncStub = (
             ledger_service_pb2_grpc.LedgerServiceStub(self.channel)

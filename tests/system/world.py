@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import psycopg
 from google.protobuf.duration_pb2 import Duration
@@ -13,10 +14,12 @@ from psycopg import sql
 
 from peculium.v1 import (
     admin_service_pb2 as admin,
+    alerts_pb2,
     audit_service_pb2 as audit,
     ledger_service_pb2 as ledger,
     types_pb2,
 )
+from peculium_server.webhooks.keys import WebhookKeys
 from tests.system.wire import (
     HOLDER,
     Held,
@@ -42,6 +45,10 @@ METHODS = [
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 ]
+KEY_METHODS = {f"{ADMIN}{name}Key" for name in ("Create", "Rotate", "Revoke")} | {
+    ADMIN + "ListKeys"
+}
+"""About who may call, not about budgets: the first key that is made ends the development mode of a server."""
 LEVELS_MAX = 16
 
 
@@ -83,6 +90,14 @@ class World:
     """As deep as a tree can be."""
     parent: Held
     """Just above."""
+    rule: admin.CreateAlertRuleRequest
+    """What acme is watched for."""
+    ended_rule: bytes
+    webhook: admin.CreateWebhookRequest
+    """Where what is found in acme is sent to, which is nobody."""
+    ended_webhook: bytes
+    prefix: str = ""
+    """Of the names of all its roots."""
 
     def of_service(
         self, proof: types_pb2.Authority | None = None, operation_id: bytes | None = None
@@ -97,9 +112,16 @@ class World:
         return self.of_service(types_pb2.Authority(secret=self.live_secret))
 
 
-def make_world(wire: Wire) -> World:
+def webhook_flags(directory: Path) -> tuple[str, ...]:
+    """Of a server that has webhooks, and does nothing about alerts by itself."""
+    key = directory / "webhook-key"
+    WebhookKeys.make(key)
+    return ("--webhook-key-file", str(key), "--webhook-loopback", "--alert-seconds", "0")
+
+
+def make_world(wire: Wire, prefix: str = "") -> World:
     """Bring everything about, by requests like any other."""
-    acme = granted(wire, "acme", 1_000_000)
+    acme = granted(wire, f"{prefix}acme", 1_000_000)
     acme_before, spent = _spent(wire, acme)
     child = delegated(wire, acme, "child", 100)
     delegated(wire, child, "below", 1)
@@ -120,17 +142,17 @@ def make_world(wire: Wire) -> World:
     _revoke(wire, acme, closed)
     frozen = delegated(wire, acme, "frozen", 100)
     wire.admin.Freeze(admin.FreezeRequest(header=header(frozen.root_id, frozen.budget_id)))
-    parent = deepest = granted(wire, "deep", 100)
+    parent = deepest = granted(wire, f"{prefix}deep", 100)
     for level in range(LEVELS_MAX - 1):
         above, deepest = deepest, delegated(wire, deepest, f"level-{level}", 100)
         parent = above
-    service = grant_of("service", 1_000, holder="dev")
+    service = grant_of(f"{prefix}service", 1_000, holder="dev")
     wire.admin.Grant(service)
     service_id = service.header.root_id
     live, live_secret = _hold_of(wire, service_id)
     settled, settled_secret = _hold_of(wire, service_id)
     _settle(wire, service_id, service_id, settled, settled_secret, 60)
-    overrun = granted(wire, "overrun", 100)
+    overrun = granted(wire, f"{prefix}overrun", 100)
     hold, hold_secret = _reserve(wire, overrun, 50)
     _settle(wire, overrun.root_id, overrun.budget_id, hold, hold_secret, 10**18)
     _wait_until_expired(wire, expired)
@@ -139,7 +161,7 @@ def make_world(wire: Wire) -> World:
         acme_before=acme_before,
         spent=spent,
         child=child,
-        other=granted(wire, "other", 100),
+        other=granted(wire, f"{prefix}other", 100),
         service=service_id,
         live=live,
         live_secret=live_secret,
@@ -153,7 +175,43 @@ def make_world(wire: Wire) -> World:
         overrun=overrun,
         deepest=deepest,
         parent=parent,
+        rule=_watched(wire, acme),
+        ended_rule=_ended(wire, _watched(wire, acme)),
+        webhook=_told(wire, acme),
+        ended_webhook=_ended_webhook(wire, _told(wire, acme)),
+        prefix=prefix,
     )
+
+
+def _watched(wire: Wire, budget: Held) -> admin.CreateAlertRuleRequest:
+    request = admin.CreateAlertRuleRequest(
+        rule_id=new_id(),
+        budget=types_pb2.BudgetRef(root_id=budget.root_id, budget_id=budget.budget_id),
+        kind=alerts_pb2.ALERT_KIND_USED,
+        basis_points=8_000,
+    )
+    wire.admin.CreateAlertRule(request)
+    return request
+
+
+def _ended(wire: Wire, rule: admin.CreateAlertRuleRequest) -> bytes:
+    wire.admin.DeleteAlertRule(admin.DeleteAlertRuleRequest(rule_id=rule.rule_id))
+    return rule.rule_id
+
+
+def _told(wire: Wire, budget: Held) -> admin.CreateWebhookRequest:
+    request = admin.CreateWebhookRequest(
+        webhook_id=new_id(),
+        url="http://127.0.0.1:9/nobody",
+        budget=types_pb2.BudgetRef(root_id=budget.root_id, budget_id=budget.budget_id),
+    )
+    wire.admin.CreateWebhook(request)
+    return request
+
+
+def _ended_webhook(wire: Wire, webhook: admin.CreateWebhookRequest) -> bytes:
+    wire.admin.DeleteWebhook(admin.DeleteWebhookRequest(webhook_id=webhook.webhook_id))
+    return webhook.webhook_id
 
 
 def _spent(wire: Wire, budget: Held) -> tuple[Held, ledger.SpendRequest]:
@@ -233,7 +291,7 @@ def _wait_until_expired(wire: Wire, budget: Held) -> None:
 
 
 def accepted_requests(world: World) -> dict[str, Message]:
-    """For each method a request that says all it can, and would be accepted; operations run dry."""
+    """For each method about budgets a request that says all it can, and would be accepted; operations run dry."""
     requests = dict(_by_agents(world)) | dict(_by_admins(world)) | dict(_by_auditors(world))
     for request in requests.values():
         if "header" in request.DESCRIPTOR.fields_by_name:
@@ -384,11 +442,30 @@ def _by_admins(world: World) -> Iterator[tuple[str, Message]]:
             header=world.of_admin(), hold_id=world.settled, actual=5, reason="the bill"
         ),
     )
+    # These cannot run dry: what they ask for is so by now.
+    yield ADMIN + "CreateAlertRule", world.rule
+    yield (
+        ADMIN + "ListAlertRules",
+        admin.ListAlertRulesRequest(budget=world.rule.budget, page_size=10),
+    )
+    yield ADMIN + "DeleteAlertRule", admin.DeleteAlertRuleRequest(rule_id=world.ended_rule)
+    yield ADMIN + "CreateWebhook", world.webhook
+    yield ADMIN + "ListWebhooks", admin.ListWebhooksRequest()
+    yield ADMIN + "DeleteWebhook", admin.DeleteWebhookRequest(webhook_id=world.ended_webhook)
+    webhook_id = world.webhook.webhook_id
+    yield ADMIN + "TestWebhook", admin.TestWebhookRequest(webhook_id=webhook_id)
+    yield (
+        ADMIN + "ListDeliveries",
+        admin.ListDeliveriesRequest(
+            webhook_id=webhook_id, states=[alerts_pb2.DELIVERY_STATE_DEAD], page_size=10
+        ),
+    )
+    yield ADMIN + "ReplayDeliveries", admin.ReplayDeliveriesRequest(webhook_id=webhook_id)
 
 
 def _by_auditors(world: World) -> Iterator[tuple[str, Message]]:
     acme = types_pb2.BudgetRef(root_id=world.acme.root_id, budget_id=world.acme.budget_id)
-    by_path = types_pb2.BudgetRef(path="acme/child")
+    by_path = types_pb2.BudgetRef(path=f"{world.prefix}acme/child")
     yield AUDIT + "GetBudget", audit.GetBudgetRequest(budget=by_path)
     yield AUDIT + "ListBudgets", audit.ListBudgetsRequest(below=acme, page_size=10)
     yield (
@@ -403,18 +480,24 @@ def _by_auditors(world: World) -> Iterator[tuple[str, Message]]:
     yield AUDIT + "Verify", audit.VerifyRequest(tree=acme)
     yield AUDIT + "Export", audit.ExportRequest(tree=acme)
     yield AUDIT + "ListCheckpoints", audit.ListCheckpointsRequest(page_size=10)
+    yield AUDIT + "ListRefusals", audit.ListRefusalsRequest(budget=acme, page_size=10)
+    yield (
+        AUDIT + "ListSecurityEvents",
+        audit.ListSecurityEventsRequest(budget=acme, page_size=10),
+    )
     yield AUDIT + "ProveEntry", audit.ProveEntryRequest(budget=acme, seq=1)
+    yield AUDIT + "ListAlerts", audit.ListAlertsRequest(budget=acme, page_size=10)
 
 
 _TABLES = sql.SQL(
     "SELECT format('%I.%I', nspname, relname) FROM pg_class JOIN pg_namespace"
     " ON pg_namespace.oid = relnamespace WHERE relkind IN ('r', 'p') AND NOT relispartition"
-    " AND nspname NOT IN ('pg_catalog', 'information_schema') ORDER BY 1"
+    " AND nspname NOT IN ('pg_catalog', 'information_schema') AND relname <> 'refusals' ORDER BY 1"
 )
 
 
 def dump(connection: psycopg.Connection) -> dict[str, list[str]]:
-    """Every row of every table, as text."""
+    """Every row of every table, as text; but not what counts refusals, which is written now and then."""
     with connection.transaction():
         tables = [name for (name,) in connection.execute(_TABLES)]
         assert tables

@@ -1,0 +1,185 @@
+"""Servers that are restarted, and replaced by newer ones, while everybody goes on working."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+import peculium
+from peculium_server.store import migrate, roles
+from tests.postgres import Server, as_role
+from tests.server import RunningServer, StartServer, starting
+from tests.system.health import SERVING, becomes
+from tests.system.load import Load, check, under_load
+
+pytestmark = pytest.mark.timeout(240)
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = Path("migrations/peculium_migrations/versions")
+PACKAGES = ("client", "server", "migrations")
+CALLS = 30
+TIMEOUT_SECONDS = 60.0
+
+
+class Spender(threading.Thread):
+    """A program with the blocking client, until it is told to stop."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.stopping = threading.Event()
+        self.failed: BaseException | None = None
+        self.spent = 0
+        self._target = target
+
+    def run(self) -> None:
+        try:
+            with peculium.connect(self._target, timeout=TIMEOUT_SECONDS) as client:
+                client.admin.grant("threads", unit="calls", amount=10**6, holder="dev")
+                budget = client.open("threads")
+                while not self.stopping.is_set():
+                    with budget.reserve(2) as hold:
+                        hold.settle(1)
+                    self.spent += 1
+                assert budget.balances().spent == self.spent
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is a call that failed
+            self.failed = error
+
+
+@contextlib.asynccontextmanager
+async def at_work(first: str, second: str) -> AsyncIterator[list[Load]]:
+    """Clients of both kinds that know two servers, some of which go to the first, others to the second.
+
+    None of their calls may fail.
+    """
+    spender = Spender(f"ipv4:{first},{second}")
+    async with (
+        under_load(f"ipv4:{first},{second}", "first", budgets=2, timeout=TIMEOUT_SECONDS) as one,
+        under_load(f"ipv4:{second},{first}", "second", budgets=2, timeout=TIMEOUT_SECONDS) as other,
+    ):
+        spender.start()
+        try:
+            yield [one, other]
+        finally:
+            spender.stopping.set()
+            await asyncio.to_thread(spender.join)
+    assert spender.failed is None
+    assert spender.spent
+    for load in (one, other):
+        await check(first, load)
+
+
+async def progress(loads: Sequence[Load]) -> None:
+    for load in loads:
+        await load.progress(CALLS)
+
+
+async def replaced(
+    loads: Sequence[Load], server: RunningServer, start: Callable[[str], RunningServer]
+) -> RunningServer:
+    """End a server as an orchestrator does, let the other one work alone, and start another there."""
+    assert await asyncio.to_thread(server.stop) == 0
+    await progress(loads)
+    started = await asyncio.to_thread(start, server.address)
+    await becomes(started.address, SERVING)
+    await progress(loads)
+    return started
+
+
+async def test_two_servers_are_restarted_in_turn_and_no_call_fails(
+    start_server: StartServer, served_database: str
+) -> None:
+    def start(listen: str) -> RunningServer:
+        return start_server("--database-url", served_database, listen=listen)
+
+    servers = [await asyncio.to_thread(start, "127.0.0.1:0") for _ in range(2)]
+    async with at_work(*(server.address for server in servers)) as loads:
+        await progress(loads)
+        for server in servers:
+            await replaced(loads, server, start)
+
+
+@pytest.fixture(scope="module")
+def previous(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """The environment of the last version that was written before the newest step of the schema."""
+    newest = VERSIONS / max(path.name for path in (ROOT / VERSIONS).glob("[0-9]*.py"))
+    added = git("log", "-1", "--format=%H", "--diff-filter=A", "--", str(newest)).decode().strip()
+    before = f"{added}^" if added else "HEAD"
+    try:
+        packed = git("archive", "--format=tar", before, "--", *PACKAGES)
+    except subprocess.CalledProcessError:
+        pytest.skip("the history does not reach back to before the newest step of the schema")
+    folder = tmp_path_factory.mktemp("previous")
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        archive.extractall(folder, filter="data")
+    assert not (folder / newest).exists()
+    path = os.pathsep.join(str(folder / package) for package in PACKAGES)
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def git(*arguments: str) -> bytes:
+    """What git says of this repository."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True).stdout
+    except FileNotFoundError:
+        pytest.skip("there is no git, and so no history")
+
+
+@pytest.fixture
+def start_previous(tmp_path: Path, previous: Mapping[str, str]) -> Iterator[StartServer]:
+    """Starts servers of that version."""
+
+    def launch(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "peculium_server", *arguments],
+            env={**environment, "PYTHONPATH": previous["PYTHONPATH"]},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    with starting(tmp_path, launch) as start:
+        yield start
+
+
+async def test_servers_of_the_version_before_go_on_while_the_schema_and_they_are_replaced(
+    postgres: Server,
+    previous: Mapping[str, str],
+    start_previous: StartServer,
+    start_server: StartServer,
+) -> None:
+    """No call fails, and the whole ledger verifies, whichever version has recorded what."""
+    with postgres.fresh_database() as database:
+        command = [sys.executable, "-m", "peculium_server", "migrate", "--database-url", database]
+        await asyncio.to_thread(subprocess.run, command, env=previous, check=True)
+        assert (before := migrate.current(database)) != migrate.head()
+        served = as_role(database, roles.SERVER)
+
+        def start(listen: str) -> RunningServer:
+            return start_server("--database-url", served, listen=listen)
+
+        servers = [
+            await asyncio.to_thread(start_previous, "--database-url", served) for _ in range(2)
+        ]
+        async with at_work(*(server.address for server in servers)) as loads:
+            await progress(loads)
+            await asyncio.to_thread(migrate.upgrade, database)
+            assert migrate.current(database) != before
+            await progress(loads)
+            # One of the old ones is started again, too: whoever restarts it knows nothing of this.
+            restarted = await replaced(
+                loads,
+                servers[0],
+                lambda listen: start_previous("--database-url", served, listen=listen),
+            )
+            await replaced(loads, servers[1], start)
+            await replaced(loads, restarted, start)
