@@ -93,6 +93,16 @@ def half_asked(wire: Wire, method: str, metadata: Any) -> Any:
     return call(metadata=metadata)
 
 
+async def asking_alone(wire: Wire, method: str, metadata: Any, full: Any) -> Any:
+    """Such a call that has its caller's only place: whoever asks whether it has may have taken that."""
+    async with asyncio.timeout(30):
+        while True:
+            asking = half_asked(wire, method, metadata)
+            while not asking.done():
+                if await full(wire):
+                    return asking
+
+
 # -- By the second ---------------------------------------------------------------------------------------
 
 
@@ -208,8 +218,7 @@ async def test_a_call_in_progress_counts_from_its_first_byte_to_its_end_however_
 ) -> None:
     failing = Failing(ZeroDivisionError())
     async with serving(keys, ledger=failing, limits=Limits(at_once=1)) as wire:
-        asking = half_asked(wire, SPEND, GATEWAY)
-        await until_async(lambda: spent_is(wire, "TOO_MANY_AT_ONCE"))
+        asking = await asking_alone(wire, SPEND, GATEWAY, no_more_at_once)
         await asking.write(spending().SerializeToString())
         assert (await refused(asking)).code() is grpc.StatusCode.INTERNAL
         malformed = await wire.status_of(SPEND, b"\xff", metadata=GATEWAY)
@@ -217,8 +226,8 @@ async def test_a_call_in_progress_counts_from_its_first_byte_to_its_end_however_
         assert await spent(wire, GATEWAY) == "INTERNAL"
 
 
-async def spent_is(wire: Wire, reason: str) -> bool:
-    return await spent(wire, GATEWAY) == reason
+async def no_more_at_once(wire: Wire) -> bool:
+    return await spent(wire, GATEWAY) == "TOO_MANY_AT_ONCE"
 
 
 async def until(condition: Any) -> None:
@@ -227,16 +236,9 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.001)
 
 
-async def until_async(condition: Any) -> None:
-    async with asyncio.timeout(30):
-        while not await condition():  # noqa: ASYNC110 - nobody tells when
-            await asyncio.sleep(0.001)
-
-
 async def test_streams_that_are_open_are_counted_apart(keys: Identities) -> None:
     async with serving(keys, limits=Limits(at_once=1, streams=1)) as wire:
-        asking = half_asked(wire, VERIFY, REVISION)
-        await until_async(lambda: verified_is(wire, "TOO_MANY_STREAMS"))
+        asking = await asking_alone(wire, VERIFY, REVISION, no_more_streams)
         error = await refused(wire.send(VERIFY, b"", metadata=REVISION))
         assert error.code() is EXHAUSTED
         assert dict(info_of(error).metadata) == {"principal": "revision", "limit": "1"}
@@ -245,12 +247,13 @@ async def test_streams_that_are_open_are_counted_apart(keys: Identities) -> None
         read = "/peculium.v1.AuditService/GetBudget"
         assert await wire.status_of(read, b"", metadata=REVISION) is not EXHAUSTED
         asking.cancel()
-        await until_async(lambda: verified_is(wire, "INTERNAL"))
+        while await no_more_streams(wire):
+            await asyncio.sleep(0)
 
 
-async def verified_is(wire: Wire, reason: str) -> bool:
+async def no_more_streams(wire: Wire) -> bool:
     error = await refused(wire.send(VERIFY, b"", metadata=REVISION))
-    return info_of(error).reason == reason
+    return info_of(error).reason == "TOO_MANY_STREAMS"
 
 
 # -- Who is nobody ---------------------------------------------------------------------------------------
@@ -340,10 +343,10 @@ async def test_a_key_that_ends_while_its_caller_takes_time_to_ask_is_worth_nothi
     monkeypatch.setattr(interceptors, "_SLOW_SECONDS", 0)
     noting = Failing(ZeroDivisionError())
     async with serving(keys, ledger=noting, limits=Limits(at_once=1)) as wire:
-        asking = half_asked(wire, SPEND, GATEWAY)
-        await until_async(lambda: spent_is(wire, "TOO_MANY_AT_ONCE"))
+        asking = await asking_alone(wire, SPEND, GATEWAY, no_more_at_once)
         write_keys(keys_file, "crawler")
         keys._reload()
+        noting.requests.clear()
         await asking.write(spending().SerializeToString())
         assert (await refused(asking)).code() is grpc.StatusCode.UNAUTHENTICATED
         assert noting.requests == []

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import peculium
-from peculium_server.store import migrate, roles
+from peculium_server.store import migrate, roles, schema
 from tests.postgres import Server, as_role
 from tests.server import RunningServer, StartServer, starting
 from tests.system.health import SERVING, becomes
@@ -122,6 +122,8 @@ def previous(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         archive.extractall(folder, filter="data")
     assert not (folder / newest).exists()
+    if max(path.name for path in (folder / VERSIONS).glob("[0-9]*.py")) < schema.SERVES_FROM:
+        pytest.skip("the schema was contracted: the servers before the newest step do not suit it")
     path = os.pathsep.join(str(folder / package) for package in PACKAGES)
     return {**os.environ, "PYTHONPATH": path}
 
