@@ -121,6 +121,7 @@ class Sender:
         self.recorder = recorder or Recorder()
         self.timeout = config.timeout
         self._config = config
+        self._tracing = _trace.Tracing(config.target)
         self._policy = policy or Policy()
         self._history = History()
         self._brain = Coalescer(
@@ -159,7 +160,7 @@ class Sender:
         until = loop.time() + (wait or 0.0)
         deadline = until + self._seconds(timeout)
         ticket = Ticket(line, operation, loop.create_future(), deadline, until if wait else 0.0)
-        ticket.span = _trace.begin(operation, line.name, line.handed)
+        ticket.span = self._tracing.begin(operation, line.name, line.handed)
         self._brain.submit(ticket)
         self._soon(loop)
         return ticket
@@ -281,7 +282,7 @@ class Sender:
         while True:
             seconds = attempts.timeout(loop.time())
             known = self._history.known()
-            call = _trace.call(method, self._config.target)
+            call = self._tracing.call(method)
             metadata = self._config.metadata + call.metadata
             try:
                 response = await method(request, timeout=seconds, metadata=metadata)
@@ -469,9 +470,8 @@ class Sender:
     def _call(
         self, batch: Batch
     ) -> tuple[_trace.Call, Awaitable[ledger_service_pb2.BatchResponse]]:
-        told = _trace.call_for(
-            self._ledger.Batch, self._config.target, (ticket.span for ticket in batch.tickets)
-        )
+        spans = (ticket.span for ticket in batch.tickets)
+        told = self._tracing.call_for(self._ledger.Batch, spans)
         call = self._ledger.Batch(
             batch.request,
             timeout=batch.timeout,

@@ -69,6 +69,7 @@ class Sender:
         self.recorder = recorder or Recorder()
         self.timeout = config.timeout
         self._config = config
+        self._tracing = _trace.Tracing(config.target)
         self._policy = policy or Policy()
         self._history = History()
         self._brain = Coalescer(
@@ -105,7 +106,7 @@ class Sender:
         until = time.monotonic() + (wait or 0.0)
         deadline = until + self._seconds(timeout)
         ticket = Ticket(line, operation, Future(), deadline, until if wait else 0.0)
-        ticket.span = _trace.begin(operation, line.name, line.handed)
+        ticket.span = self._tracing.begin(operation, line.name, line.handed)
         self._inbox.put(lambda _: self._brain.submit(ticket))
         return ticket
 
@@ -225,7 +226,7 @@ class Sender:
         while True:
             seconds = attempts.timeout(time.monotonic())
             known = self._history.known()
-            call = _trace.call(method, self._config.target)
+            call = self._tracing.call(method)
             metadata = self._config.metadata + call.metadata
             try:
                 response = method(request, timeout=seconds, metadata=metadata)
@@ -373,9 +374,8 @@ class Sender:
         except OSError as error:
             self._brain.failed(batch, _unwritten(error), time.monotonic())
             return
-        told = _trace.call_for(
-            self._ledger.Batch, self._config.target, (ticket.span for ticket in batch.tickets)
-        )
+        spans = (ticket.span for ticket in batch.tickets)
+        told = self._tracing.call_for(self._ledger.Batch, spans)
         call: Any = self._ledger.Batch.future(
             batch.request,
             timeout=batch.timeout,

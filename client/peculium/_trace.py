@@ -35,7 +35,9 @@ _NO_CONTEXT: Metadata = ()
 
 def traceparent() -> str:
     """The current span's, or nothing if there is none."""
-    return dict(around()).get(_KEY, "")
+    # Nearly always there is none, and this is asked for each operation.
+    outside = trace.get_current_span() is trace.INVALID_SPAN
+    return "" if outside else dict(_carried(None)).get(_KEY, "")
 
 
 def carrier_of(text: str) -> dict[str, str]:
@@ -57,45 +59,6 @@ def _carried(context: Context | None) -> Metadata:
     carrier: dict[str, str] = {}
     _propagator.inject(carrier, context)
     return tuple(carrier.items())
-
-
-# -- Operations ---------------------------------------------------------------------------------------
-
-
-def begin(operation: Operation | None, budget: str, handed: str) -> Span | None:
-    """Begin the span of an operation, which carries the context of it from now on.
-
-    It is below the current span; without one, below the context that the budget was handed over with.
-
-    Args:
-        operation: It has not been sent yet.
-        budget: What it is about, for people.
-        handed: The context that came with the budget, or nothing.
-
-    Returns:
-        The span; None if nobody collects any.
-    """
-    if operation is None:
-        return None
-    outside = trace.get_current_span() is trace.INVALID_SPAN
-    tracer = _tracer()
-    if tracer is None:
-        if outside and handed:
-            operation.carry(handed)
-        return None
-    parent = _propagator.extract(carrier_of(handed), Context()) if outside else None
-    span = tracer.start_span(
-        f"peculium.{operation.kind}",
-        context=parent,
-        attributes={
-            "peculium.operation": operation.kind,
-            "peculium.operation_id": id_text(operation.operation_id),
-            "peculium.budget": budget,
-            **(_call_facts(operation) if operation.kind in _OF_CALLS else {}),
-        },
-    )
-    operation.carry(_written(trace.set_span_in_context(span, Context())))
-    return span
 
 
 _OF_CALLS = frozenset({"reserve", "settle", "spend"})
@@ -135,9 +98,6 @@ def ending(span: Span) -> Iterator[None]:
         span.end()
 
 
-# -- Requests -----------------------------------------------------------------------------------------
-
-
 class Call:
     """The span of one request, if there is any; and what the request has to carry for it."""
 
@@ -168,28 +128,74 @@ def around() -> Metadata:
     return _NO_CONTEXT if trace.get_current_span() is trace.INVALID_SPAN else _carried(None)
 
 
-def call(method: object, target: str) -> Call:
-    """Begin a request that the current span's program makes for itself, by a method of a stub."""
-    tracer = _tracer()
-    if tracer is None:
-        return Call(None, around())
-    span = _begin_call(tracer, method, target, None, ())
-    return Call(span, _metadata(span))
+class Tracing:
+    """Makes the spans of one client.
 
-
-def call_for(method: object, target: str, operations: Iterable[Span | None]) -> Call:
-    """Begin a request that carries operations of several callers.
-
-    Its span is below the first of theirs that is sampled, and linked with the others.
+    Whether anybody collects them is asked for each request, and not for each operation: OpenTelemetry
+    looks into the environment for the answer. Who begins to collect them has all but those of the
+    operations that were under way or in the next request.
     """
-    tracer = _tracer()
-    sampled = [each for each in operations if each is not None and each.is_recording()]
-    if tracer is None or not sampled:
-        return Call(None, _NO_CONTEXT)
-    first, *others = sampled
-    context = trace.set_span_in_context(first, Context())
-    span = _begin_call(tracer, method, target, context, others)
-    return Call(span, _metadata(span))
+
+    def __init__(self, target: str) -> None:
+        self._target = target
+        self._tracer = _tracer()
+
+    def begin(self, operation: Operation | None, budget: str, handed: str) -> Span | None:
+        """Begin the span of an operation, which carries the context of it from now on.
+
+        It is below the current span; without one, below the context that the budget was handed over with.
+
+        Args:
+            operation: It has not been sent yet.
+            budget: What it is about, for people.
+            handed: The context that came with the budget, or nothing.
+
+        Returns:
+            The span; None if nobody collects any.
+        """
+        tracer = self._tracer
+        if operation is None or (tracer is None and not handed):
+            return None
+        outside = trace.get_current_span() is trace.INVALID_SPAN
+        if tracer is None:
+            if outside:
+                operation.carry(handed)
+            return None
+        parent = _propagator.extract(carrier_of(handed), Context()) if outside else None
+        span = tracer.start_span(
+            f"peculium.{operation.kind}",
+            context=parent,
+            attributes={
+                "peculium.operation": operation.kind,
+                "peculium.operation_id": id_text(operation.operation_id),
+                "peculium.budget": budget,
+                **(_call_facts(operation) if operation.kind in _OF_CALLS else {}),
+            },
+        )
+        operation.carry(_written(trace.set_span_in_context(span, Context())))
+        return span
+
+    def call(self, method: object) -> Call:
+        """Begin a request that the current span's program makes for itself, by a method of a stub."""
+        tracer = self._tracer = _tracer()
+        if tracer is None:
+            return Call(None, around())
+        span = _begin_call(tracer, method, self._target, None, ())
+        return Call(span, _metadata(span))
+
+    def call_for(self, method: object, operations: Iterable[Span | None]) -> Call:
+        """Begin a request that carries operations of several callers.
+
+        Its span is below the first of theirs that is sampled, and linked with the others.
+        """
+        tracer = self._tracer = _tracer()
+        sampled = [each for each in operations if each is not None and each.is_recording()]
+        if tracer is None or not sampled:
+            return Call(None, _NO_CONTEXT)
+        first, *others = sampled
+        context = trace.set_span_in_context(first, Context())
+        span = _begin_call(tracer, method, self._target, context, others)
+        return Call(span, _metadata(span))
 
 
 def _begin_call(

@@ -130,6 +130,23 @@ def test_an_operation_is_one_trace_from_the_program_to_the_database(traced: Trac
     assert transaction.kind == Span.SPAN_KIND_CLIENT
 
 
+def test_a_program_may_begin_to_collect_spans_after_it_has_connected(
+    traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collecting = trace.get_tracer_provider
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: trace.NoOpTracerProvider())
+    with peculium.connect(traced.server.address) as client:
+        client.admin.grant("late", unit="calls", amount=100, holder="dev")
+        late = client.open("late")
+        monkeypatch.setattr(trace, "get_tracer_provider", collecting)
+        # With this request it is noticed, though the operation in it has no span yet.
+        late.spend(1)
+        with traced.run("agent") as trace_id:
+            late.spend(1)
+    operation = traced.one(trace_id, "peculium.spend")
+    assert operation.parent_span_id == traced.one(trace_id, "agent").span_id
+
+
 async def test_operations_that_travel_together_are_linked_with_what_carries_them(
     traced: Traced,
 ) -> None:
