@@ -134,7 +134,7 @@ def test_a_program_may_begin_to_collect_spans_after_it_has_connected(
     traced: Traced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collecting = trace.get_tracer_provider
-    monkeypatch.setattr(trace, "get_tracer_provider", lambda: trace.NoOpTracerProvider())
+    monkeypatch.setattr(trace, "get_tracer_provider", trace.NoOpTracerProvider)
     with peculium.connect(traced.server.address) as client:
         client.admin.grant("late", unit="calls", amount=100, holder="dev")
         late = client.open("late")
