@@ -109,15 +109,21 @@ class Attempts:
         """None for a call that only reads: its outcome cannot stay unknown."""
         self._made = 0
         self._maybe_done = False
+        self._failed: str | None = None
+        """Why the attempt before did, if there was one."""
 
     def timeout(self, now: float) -> float:
         """How many seconds the next attempt may take.
 
         Raises:
-            DeadlineExceeded: There is no time left, and nothing was done.
+            DeadlineExceeded: There was no time for any.
+            LedgerUnavailable: There is no time left after one that has failed, and nothing was done.
             OutcomeUnknown: There is no time left, and it may have been done.
         """
         left = self._deadline - now
+        if left <= 0 and self._failed is not None:
+            # Whoever wakes late from a pause is told why there was one.
+            raise self._unavailable(self._failed, LedgerUnavailable)
         if left <= 0:
             raise self._unavailable("the time is over", DeadlineExceeded)
         self._made += 1
@@ -133,6 +139,7 @@ class Attempts:
             OutcomeUnknown: There is no time for another attempt, and it may have been done.
         """
         self._maybe_done = self._maybe_done or not failure.not_done
+        self._failed = failure.message
         delay = delay_before(self._made, failure, self._policy, self._jitter())
         if delay is not None and now + delay < self._deadline:
             return delay

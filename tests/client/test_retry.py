@@ -68,6 +68,19 @@ def test_attempts_end_when_the_next_one_would_be_too_late() -> None:
         trying.delay(NOT_DONE, 99.999)
 
 
+def test_whoever_wakes_too_late_from_a_pause_is_told_why_there_was_one() -> None:
+    trying = attempts()
+    trying.timeout(90.0)
+    trying.delay(NOT_DONE, 90.0)
+    with pytest.raises(LedgerUnavailable, match="not done"):
+        trying.timeout(100.0)
+    trying = attempts()
+    trying.timeout(90.0)
+    trying.delay(LOST, 90.0)
+    with pytest.raises(OutcomeUnknown, match="lost"):
+        trying.timeout(100.0)
+
+
 def test_what_may_have_been_done_is_told_as_unknown_with_its_id() -> None:
     trying = attempts()
     trying.timeout(90.0)
