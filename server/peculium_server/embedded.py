@@ -401,7 +401,6 @@ class _Place:
         postmaster = self._read_postmaster()
         if postmaster is None or not self._is_ours(postmaster.pid):
             return
-        process = psutil.Process(postmaster.pid)
         stop = ("pg_ctl", "stop", "--wait", "--timeout", str(STOP_SECONDS_MAX))
         try:
             self._run(*stop, "--pgdata", self.cluster.name, "--mode", "fast")
@@ -409,8 +408,8 @@ class _Place:
             _logger.warning("PostgreSQL did not stop in time; it will recover at its next start")
             self._run(*stop, "--pgdata", self.cluster.name, "--mode", "immediate")
         # That has seen the file with its number go, which is the last thing but one that it does.
-        with contextlib.suppress(psutil.TimeoutExpired):
-            process.wait(STOP_SECONDS_MAX)
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(postmaster.pid).wait(STOP_SECONDS_MAX)
         self._remove_socket_dir(postmaster.socket_dir)
 
     def _read_postmaster(self) -> _Postmaster | None:
