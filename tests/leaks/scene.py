@@ -55,6 +55,7 @@ from tests.postgres import as_role
 from tests.server import RunningServer, starting
 from tests.system.wire import Wire, grant_of, new_id
 from tests.system.world import ADMIN, AUDIT, LEDGER, World, accepted_requests, make_world
+from tests.telemetry import page
 from tests.telemetry.receiver import receiving
 
 HEALTH = "/grpc.health.v1.Health/Check"
@@ -134,6 +135,7 @@ def play(folder: Path, data_dir: Path) -> Scene:
             server = start(
                 *backstage.flags,
                 PECULIUM_DATABASE_URL=as_role(postgres.tcp_dsn, roles.SERVER),
+                PECULIUM_METRICS_LISTEN="127.0.0.1:0",
                 PYTHONFAULTHANDLER="1",
                 **{**collector.variables, "OTEL_METRIC_EXPORT_INTERVAL": "1000"},
             )
@@ -144,6 +146,7 @@ def play(folder: Path, data_dir: Path) -> Scene:
         collector.wait(
             lambda: [each for each in collector.spans if each.trace_id == scene.trace_id]
         )
+        scene.channels["page of metrics"] = [page.ask(page.page_of(server))[2].encode()]
         server.stop(signal.SIGABRT)
         scene.channels["log"] = ["\n".join(server.said).encode(), observed.rest()]
         scene.channels["telemetry"] = list(collector.raw)
