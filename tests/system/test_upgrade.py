@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -108,24 +110,58 @@ async def test_two_servers_are_restarted_in_turn_and_no_call_fails(
             await replaced(loads, server, start)
 
 
-@pytest.fixture(scope="module")
-def previous(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
-    """The environment of the last version that was written before the newest step of the schema."""
-    newest = VERSIONS / max(path.name for path in (ROOT / VERSIONS).glob("[0-9]*.py"))
+Environment = Mapping[str, str]
+
+NEXT_STEP = """
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "{next}", "{newest}", None, None
+
+
+def upgrade():
+    op.execute("ALTER TABLE entries ADD COLUMN of_a_later_version bigint")
+    op.execute("CREATE TABLE of_a_later_version (id bigint PRIMARY KEY)")
+"""
+"""As later versions will expand the schema: by what this one has never heard of."""
+
+
+def steps(folder: Path) -> list[Path]:
+    return sorted((folder / VERSIONS).glob("[0-9]*.py"))
+
+
+def version_in(folder: Path) -> Environment:
+    """The environment of the version of which a folder holds the packages."""
+    path = os.pathsep.join(str(folder / package) for package in PACKAGES)
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def version_before(folder: Path) -> Environment:
+    """The last version that was written before the newest step of the schema."""
+    newest = VERSIONS / steps(ROOT)[-1].name
     added = git("log", "-1", "--format=%H", "--diff-filter=A", "--", str(newest)).decode().strip()
     before = f"{added}^" if added else "HEAD"
     try:
         packed = git("archive", "--format=tar", before, "--", *PACKAGES)
     except subprocess.CalledProcessError:
         pytest.skip("the history does not reach back to before the newest step of the schema")
-    folder = tmp_path_factory.mktemp("previous")
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
         archive.extractall(folder, filter="data")
     assert not (folder / newest).exists()
-    if max(path.name for path in (folder / VERSIONS).glob("[0-9]*.py")) < schema.SERVES_FROM:
+    if steps(folder)[-1].name < schema.SERVES_FROM:
         pytest.skip("the schema was contracted: the servers before the newest step do not suit it")
-    path = os.pathsep.join(str(folder / package) for package in PACKAGES)
-    return {**os.environ, "PYTHONPATH": path}
+    return version_in(folder)
+
+
+def version_after(folder: Path) -> Environment:
+    """A version that is as this one, and has expanded the schema."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, folder / package)
+    newest = steps(folder)[-1]
+    number = newest.name[:4]
+    following = f"{int(number) + 1:04}"
+    step = NEXT_STEP.format(next=following, newest=number)
+    newest.with_name(f"{following}_expand_later.py").write_text(step)
+    return version_in(folder)
 
 
 def git(*arguments: str) -> bytes:
@@ -136,52 +172,63 @@ def git(*arguments: str) -> bytes:
         pytest.skip("there is no git, and so no history")
 
 
+@pytest.fixture(params=["the version before and this one", "this version and one after it"])
+def versions(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Environment, Environment]:
+    """An older version, and a newer one."""
+    folder = tmp_path / "version"
+    if request.param == "this version and one after it":
+        return os.environ, version_after(folder)
+    return version_before(folder), os.environ
+
+
 @pytest.fixture
-def start_previous(tmp_path: Path, previous: Mapping[str, str]) -> Iterator[StartServer]:
-    """Starts servers of that version."""
+def start_version(tmp_path: Path) -> Iterator[Callable[[Environment], StartServer]]:
+    """Starts servers of a version, given its environment."""
+    with contextlib.ExitStack() as stack:
 
-    def launch(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "peculium_server", *arguments],
-            env={**environment, "PYTHONPATH": previous["PYTHONPATH"]},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        def start(version: Environment) -> StartServer:
+            def launch(arguments: Sequence[str], environment: Environment) -> subprocess.Popen[str]:
+                own = {"PYTHONPATH": version["PYTHONPATH"]} if "PYTHONPATH" in version else {}
+                return subprocess.Popen(
+                    [sys.executable, "-m", "peculium_server", *arguments],
+                    env={**environment, **own},
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
 
-    with starting(tmp_path, launch) as start:
+            return stack.enter_context(starting(tmp_path, launch))
+
         yield start
 
 
-async def test_servers_of_the_version_before_go_on_while_the_schema_and_they_are_replaced(
+async def migrated(version: Environment, database: str) -> str | None:
+    """The revision that a version brings a database to."""
+    command = [sys.executable, "-m", "peculium_server", "migrate", "--database-url", database]
+    await asyncio.to_thread(subprocess.run, command, env=version, check=True)
+    return await asyncio.to_thread(migrate.current, database)
+
+
+async def test_servers_of_an_older_version_go_on_while_the_schema_and_they_are_replaced(
     postgres: Server,
-    previous: Mapping[str, str],
-    start_previous: StartServer,
-    start_server: StartServer,
+    versions: tuple[Environment, Environment],
+    start_version: Callable[[Environment], StartServer],
 ) -> None:
     """No call fails, and the whole ledger verifies, whichever version has recorded what."""
+    old, new = versions
     with postgres.fresh_database() as database:
-        command = [sys.executable, "-m", "peculium_server", "migrate", "--database-url", database]
-        await asyncio.to_thread(subprocess.run, command, env=previous, check=True)
-        assert (before := migrate.current(database)) != migrate.head()
+        before = await migrated(old, database)
         served = as_role(database, roles.SERVER)
 
-        def start(listen: str) -> RunningServer:
-            return start_server("--database-url", served, listen=listen)
+        def start(version: Environment, listen: str = "127.0.0.1:0") -> RunningServer:
+            return start_version(version)("--database-url", served, listen=listen)
 
-        servers = [
-            await asyncio.to_thread(start_previous, "--database-url", served) for _ in range(2)
-        ]
+        servers = [await asyncio.to_thread(start, old) for _ in range(2)]
         async with at_work(*(server.address for server in servers)) as loads:
             await progress(loads)
-            await asyncio.to_thread(migrate.upgrade, database)
-            assert migrate.current(database) != before
+            assert await migrated(new, database) != before
             await progress(loads)
             # One of the old ones is started again, too: whoever restarts it knows nothing of this.
-            restarted = await replaced(
-                loads,
-                servers[0],
-                lambda listen: start_previous("--database-url", served, listen=listen),
-            )
-            await replaced(loads, servers[1], start)
-            await replaced(loads, restarted, start)
+            restarted = await replaced(loads, servers[0], functools.partial(start, old))
+            await replaced(loads, servers[1], functools.partial(start, new))
+            await replaced(loads, restarted, functools.partial(start, new))
