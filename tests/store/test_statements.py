@@ -180,6 +180,29 @@ async def test_plans_are_made_again_as_a_lane_grows(
     assert replanned == [64, 192]
 
 
+# -- What has to be there ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["alone", "with others"])
+async def test_to_change_a_row_that_is_not_there_fails_the_transaction(
+    database: str, number: int
+) -> None:
+    ledger = Ledger()
+    root = ledger.grant(100)
+    held = [root.child(10).hold(1) for _ in range(number)]
+    operations = [hold.settle(1) for hold in held]
+    group = [Request(each, ledger.actor(each), index) for index, each in enumerate(operations)]
+    trees = ledger.load(operations)
+    _, accepted = decide_group(trees, group, ledger.now, ledger.position)
+    existing = {(root.root_id, hold.id) for hold in held}
+    steps, _ = changes(statements.of_lane(3), accepted, existing, ledger.position)
+    changing = [step for step in steps if step.statement.name.startswith(b"save_")]
+    assert len(changing) == 2
+    async with await Connection.connect(database, autocommit=True) as connection:
+        for flown in await connection.fly(*([step] for step in changing)):
+            assert isinstance(flown, psycopg.errors.DivisionByZero)
+
+
 # -- The order of writing -----------------------------------------------------------------------------
 
 
