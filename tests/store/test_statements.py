@@ -160,6 +160,27 @@ async def test_rows_are_found_by_their_whole_key_however_postgres_was_maintained
     assert await lookups(database, ledger.store.lane_of(root.root_id)) == LOOKUPS
 
 
+@pytest.mark.parametrize("budgets", [3, 12, 40])
+@pytest.mark.parametrize("tidied", ["ANALYZE", "VACUUM (ANALYZE)"])
+async def test_rows_are_found_by_their_whole_key_though_there_are_few(
+    ledger: StoredLedger, database: str, tidied: str, budgets: int
+) -> None:
+    """As it is when PostgreSQL looks while nobody asks: a few budgets, and no hold that is open."""
+    root = await ledger.root(10_000, holder="ops", by_token=False)
+    await ledger.accept(root.delegate(*[root.spec(1) for _ in range(budgets)]))
+    reserves = [root.reserve(1) for _ in range(60)]
+    await ledger.accept(*reserves)
+    await ledger.accept(
+        *(
+            HoldRef(root, each.hold_id).settle(1, authority=ByToken(each.hold_token_id))
+            for each in reserves
+        )
+    )
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as connection:
+        await connection.execute(tidied.encode())
+    assert await lookups(database, ledger.store.lane_of(root.root_id)) == LOOKUPS
+
+
 async def test_plans_are_made_again_as_a_lane_grows(
     store: Store, spender: Spender, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,12 @@ _WRITER_SETTINGS_POSTGRES = {
     "enable_material": "off",
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
+    # What counts is how many rows are looked at, and locked: for a small table the planner would else
+    # rather go through all of it, and keep to that when it has grown.
+    "seq_page_cost": "0",
+    "random_page_cost": "0",
+    "cpu_tuple_cost": "1",
+    "cpu_index_tuple_cost": "1",
     "jit": "off",
 }
 

@@ -186,23 +186,34 @@ def _load_holds(lane: ColumnElement[int]) -> Executable:
 
 
 def _load_tokens(lane: ColumnElement[int]) -> Select[Any]:
-    """Who consumed a token, and which open hold has it."""
+    """Who consumed a token, and which open hold has it.
+
+    Each is looked up for itself: joined, the open holds are so few by what PostgreSQL knows of them that it
+    would look through all of them for each token, and through all that were open since it has last tidied up.
+    """
     keys = unnested(root_id=_ID, budget_id=_ID, token=LargeBinary())
-    consumed = and_(
-        entries.c.lane == lane,
-        entries.c.root_id == keys.c.root_id,
-        entries.c.budget_id == keys.c.budget_id,
-        entries.c.consumed == keys.c.token,
-    )
-    held = and_(_matching(holds, lane, keys), OPEN_HOLD)
-    return (
-        select(
-            *keys.c,
-            holds.c.hold_id,
-            *_columns(entries, ("operation_id", "kind", "at", "principal", "part", "request")),
+    one: ColumnElement[int] = literal_column("1")
+    consumed = (
+        select(*_columns(entries, ("operation_id", "kind", "at", "principal", "part", "request")))
+        .where(
+            entries.c.lane == lane,
+            entries.c.root_id == keys.c.root_id,
+            entries.c.budget_id == keys.c.budget_id,
+            entries.c.consumed == keys.c.token,
         )
-        .select_from(keys.outerjoin(entries, consumed).outerjoin(holds, held))
-        .where(or_(entries.c.operation_id.is_not(None), holds.c.hold_id.is_not(None)))
+        .limit(one)
+        .lateral("used")
+    )
+    held = (
+        select(holds.c.hold_id)
+        .where(_matching(holds, lane, keys), OPEN_HOLD)
+        .limit(one)
+        .lateral("held")
+    )
+    return (
+        select(*keys.c, *held.c, *consumed.c)
+        .select_from(keys.outerjoin(consumed, true()).outerjoin(held, true()))
+        .where(or_(consumed.c.operation_id.is_not(None), held.c.hold_id.is_not(None)))
     )
 
 
