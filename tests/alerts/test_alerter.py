@@ -223,6 +223,8 @@ async def test_what_was_recorded_before_a_look_began_is_told_when_it_has_ended(
             happened.append((FREEZE, root))
 
     writing = asyncio.create_task(happen())
+    while not happened:
+        await asyncio.sleep(0)
     partly = False
     while not writing.done():
         before = set(happened)

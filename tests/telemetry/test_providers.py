@@ -31,7 +31,8 @@ def test_a_collector_that_is_away_costs_no_call_and_no_orderly_end(
         acme = client.open("acme")
         assert [acme.spend(1).balances.available for _ in range(5)] == [9, 8, 7, 6, 5]
     assert server.stop() == 0
-    assert server.said[-1] == "stopped"
+    # What exports may still say afterwards that nobody is there.
+    assert "stopped" in server.said
 
 
 def test_what_cannot_be_exported_is_told_and_the_server_serves(
