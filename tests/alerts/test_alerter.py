@@ -214,17 +214,18 @@ async def test_what_was_recorded_before_a_look_began_is_told_when_it_has_ended(
         await watched.rule(root, amount=10)
         await watched.rule(root, kind=FREEZE)
     happened: list[tuple[AlertKind, bytes]] = []
+    begun = asyncio.Event()
 
     async def happen() -> None:
         for root in roots:
             await watched.spend(root, 10)
             happened.append((USED, root))
+            begun.set()
             await watched.freeze(root)
             happened.append((FREEZE, root))
 
     writing = asyncio.create_task(happen())
-    while not happened:
-        await asyncio.sleep(0)
+    await begun.wait()
     partly = False
     while not writing.done():
         before = set(happened)
