@@ -76,11 +76,11 @@ async def watched(stub: Any, top: types_pb2.BudgetRef) -> int:
 
 
 READS: dict[Callable[[Any, types_pb2.BudgetRef], Awaitable[int]], int] = {
-    listed: 2_500,
+    listed: 2_000,
     stated: 100,
     used: 1_000,
     exported: 1_000,
-    watched: 2_500,
+    watched: 2_000,
 }
 """Entries of which the bytes may be held at once: more than any portion, and far from all."""
 

@@ -110,7 +110,8 @@ async def test_two_servers_are_restarted_in_turn_and_no_call_fails(
             await replaced(loads, server, start)
 
 
-Environment = Mapping[str, str]
+Version = Mapping[str, str]
+"""What to set in the environment for programs to be of that version; nothing: for this one."""
 
 NEXT_STEP = """
 from alembic import op
@@ -129,13 +130,12 @@ def steps(folder: Path) -> list[Path]:
     return sorted((folder / VERSIONS).glob("[0-9]*.py"))
 
 
-def version_in(folder: Path) -> Environment:
-    """The environment of the version of which a folder holds the packages."""
-    path = os.pathsep.join(str(folder / package) for package in PACKAGES)
-    return {**os.environ, "PYTHONPATH": path}
+def version_in(folder: Path) -> Version:
+    """The version of which a folder holds the packages."""
+    return {"PYTHONPATH": os.pathsep.join(str(folder / package) for package in PACKAGES)}
 
 
-def version_before(folder: Path) -> Environment:
+def version_before(folder: Path) -> Version:
     """The last version that was written before the newest step of the schema."""
     newest = VERSIONS / steps(ROOT)[-1].name
     added = git("log", "-1", "--format=%H", "--diff-filter=A", "--", str(newest)).decode().strip()
@@ -152,7 +152,7 @@ def version_before(folder: Path) -> Environment:
     return version_in(folder)
 
 
-def version_after(folder: Path) -> Environment:
+def version_after(folder: Path) -> Version:
     """A version that is as this one, and has expanded the schema."""
     for package in PACKAGES:
         shutil.copytree(ROOT / package, folder / package)
@@ -173,25 +173,26 @@ def git(*arguments: str) -> bytes:
 
 
 @pytest.fixture(params=["the version before and this one", "this version and one after it"])
-def versions(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Environment, Environment]:
+def versions(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Version, Version]:
     """An older version, and a newer one."""
     folder = tmp_path / "version"
     if request.param == "this version and one after it":
-        return os.environ, version_after(folder)
-    return version_before(folder), os.environ
+        return {}, version_after(folder)
+    return version_before(folder), {}
 
 
 @pytest.fixture
-def start_version(tmp_path: Path) -> Iterator[Callable[[Environment], StartServer]]:
-    """Starts servers of a version, given its environment."""
+def start_version(tmp_path: Path) -> Iterator[Callable[[Version], StartServer]]:
+    """Starts servers of a version."""
     with contextlib.ExitStack() as stack:
 
-        def start(version: Environment) -> StartServer:
-            def launch(arguments: Sequence[str], environment: Environment) -> subprocess.Popen[str]:
-                own = {"PYTHONPATH": version["PYTHONPATH"]} if "PYTHONPATH" in version else {}
+        def start(version: Version) -> StartServer:
+            def launch(
+                arguments: Sequence[str], environment: Mapping[str, str]
+            ) -> subprocess.Popen[str]:
                 return subprocess.Popen(
                     [sys.executable, "-m", "peculium_server", *arguments],
-                    env={**environment, **own},
+                    env={**environment, **version},
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -202,17 +203,17 @@ def start_version(tmp_path: Path) -> Iterator[Callable[[Environment], StartServe
         yield start
 
 
-async def migrated(version: Environment, database: str) -> str | None:
+async def migrated(version: Version, database: str) -> str | None:
     """The revision that a version brings a database to."""
     command = [sys.executable, "-m", "peculium_server", "migrate", "--database-url", database]
-    await asyncio.to_thread(subprocess.run, command, env=version, check=True)
+    await asyncio.to_thread(subprocess.run, command, env={**os.environ, **version}, check=True)
     return await asyncio.to_thread(migrate.current, database)
 
 
 async def test_servers_of_an_older_version_go_on_while_the_schema_and_they_are_replaced(
     postgres: Server,
-    versions: tuple[Environment, Environment],
-    start_version: Callable[[Environment], StartServer],
+    versions: tuple[Version, Version],
+    start_version: Callable[[Version], StartServer],
 ) -> None:
     """No call fails, and the whole ledger verifies, whichever version has recorded what."""
     old, new = versions
@@ -220,7 +221,7 @@ async def test_servers_of_an_older_version_go_on_while_the_schema_and_they_are_r
         before = await migrated(old, database)
         served = as_role(database, roles.SERVER)
 
-        def start(version: Environment, listen: str = "127.0.0.1:0") -> RunningServer:
+        def start(version: Version, listen: str = "127.0.0.1:0") -> RunningServer:
             return start_version(version)("--database-url", served, listen=listen)
 
         servers = [await asyncio.to_thread(start, old) for _ in range(2)]
