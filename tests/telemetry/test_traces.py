@@ -6,8 +6,8 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -68,6 +68,22 @@ class Traced:
         [span] = self.receiver.wait(found)
         assert isinstance(span, Span)
         return span
+
+    @asynccontextmanager
+    async def in_the_way(self) -> AsyncIterator[None]:
+        """Hold a lock that every lane's transaction needs."""
+        async with await psycopg.AsyncConnection.connect(self.database) as connection:
+            await connection.execute("UPDATE lanes SET position = position")
+            yield
+            await connection.rollback()
+
+    def failed(self, trace_id: str) -> list[Span]:
+        """The transactions of a trace that were in vain."""
+        return [
+            span
+            for span in self.spans(trace_id)
+            if span.name.startswith("TRANSACTION ") and span.status.code == Status.STATUS_CODE_ERROR
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -183,38 +199,62 @@ async def test_calls_that_share_a_transaction_are_linked_with_it_and_it_with_the
                 await budget.spend(1)
             return trace_id
 
-        async with await psycopg.AsyncConnection.connect(traced.database) as connection:
-            # A transaction of its own is in everybody's way, and the next one takes all that waits.
-            await connection.execute("UPDATE lanes SET position = position")
-            blocked = asyncio.create_task(agent(budgets[0]))
-            await asyncio.to_thread(
-                traced.receiver.wait,
-                lambda: traced.receiver.value("peculium.database.retries", sqlstate="55P03"),
-            )
+        async with traced.in_the_way():
+            with traced.run("agent") as trace_id:
+                blocked = asyncio.create_task(budgets[0].spend(1))
+            await asyncio.to_thread(traced.receiver.wait, lambda: traced.failed(trace_id))
+            # The next transaction takes all that waits.
             waiting = [asyncio.create_task(agent(budget)) for budget in budgets]
             await asyncio.to_thread(
                 traced.receiver.wait, lambda: traced.receiver.value("peculium.lane.depth") == 2
             )
-            await connection.rollback()
-            trace_id = await blocked
-            others = await asyncio.gather(*waiting)
-    calls = [traced.one(each, BATCH, Span.SPAN_KIND_SERVER) for each in others]
-    lanes = [span for each in others for span in traced.spans(each) if span.name[:5] == "lane "]
-    [lane] = lanes
-    [other] = [call for call in calls if call.trace_id != lane.trace_id]
-    assert other.span_id in linked(lane)
-    assert lane.span_id in linked(other)
-    # The one that was in the way has been tried again, and says why.
-    attempts = traced.receiver.wait(
-        lambda: [s for s in traced.spans(trace_id) if s.name.startswith("TRANSACTION ")]
-    )
-    failed = [span for span in attempts if span.status.code == Status.STATUS_CODE_ERROR]
-    assert failed
+        await blocked
+        traces = [trace_id, *await asyncio.gather(*waiting)]
+
+    def shared() -> tuple[Span, list[Span]] | None:
+        """A transaction for several calls, and those of them that it did not begin with."""
+        spans = [span for each in traces for span in traced.spans(each)]
+        calls = [span for span in spans if (span.name, span.kind) == (BATCH, Span.SPAN_KIND_SERVER)]
+        for lane in spans:
+            if lane.name.startswith("lane "):
+                others = [call for call in calls if lane.span_id in linked(call)]
+                operations = int(attributes(lane.attributes)["peculium.batch.operations"])
+                if operations == len(others) + 1 > 1:
+                    return lane, others
+        return None
+
+    # Which they are is open: who is in the way for long is answered that it was, and waits again.
+    lane, others = traced.receiver.wait(shared)
+    assert linked(lane) >= {call.span_id for call in others}
+    assert lane.trace_id not in {call.trace_id for call in others}
+
+
+async def test_a_transaction_that_is_tried_again_says_of_each_attempt_why(traced: Traced) -> None:
+    async with peculium.aio.connect(traced.server.address) as client:
+        await client.admin.grant("again", unit="calls", amount=100, holder="dev")
+        budget = await client.open("again")
+        async with traced.in_the_way():
+            with traced.run("agent") as trace_id:
+                blocked = asyncio.create_task(budget.spend(1))
+            await asyncio.to_thread(traced.receiver.wait, lambda: traced.failed(trace_id))
+        await blocked
+
+    def attempts() -> list[Span]:
+        return [span for span in traced.spans(trace_id) if span.name.startswith("TRANSACTION ")]
+
+    traced.receiver.wait(lambda: len(attempts()) > len(traced.failed(trace_id)))
+    failed = traced.failed(trace_id)
     for span in failed:
         said = attributes(span.attributes)
         assert said["db.response.status_code"] == said["error.type"] == "55P03"
-    numbers = [int(attributes(span.attributes)["peculium.attempt"]) for span in attempts]
-    assert sorted(numbers) == list(range(1, len(attempts) + 1))
+    # Of a transaction that is given up the client asks again, and that is another one.
+    for lane in {span.parent_span_id for span in attempts()}:
+        numbers = [
+            int(attributes(span.attributes)["peculium.attempt"])
+            for span in attempts()
+            if span.parent_span_id == lane
+        ]
+        assert sorted(numbers) == list(range(1, len(numbers) + 1))
 
 
 def test_an_auditor_goes_from_an_entry_to_its_trace_and_back(traced: Traced) -> None:
