@@ -60,14 +60,19 @@ async def swallowed(cluster: Cluster) -> AsyncIterator[None]:
 async def paused(cluster: Cluster) -> AsyncIterator[None]:
     """The database's machine answers, none of its processes does."""
     postmaster = psutil.Process(cluster.postgres.pid)
-    processes = [postmaster, *postmaster.children(recursive=True)]
+    postmaster.suspend()
+    # By now it can start none.
+    children = postmaster.children(recursive=True)
     try:
-        for process in processes:
-            process.suspend()
+        for process in children:
+            # What has done its work ends by itself.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
         yield
     finally:
-        for process in processes:
-            process.resume()
+        for process in (postmaster, *children):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def new_name() -> str:

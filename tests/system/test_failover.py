@@ -90,7 +90,9 @@ class Pair:
         processes = [psutil.Process(self.primary.pid)]
         processes += processes[0].children()
         for process in processes:
-            process.kill()
+            # Without a postmaster the others end by themselves.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(processes, 30)
 
 
