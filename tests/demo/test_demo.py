@@ -41,6 +41,13 @@ _PROGRESS = re.compile(r"([\d,]+) calls, ")
 pytestmark = pytest.mark.timeout(RUN_SECONDS_MAX + 60)
 
 
+def _command_line(process: psutil.Process) -> str:
+    """What it was started with; nothing if it has ended meanwhile."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
 class Demo:
     """A running demonstration, all of whose processes keep their files in one folder."""
 
@@ -101,7 +108,7 @@ class Demo:
 
     def member(self, part: str) -> psutil.Process:
         """The process with this in its command line, the first of them."""
-        (process, *_) = (each for each in self.members() if part in " ".join(each.cmdline()))
+        (process, *_) = (each for each in self.members() if part in _command_line(each))
         return process
 
     def end(self) -> None:
