@@ -77,12 +77,14 @@ class Traced:
             yield
             await connection.rollback()
 
+    def attempts(self, trace_id: str) -> list[Span]:
+        """The attempts of a trace at transactions."""
+        return [span for span in self.spans(trace_id) if span.name.startswith("TRANSACTION ")]
+
     def failed(self, trace_id: str) -> list[Span]:
-        """The transactions of a trace that were in vain."""
+        """Those that were in vain."""
         return [
-            span
-            for span in self.spans(trace_id)
-            if span.name.startswith("TRANSACTION ") and span.status.code == Status.STATUS_CODE_ERROR
+            span for span in self.attempts(trace_id) if span.status.code == Status.STATUS_CODE_ERROR
         ]
 
 
@@ -238,23 +240,17 @@ async def test_a_transaction_that_is_tried_again_says_of_each_attempt_why(traced
                 blocked = asyncio.create_task(budget.spend(1))
             await asyncio.to_thread(traced.receiver.wait, lambda: traced.failed(trace_id))
         await blocked
-
-    def attempts() -> list[Span]:
-        return [span for span in traced.spans(trace_id) if span.name.startswith("TRANSACTION ")]
-
-    traced.receiver.wait(lambda: len(attempts()) > len(traced.failed(trace_id)))
-    failed = traced.failed(trace_id)
-    for span in failed:
+    traced.receiver.wait(lambda: len(traced.attempts(trace_id)) > len(traced.failed(trace_id)))
+    for span in traced.failed(trace_id):
         said = attributes(span.attributes)
         assert said["db.response.status_code"] == said["error.type"] == "55P03"
     # Of a transaction that is given up the client asks again, and that is another one.
-    for lane in {span.parent_span_id for span in attempts()}:
-        numbers = [
-            int(attributes(span.attributes)["peculium.attempt"])
-            for span in attempts()
-            if span.parent_span_id == lane
-        ]
-        assert sorted(numbers) == list(range(1, len(numbers) + 1))
+    numbers: dict[bytes, list[int]] = {}
+    for span in traced.attempts(trace_id):
+        number = int(attributes(span.attributes)["peculium.attempt"])
+        numbers.setdefault(span.parent_span_id, []).append(number)
+    for each in numbers.values():
+        assert sorted(each) == list(range(1, len(each) + 1))
 
 
 def test_an_auditor_goes_from_an_entry_to_its_trace_and_back(traced: Traced) -> None:
