@@ -14,6 +14,8 @@ _WORD: Final = 8
 """Every run of sixteen bytes has one of eight in it that begins at a multiple of eight."""
 _BASE64_WINDOW: Final = 20
 """Characters of base64 that tell fifteen bytes."""
+_TOLD: Final = 1_000
+"""So much of a line is enough to know who has written it."""
 _ESCAPED: Final = {9: "\\t", 10: "\\n", 13: "\\r", 34: '\\"', 39: "\\'", 92: "\\\\"}
 _PRINTABLE: Final = range(32, 127)
 
@@ -119,6 +121,12 @@ class Marks:
             for name in suspected
             if any(needle in data for needle in set(_needles(self._secrets[name])))
         }
+
+    def told_by(self, data: bytes, name: str) -> str:
+        """Who tells a secret that is found there: the beginning of its line, as far as the secret itself."""
+        places = (data.find(needle) for needle in set(_needles(self._secrets[name])))
+        at = min(place for place in places if place >= 0)
+        return repr(data[data.rfind(b"\n", 0, at) + 1 : at][:_TOLD])
 
     def __len__(self) -> int:
         return len(self._secrets)
