@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psycopg
 import pytest
 
 from peculium._export_codec import pieces
@@ -121,6 +122,25 @@ async def test_what_is_recorded_meanwhile_is_in_it_whole_or_not_at_all(
             assert found.findings == ()
             assert found.counts.entries >= before
     assert entries_of(world) > before
+
+
+async def test_a_request_where_none_belongs_is_exported_too(
+    database: str, stored: Stored, world: World, tmp_path: Path
+) -> None:
+    async with await psycopg.AsyncConnection.connect(database, autocommit=True) as owner:
+        await owner.execute("ALTER TABLE entries DROP CONSTRAINT ck_entries_parts")
+        forged = await owner.execute(
+            "UPDATE entries SET request = %s WHERE (operation_id, part) ="
+            " (SELECT operation_id, part FROM entries WHERE part > 0 ORDER BY position LIMIT 1)"
+            " RETURNING budget_id, seq",
+            [bytes(32)],
+        )
+        [(budget_id, seq)] = await forged.fetchall()
+    path = tmp_path / "ledger.jsonl"
+    await export(stored, path)
+    [finding] = verified(path).findings
+    assert (finding.budget_id, finding.seq) == (budget_id.bytes, seq)
+    assert (finding.rule, finding.detail) == ("request", "only part 0 says what was asked")
 
 
 async def test_one_tree_is_exported_without_the_others(

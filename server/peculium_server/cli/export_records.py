@@ -70,7 +70,8 @@ def _entry(entry: EntryInfo) -> Recorded:
             amount=entry.amount,
             money=_balances(entry.balances),
             effect=_NO_EFFECT,
-            request=entry.request if entry.part == 0 else None,
+            # That of a part which has none is empty; and one where none belongs is for whoever verifies.
+            request=entry.request or None,
             effect_bytes=entry.effect,
             digest=entry.digest,
             previous_hash=b"",
