@@ -16,6 +16,9 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
+from opentelemetry import trace
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+
 from peculium import Child, aio
 from peculium._ids import new_id
 from peculium.aio import Budget, Client
@@ -39,7 +42,17 @@ _BEYOND: Final = 0.05
 """How often a call costs more than was set aside for it."""
 _WILD: Final = 8
 """Clients that do anything."""
+_CALLS_BEFORE: Final = 10
 _AGENTS: Final = 48
+_SPAN: Final = NonRecordingSpan(
+    SpanContext(
+        int("5e" * 16, 16),
+        int("a1" * 8, 16),
+        is_remote=True,
+        trace_flags=TraceFlags(TraceFlags.SAMPLED),
+    )
+)
+"""In which some operations are asked for."""
 _ENTRIES_OF_DEEP_TREE: Final = 10_000
 _POLL_SECONDS: Final = 0.1
 WAIT_SECONDS_MAX: Final = 300.0
@@ -204,7 +217,8 @@ async def make_specimens(address: str) -> None:
     async with aio.connect(address, timeout=TIMEOUT_SECONDS) as client:
         await client.admin.grant("specimens", unit="usd_nanos", amount=10**9, holder=HOLDER)
         root = await client.open("specimens")
-        await _disputed(client, root)
+        with trace.use_span(_SPAN):
+            await _disputed(client, root)
         await _overrun(client)
         await (await (await _child(client, root, "lent")).reserve(1_000)).settle(1_200)
         await _revoked(client, root, "revoked")
@@ -237,7 +251,10 @@ async def _overrun(client: Client) -> None:
     for name, paid in (("overrun", 0), ("repaid", 1_000)):
         await client.admin.grant(name, unit="calls", amount=100, holder=HOLDER)
         root = await client.open(name)
-        await (await root.reserve(100)).settle(180)
+        # Before that it has a history, as others have.
+        for _ in range(_CALLS_BEFORE):
+            await (await root.reserve(1)).settle(1)
+        await (await root.reserve(100 - _CALLS_BEFORE)).settle(180)
         if paid:
             await client.admin.top_up(name, paid)
 
@@ -295,6 +312,7 @@ _MISSING: Final = {
     "a hold that lapsed": f"SELECT FROM holds WHERE state = {HoldState.LAPSED:d}",
     "an open dispute": f"SELECT FROM holds WHERE state = {HoldState.DISPUTED:d}",
     "an overrun": "SELECT FROM budgets WHERE overrun > 0",
+    "an operation within a trace": "SELECT FROM entries WHERE trace_id IS NOT NULL",
     "money that was lent": "SELECT FROM budgets WHERE advanced > 0",
     "a frozen budget": "SELECT FROM budgets WHERE frozen",
     "a closed one": "SELECT FROM budgets WHERE closed",

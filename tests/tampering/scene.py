@@ -17,7 +17,7 @@ from typing import Any, Final
 import psycopg
 from psycopg.rows import dict_row
 from psycopg.types.json import Jsonb
-from sqlalchemy import BigInteger, Boolean, Column, LargeBinary, Text, Uuid
+from sqlalchemy import BigInteger, Boolean, Column, LargeBinary, SmallInteger, Text, Uuid
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB, TIMESTAMP
 
 from peculium._ids import new_id
@@ -459,8 +459,10 @@ _ABSENT: Final[dict[type, Any]] = {
     BigInteger: 1,
     Boolean: True,
     LargeBinary: bytes(32),
+    SmallInteger: 1,
     Text: "mallory",
     TIMESTAMP: datetime(2031, 1, 1, tzinfo=UTC),
+    Uuid: uuid.UUID(int=7),
 }
 """What to write where nothing was. A balance that is absent is zero."""
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+from sqlalchemy import Column
+
 from peculium._ids import new_id
 from peculium_server.core.operations import Kind
 from peculium_server.core.refusals import id_text
@@ -111,10 +113,13 @@ def all_tamperings(keys: Sequence[SigningKey], forger: SigningKey) -> Iterator[T
     """
     for name, table in TABLES.items():
         for column in table.c if name not in BESIDE else ():
-            if f"{name}.{column.name}" not in UNNOTICED:
+            full_name = f"{name}.{column.name}"
+            if full_name in UNNOTICED:
+                continue
+            for which, having in _rows_of(name, column).items():
                 yield Tampering(
-                    f"{name}.{column.name}",
-                    partial(_column, name, column.name),
+                    full_name + which,
+                    partial(_column, name, column.name, having),
                     noticed=name == "lanes",
                 )
     for name, do in _FORGERIES.items():
@@ -139,11 +144,27 @@ def all_tamperings(keys: Sequence[SigningKey], forger: SigningKey) -> Iterator[T
 # --- one column of one row ---
 
 
-def _column(table: str, column: str, scene: Scene) -> Trace:
+def _rows_of(table: str, column: Column[Any]) -> Mapping[str, str]:
+    """The rows in which a column is altered, by what is said of it: one that has nothing there is not like others."""
+    if table in OF_ALL:
+        return {"": "true"}
+    wanted = _WANTED.get(table, "true")
+    rows = {"": wanted}
+    if column.nullable:
+        rows = {
+            "": f"{wanted} AND r.{column.name} IS NOT NULL",
+            ", where there was none": f"r.{column.name} IS NULL",
+        }
+    if table == "entries":
+        rows[", of a later part"] = "r.part > 0"
+    return rows
+
+
+def _column(table: str, column: str, having: str, scene: Scene) -> Trace:
     if table in OF_ALL:
         row = scene.chance.choice(scene.all_kept(table))
     else:
-        row = scene.victim(table, _WANTED.get(f"{table}.{column}", _WANTED.get(table, "true")))
+        row = scene.victim(table, having)
     if (table, column) == ("lanes", "lane"):
         return _lanes_swapped(scene)
     value = other(TABLES[table].c[column], row[column], row, scene.chance)

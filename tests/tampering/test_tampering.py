@@ -80,8 +80,13 @@ def test_that_nothing_was_found_is_told() -> None:
 def test_who_blames_another_tree_too_is_told() -> None:
     [problem], _ = said(NAMED, NAMED._replace(root_id=OTHER))
     assert problem.startswith("online: another tree is blamed")
-    # In a lane the operation behind a gap is named, whosever it is.
-    assert said(NAMED, NAMED._replace(root_id=OTHER, rule="position"))[0] == []
+
+
+@pytest.mark.parametrize("rule", ["position", "batch"])
+def test_an_operation_behind_a_gap_and_one_of_a_batch_may_be_named_whosever_it_is(
+    rule: str,
+) -> None:
+    assert said(NAMED, NAMED._replace(root_id=OTHER, rule=rule))[0] == []
 
 
 def test_what_only_a_published_hash_tells_is_told_by_nothing_else() -> None:
