@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from random import Random
@@ -51,6 +51,7 @@ HOT_ROOTS = 3
 DEADLINES_SECONDS = (0.5, 2.0, 5.0)
 ATTEMPTS_MAX = 12
 VERIFY_SECONDS = 600.0
+MORE_SECONDS_MAX = 60.0
 
 
 class Campaign:
@@ -121,12 +122,23 @@ class Campaign:
                     await self._perform(-1, lines, made)
                     self.shared += made.made
 
-    async def work(self, seconds: float, clients: int = CLIENTS) -> None:
-        """Let clients work for a time, and finish what they are at."""
+    async def work(
+        self, seconds: float, clients: int = CLIENTS, *, enough: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Let clients work for a time, and finish what they are at.
+
+        Args:
+            seconds: The time.
+            clients: How many.
+            enough: If it is not by then, they go on for up to a minute more.
+        """
         async with asyncio.TaskGroup() as working:
             for process in range(clients):
                 working.create_task(self._client(process))
             await asyncio.sleep(seconds)
+            end = time.monotonic() + MORE_SECONDS_MAX
+            while not enough() and time.monotonic() < end:
+                await asyncio.sleep(0.2)
             self._stopping = True
         # The faults end only after this: also what was sent late may be lost.
 
@@ -432,7 +444,8 @@ async def campaign(
                 else asyncio.sleep(0)
             )
             try:
-                await work.work(setting.seconds)
+                # Of what befalls the cluster, not everything cuts connections.
+                await work.work(setting.seconds, enough=lambda: not stormy or cluster.cuts > 0)
             finally:
                 nemesis.cancel()
                 await asyncio.gather(nemesis, return_exceptions=True)
