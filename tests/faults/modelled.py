@@ -340,7 +340,10 @@ class Campaign:
 
     async def _verified(self) -> list[Problem]:
         async with self.lines() as lines:
-            for line in lines * 5:
+            for node, line in [*zip(self.cluster.nodes, lines, strict=True)] * 5:
+                # A server with a fault may have noticed that something is wrong, and stopped.
+                if not node.running:
+                    continue
                 verdict = await line.verdict(VERIFY_SECONDS)
                 if verdict is not None:
                     return [
