@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from random import Random
@@ -123,21 +123,21 @@ class Campaign:
                     self.shared += made.made
 
     async def work(
-        self, seconds: float, clients: int = CLIENTS, *, enough: Callable[[], bool] = lambda: True
+        self, seconds: float, clients: int = CLIENTS, *, until_cut: bool = False
     ) -> None:
         """Let clients work for a time, and finish what they are at.
 
         Args:
             seconds: The time.
             clients: How many.
-            enough: If it is not by then, they go on for up to a minute more.
+            until_cut: If no connection was cut by then, they go on for up to a minute more.
         """
         async with asyncio.TaskGroup() as working:
             for process in range(clients):
                 working.create_task(self._client(process))
             await asyncio.sleep(seconds)
             end = time.monotonic() + MORE_SECONDS_MAX
-            while not enough() and time.monotonic() < end:
+            while until_cut and not self.cluster.cuts and time.monotonic() < end:
                 await asyncio.sleep(0.2)
             self._stopping = True
         # The faults end only after this: also what was sent late may be lost.
@@ -448,7 +448,7 @@ async def campaign(
             )
             try:
                 # Of what befalls the cluster, not everything cuts connections.
-                await work.work(setting.seconds, enough=lambda: not stormy or cluster.cuts > 0)
+                await work.work(setting.seconds, until_cut=stormy)
             finally:
                 nemesis.cancel()
                 await asyncio.gather(nemesis, return_exceptions=True)

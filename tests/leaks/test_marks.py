@@ -59,6 +59,13 @@ def test_a_secret_is_found_in_a_capability_and_in_a_key() -> None:
     assert marks.found_in(b"Bearer " + key.encode()) == {"key"}
 
 
+def test_who_tells_a_secret_is_said_without_it() -> None:
+    marks, secret = Marks(), secrets.token_bytes(32)
+    marks.add("it", secret)
+    data = b"a line before\nSpend(reason=" + secret.hex().encode() + b")\na line behind"
+    assert marks.told_by(data, "it") == repr(b"Spend(reason=")
+
+
 def test_what_is_no_secret_is_not_found() -> None:
     marks = Marks()
     for number in range(100):

@@ -13,6 +13,7 @@ from peculium_server.signing import SigningKey
 from peculium_server.store.schema import metadata
 from tests.tampering.__main__ import Verdict, judged
 from tests.tampering.auditing import Audited, Expected
+from tests.tampering.scene import OF_TREES
 from tests.tampering.tamperings import (
     BESIDE,
     NOWHERE,
@@ -41,6 +42,19 @@ def test_every_column_is_tampered_with_or_carries_no_claim() -> None:
     assert columns - names == UNNOTICED.keys()
     assert metadata.tables.keys() >= BESIDE.keys()
     assert all(len(why) > 20 for why in (*UNNOTICED.values(), *BESIDE.values()))
+
+
+def test_rows_are_altered_that_are_not_like_others() -> None:
+    keys: Sequence[SigningKey] = [None]  # type: ignore[list-item]
+    names = {each.name for each in all_tamperings(keys, keys[0])}
+    columns = [
+        (f"{name}.{column.name}", name, column)
+        for name in OF_TREES
+        for column in metadata.tables[name].c
+    ]
+    wanted = {f"{full}, where there was none" for full, _, column in columns if column.nullable}
+    wanted |= {f"{full}, of a later part" for full, table, _ in columns if table == "entries"}
+    assert wanted <= names
 
 
 def test_the_page_says_of_each_table_and_column_that_nobody_verifies_it() -> None:
